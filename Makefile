@@ -1,0 +1,38 @@
+# Two commands for a newcomer: `make pretrain` and `make test`. Both set up .venv first.
+
+PYTHON ?= python3
+BIN := .venv/bin
+RUN ?= runs/demo
+# Processes of `make pretrain`: every GPU where there are several, otherwise two on the CPU.
+export TOKENIZERS_PARALLELISM ?= true
+
+.PHONY: setup pretrain test fast check clean
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+runs/corpus/ready: .venv/ready examples/demo_corpus.py
+	$(BIN)/python examples/demo_corpus.py --output-dir runs/corpus
+	touch $@
+
+pretrain: runs/corpus/ready
+	$(BIN)/python examples/demo.py --corpus runs/corpus --output-dir $(RUN)
+
+test: setup
+	$(BIN)/python -m pytest
+
+fast: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv runs build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,149 @@
+"""What a checkpoint directory is: its names, its manifest, and the moment at which it becomes valid.
+
+A checkpoint is written to ``step_XXXXXXXX.tmp``; the manifest, written last, lists every other file with
+its size and SHA-256, and every whole tensor with the SHA-256 of its value. The directory is then renamed.
+One without a manifest that holds is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from argonne.parallel.errors import ArgonneError
+
+MANIFEST = "manifest.json"
+TRAINER = "trainer.json"
+INDEX = "model.safetensors.index.json"
+TEMPORARY = ".tmp"
+_STEP = re.compile(r"step_(\d{8,})")
+_READ = 1 << 22
+
+
+class CheckpointError(ArgonneError):
+    """A checkpoint that is missing, damaged, or of another model."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of a checkpoint."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One whole tensor of a checkpoint, wherever it is stored."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+    sha256: str
+    """Of the value's bytes, row-major: equal for equal values, whatever layout wrote them."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything in a checkpoint but the manifest itself."""
+
+    step: int
+    files: dict[str, FileRecord]
+    tensors: dict[str, TensorRecord]
+
+
+def step_directory(root: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` lies."""
+    return root / f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int | None:
+    """The step that a directory's name says, or None for any other name."""
+    match = _STEP.fullmatch(path.name)
+    return int(match.group(1)) if match else None
+
+
+def record_file(path: Path) -> FileRecord:
+    """Size and SHA-256 of a file as it lies on disk."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ):
+            digest.update(block)
+    return FileRecord(path.stat().st_size, digest.hexdigest())
+
+
+def record_tensor(tensor: Tensor, file: str) -> TensorRecord:
+    """Shape, dtype and SHA-256 of a whole CPU tensor's value."""
+    data = tensor.contiguous().view(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+    digest = hashlib.sha256(data.numpy()).hexdigest()
+    return TensorRecord(file, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), digest)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` and see it onto the disk."""
+    path.write_text(json.dumps(value, indent=2) + "\n")
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a directory's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def commit(temporary: Path, final: Path, manifest: Manifest) -> None:
+    """Make a complete temporary directory the checkpoint ``final``."""
+    write_json(temporary / MANIFEST, {"format": 1, **asdict(manifest)})
+    sync(temporary)
+    os.replace(temporary, final)
+    sync(final.parent)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint. Raises ``CheckpointError`` when it is missing or damaged."""
+    path = directory / MANIFEST
+    try:
+        found = json.loads(path.read_text())
+        return Manifest(
+            step=found["step"],
+            files={name: FileRecord(**record) for name, record in found["files"].items()},
+            tensors={
+                name: TensorRecord(**{**record, "shape": tuple(record["shape"])})
+                for name, record in found["tensors"].items()
+            },
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{str(path)!r} is not a readable manifest: {error}") from error
+
+
+def faults(directory: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with a checkpoint: empty when every file has the size and checksum it was written with.
+
+    Processes may share the reading: each looks at the files numbered ``part``, ``part + parts``, ...
+    """
+    try:
+        manifest = read_manifest(directory)
+    except CheckpointError as error:
+        return [str(error)]
+    found = []
+    for name, expected in list(manifest.files.items())[part::parts]:
+        path = directory / name
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif path.stat().st_size != expected.size:
+            found.append(f"{name} has {path.stat().st_size} bytes instead of {expected.size}")
+        elif record_file(path) != expected:
+            found.append(f"{name} has changed since it was written (SHA-256 differs)")
+    return found

@@ -1,0 +1,208 @@
+"""Writing a checkpoint: whole tensors, gathered one at a time to the rank that writes their file.
+
+Which tensors share a file, and in what order, depends on the whole tensors alone; so equal values make
+equal files whatever the layout.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from argonne.checkpoint.format import (
+    INDEX,
+    TEMPORARY,
+    CheckpointError,
+    FileRecord,
+    Manifest,
+    TensorRecord,
+    commit,
+    record_file,
+    record_tensor,
+    step_directory,
+    sync,
+    write_json,
+)
+from argonne.parallel import ProcessGroups, Region
+from argonne.parallel.collectives import gather_objects
+
+MAX_FILE_BYTES = 1 << 30
+"""Whole tensors are collected into files of about this size: the host memory that a writer needs."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """This rank's part of a whole tensor that is to be saved under ``name``."""
+
+    name: str
+    region: Region
+    part: Tensor
+
+
+@dataclass
+class _Whole:
+    """A whole tensor as the ranks together hold it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    sources: list[tuple[int, Region]] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    model: Sequence[Piece],
+    optimizer: Sequence[Piece],
+    write_rest: Callable[[Path], None],
+    groups: ProcessGroups,
+) -> Path:
+    """Write ``root/step_XXXXXXXX`` and return it (collective).
+
+    Args:
+        root: the run's output directory.
+        step: optimizer steps taken.
+        model: this rank's parts of the weights.
+        optimizer: this rank's parts of the optimizer's moments.
+        write_rest: writes the small files (configuration, tokenizer, trainer state) into the directory
+            that it is given; called on the first rank only.
+        groups: the processes.
+
+    Raises:
+        CheckpointError: on every rank, if any of them could not write; nothing that was valid is touched.
+    """
+    final = step_directory(root, step)
+    temporary = final.with_name(final.name + TEMPORARY)
+    if groups.is_first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    groups.barrier()
+    files: dict[str, FileRecord] = {}
+    tensors: dict[str, TensorRecord] = {}
+    problems: list[str] = []
+    for kind, pieces in (("model", model), ("optimizer", optimizer)):
+        for written in gather_objects(_write_tensors(temporary, kind, pieces, groups), groups.world):
+            files |= written.files
+            tensors |= written.tensors
+            problems += written.problems
+    if groups.is_first and not problems:
+        try:
+            _write_index(temporary, tensors)
+            write_rest(temporary)
+            for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
+                name = str(path.relative_to(temporary))
+                if name not in files:
+                    sync(path)
+                    files[name] = record_file(path)
+            shutil.rmtree(final, ignore_errors=True)
+            commit(temporary, final, Manifest(step, files, tensors))
+        except OSError as error:
+            problems.append(str(error))
+    problems = gather_objects(problems, groups.world)[0]
+    if problems:
+        if groups.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"the checkpoint of step {step} could not be written: {problems[0]}")
+    return final
+
+
+@dataclass
+class _Written:
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    tensors: dict[str, TensorRecord] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def _write_tensors(directory: Path, kind: str, pieces: Sequence[Piece], groups: ProcessGroups) -> _Written:
+    """Gather and write every tensor of ``kind``; returns what this rank wrote."""
+    mine = [p for p in pieces if _speaks_for(p.region, groups)]
+    parts = {(p.name, p.region.start): p.part for p in mine}
+    wholes = _wholes(gather_objects([(p.name, p.region, p.part.dtype) for p in mine], groups.world))
+    writers = sorted({rank for whole in wholes.values() for rank, _ in whole.sources})
+    files = list(_files(wholes))
+    written = _Written()
+    for number, names in enumerate(files):
+        writer = writers[number % len(writers)]
+        assembled = {name: _assemble(name, wholes[name], writer, parts, groups) for name in names}
+        if groups.world.rank != writer:
+            continue
+        file = f"{kind}-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        whole_tensors = {name: tensor for name, tensor in assembled.items() if tensor is not None}
+        try:
+            save_file(whole_tensors, directory / file, metadata={"format": "pt"})
+            sync(directory / file)
+            written.files[file] = record_file(directory / file)
+        except Exception as error:  # a full disk: the other ranks must hear of it, not wait for ever
+            written.problems.append(f"{file}: {error}")
+        written.tensors |= {name: record_tensor(tensor, file) for name, tensor in whole_tensors.items()}
+    return written
+
+
+def _speaks_for(region: Region, groups: ProcessGroups) -> bool:
+    return (
+        region.holders[0] == groups.tensor.rank
+        and groups.data.rank == 0
+        and groups.context.rank == 0
+    )
+
+
+def _wholes(held: list[list[tuple[str, Region, torch.dtype]]]) -> dict[str, _Whole]:
+    wholes: dict[str, _Whole] = {}
+    for rank, entries in enumerate(held):
+        for name, region, dtype in entries:
+            wholes.setdefault(name, _Whole(region.whole_shape, dtype)).sources.append((rank, region))
+    return wholes
+
+
+def _files(wholes: dict[str, _Whole]) -> Iterable[list[str]]:
+    names: list[str] = []
+    size = 0
+    for name in sorted(wholes):
+        if names and size + wholes[name].bytes > MAX_FILE_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += wholes[name].bytes
+    if names:
+        yield names
+
+
+def _assemble(
+    name: str, whole: _Whole, writer: int, parts: dict[tuple[str, tuple[int, ...]], Tensor], groups: ProcessGroups
+) -> Tensor | None:
+    """The whole tensor on its writer, through host memory; None on the other ranks."""
+    me = groups.world.rank
+    result = torch.empty(whole.shape, dtype=whole.dtype) if me == writer else None
+    for source, region in whole.sources:
+        if me == source:
+            part = parts[name, region.start].detach().cpu().contiguous()
+            if result is not None:
+                result[region.whole_index] = part
+            else:
+                dist.send(part, writer)
+        elif result is not None:
+            part = torch.empty(region.shape, dtype=whole.dtype)
+            dist.recv(part, source)
+            result[region.whole_index] = part
+    return result
+
+
+def _write_index(directory: Path, tensors: dict[str, TensorRecord]) -> None:
+    """The index with which Hugging Face finds each weight."""
+    weights = {name: record for name, record in tensors.items() if record.file.startswith("model-")}
+    size = sum(math.prod(r.shape) * getattr(torch, r.dtype).itemsize for r in weights.values())
+    write_json(
+        directory / INDEX,
+        {"metadata": {"total_size": size}, "weight_map": {name: r.file for name, r in sorted(weights.items())}},
+    )

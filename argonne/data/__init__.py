@@ -1,0 +1,60 @@
+"""The data pipeline: shards -> documents -> token ids -> sequences -> batches, exact across any interruption.
+
+The corpus is read in a fixed number of lanes. What a lane delivers depends on the corpus alone, so that the
+global order of samples stays the same for every data-parallel size and after every restart.
+"""
+
+from argonne.data.batches import Batch, BatchStream, check_data_parallel, served_lanes
+from argonne.data.documents import REASONS, rejection
+from argonne.data.errors import DataError
+from argonne.data.position import DataPosition, LaneState
+from argonne.data.prefetch import Prefetcher
+from argonne.data.reader import check_block_size
+from argonne.data.shards import (
+    DEFAULT_GLOBS,
+    Shard,
+    find_shards,
+    fingerprint,
+    open_shard,
+    open_shards,
+    read_texts,
+)
+from argonne.data.stream import SequenceStream
+from argonne.data.tokenizer import (
+    Encoder,
+    boundary_tokens,
+    encode,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    train_tokenizer,
+)
+from argonne.data.units import default_lanes
+
+__all__ = [
+    "DEFAULT_GLOBS",
+    "REASONS",
+    "Batch",
+    "BatchStream",
+    "DataError",
+    "DataPosition",
+    "Encoder",
+    "LaneState",
+    "Prefetcher",
+    "SequenceStream",
+    "Shard",
+    "boundary_tokens",
+    "check_block_size",
+    "check_data_parallel",
+    "default_lanes",
+    "encode",
+    "find_shards",
+    "fingerprint",
+    "load_tokenizer",
+    "open_shard",
+    "open_shards",
+    "read_texts",
+    "rejection",
+    "served_lanes",
+    "tokenizer_fingerprint",
+    "train_tokenizer",
+]

@@ -1,0 +1,101 @@
+"""The global order of samples, and the part of each batch that a data-parallel rank holds.
+
+Sample k comes from lane k % lanes, and data-parallel rank d of D holds the samples with k % D == d: the
+global batch is the same at every D, only its owners change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from einops import rearrange
+
+from argonne.data.errors import DataError
+from argonne.data.position import LaneState
+from argonne.data.stream import SequenceStream, Tokens
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One optimizer step's samples on one data-parallel rank."""
+
+    tokens: Tokens
+    """[accumulation, micro_batch, block_size + 1]"""
+    states: Mapping[int, LaneState]
+    """State of each lane served here once this batch is consumed."""
+    step_sample: int
+    """Number of the first global sample after this batch."""
+
+
+def check_data_parallel(dp_size: int, lanes: int, global_batch: int) -> None:
+    """Raise DataError unless `dp_size` divides both the lanes and the samples of the global batch."""
+    common = math.gcd(lanes, global_batch)
+    if dp_size < 1 or common % dp_size:
+        legal = ", ".join(str(size) for size in range(1, common + 1) if common % size == 0)
+        raise DataError(
+            f"data_parallel={dp_size} does not divide lanes={lanes} and the global batch of {global_batch}; "
+            f"legal sizes: {legal}"
+        )
+
+
+def served_lanes(lanes: int, dp_rank: int, dp_size: int) -> tuple[int, ...]:
+    """The lanes that a data-parallel rank reads: those with lane % dp_size == dp_rank."""
+    check_data_parallel(dp_size, lanes, global_batch=dp_size)
+    if not 0 <= dp_rank < dp_size:
+        raise DataError(f"data-parallel rank {dp_rank} is outside 0 to {dp_size - 1}")
+    return tuple(range(dp_rank, lanes, dp_size))
+
+
+class BatchStream:
+    """One batch per optimizer step for one data-parallel rank.
+
+    Micro-batch a of rank d holds the samples start + (a * micro_batch + i) * dp_size + d, i < micro_batch,
+    where `start` is the first sample of the step. `start_sample` may be any number: after the batch size
+    changed, steps need not begin at a multiple of it.
+
+    Raises:
+        DataError: a size is not legal, or `sequences` does not serve this rank's lanes.
+    """
+
+    def __init__(
+        self,
+        sequences: SequenceStream,
+        *,
+        dp_rank: int,
+        dp_size: int,
+        micro_batch: int,
+        accumulation: int,
+        start_sample: int = 0,
+    ) -> None:
+        for name, size in (("micro_batch", micro_batch), ("accumulation", accumulation)):
+            if size < 1:
+                raise DataError(f"{name}={size} is not a positive number")
+        missing = set(served_lanes(sequences.lanes, dp_rank, dp_size)) - set(sequences.served)
+        if missing:
+            raise DataError(
+                f"data-parallel rank {dp_rank} needs lanes {sorted(missing)}; they are not served here"
+            )
+        self._sequences = sequences
+        self._rank = dp_rank
+        self._ranks = dp_size
+        self._accumulation = accumulation
+        self._global_batch = micro_batch * accumulation * dp_size
+        self._sample = start_sample
+
+    def next_batch(self) -> Batch:
+        """This rank's part of the next global batch."""
+        start, end = self._sample, self._sample + self._global_batch
+        first = start + (self._rank - start) % self._ranks
+        mine = [
+            self._sequences.next_sequence(sample % self._sequences.lanes)
+            for sample in range(first, end, self._ranks)
+        ]
+        self._sample = end
+        return Batch(
+            tokens=rearrange(np.stack(mine), "(a m) t -> a m t", a=self._accumulation),
+            states={lane: self._sequences.state(lane) for lane in self._sequences.served},
+            step_sample=end,
+        )

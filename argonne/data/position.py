@@ -1,0 +1,67 @@
+"""Where a lane stands in the corpus, as a checkpoint keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from argonne.data.errors import DataError
+
+
+@dataclass(frozen=True)
+class DataPosition:
+    """The next token that a lane delivers; on resuming, the document it is in is tokenised again."""
+
+    epoch: int
+    """Passes over the corpus that are complete."""
+    shard: int
+    """Index into the shards, in their canonical order."""
+    row_group: int
+    """Index of the Parquet row group or Arrow record batch within the shard."""
+    row: int
+    """Row within the row group."""
+    token: int = 0
+    """Offset within the encoded document, BOS and EOS counted."""
+
+    def to_dict(self) -> dict[str, int]:
+        """The position as JSON-able values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DataPosition:
+        """The inverse of `to_dict`; raises DataError for anything else."""
+        names = [each.name for each in fields(cls)]
+        if sorted(values) != sorted(names) or not all(_is_count(value) for value in values.values()):
+            raise DataError(f"data position {dict(values)} is not whole numbers named {', '.join(names)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class LaneState:
+    """All that a lane needs to go on exactly: its position, and what it consumed to get there."""
+
+    position: DataPosition
+    documents: int = 0
+    """Documents delivered to their last token."""
+    tokens: int = 0
+    """Tokens delivered."""
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """Rows passed over before the position, by reason."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The state as JSON-able values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LaneState:
+        """The inverse of `to_dict`; raises DataError for anything else."""
+        names = [each.name for each in fields(cls)]
+        counts = [values.get("documents"), values.get("tokens"), *dict(values.get("dropped", {})).values()]
+        if sorted(values) != sorted(names) or not all(_is_count(count) for count in counts):
+            raise DataError(f"lane state {dict(values)} is not made of {', '.join(names)}")
+        return cls(**{**values, "position": DataPosition.from_dict(values["position"])})
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0

@@ -1,0 +1,105 @@
+"""The documents of one lane, in order, read and tokenised only as far as they are asked for."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerFast
+
+from argonne.data.documents import TokenIds, tokenise_rows
+from argonne.data.errors import DataError
+from argonne.data.shards import Shard, read_texts
+from argonne.data.tokenizer import Encoder, batch_rows
+from argonne.data.units import LanePlan, Place, Unit
+
+# Lanes that share a split row group start on its parts at about the same time; each keeps its own part.
+RECENT_ROW_GROUPS = 4
+
+
+@dataclass(frozen=True)
+class Document:
+    """One accepted row."""
+
+    place: Place
+    tokens: TokenIds
+    """Token ids, with BOS and EOS where boundary tokens are asked for."""
+    dropped: Mapping[str, int]
+    """Rows that the lane passed over between the document before and this one, by reason."""
+
+
+class DocumentReader:
+    """Reads any lane from any place. Holds the few row groups that were read last."""
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        plan: LanePlan,
+        tokenizer: PreTrainedTokenizerFast,
+        boundary: tuple[int, int] | None,
+    ) -> None:
+        self.plan = plan
+        self._encode = Encoder(tokenizer)
+        self._boundary = boundary
+        self._batch_rows = batch_rows()
+        self._texts = functools.lru_cache(maxsize=RECENT_ROW_GROUPS)(
+            lambda shard, row_group: read_texts(shards[shard], row_group)
+        )
+
+    def documents(self, lane: int, place: Place) -> Iterator[Document]:
+        """The lane's documents from `place` on, epoch after epoch, without end.
+
+        Raises:
+            DataError: a row group cannot be read, or the lane went once through the whole corpus
+                (as many epochs as there are lanes) and every row was dropped.
+        """
+        lanes = self.plan.lanes
+        productive = place.epoch - (self.plan.enter(lane, place.epoch) == place)
+        dropped: Counter[str] = Counter()
+        while place.epoch - productive <= lanes:
+            for row, outcome in self._outcomes(self.plan.units[place.unit], place.row):
+                if isinstance(outcome, str):
+                    dropped[outcome] += 1
+                    continue
+                yield Document(Place(place.epoch, place.unit, row), outcome, dropped)
+                dropped = Counter()
+                productive = place.epoch
+            place = self.plan.next_unit(lane, place)
+        raise DataError(f"no usable documents in the data; rows dropped: {_summary(dropped)}")
+
+    def _outcomes(self, unit: Unit, first: int) -> Iterator[tuple[int, TokenIds | str]]:
+        rows = self._texts(unit.shard, unit.row_group)[first : unit.end]
+        for start in range(0, len(rows), self._batch_rows):
+            batch = rows[start : start + self._batch_rows]
+            yield from enumerate(tokenise_rows(batch, self._encode, self._boundary), first + start)
+
+
+def check_block_size(
+    shards: Sequence[Shard],
+    tokenizer: PreTrainedTokenizerFast,
+    block_size: int,
+    boundary: tuple[int, int] | None = None,
+) -> None:
+    """Refuse a corpus that cannot fill one sequence of block_size + 1 tokens, reading no further than needed.
+
+    Raises:
+        DataError: says how many tokens there are, after the filters.
+    """
+    plan = LanePlan(shards, lanes=1)
+    start = plan.enter(0, epoch=0)
+    tokens = 0
+    for document in DocumentReader(shards, plan, tokenizer, boundary).documents(0, start):
+        if document.place.epoch > start.epoch:
+            raise DataError(
+                f"block_size={block_size} needs {block_size + 1} tokens and the data holds only {tokens}; "
+                f"legal block sizes: 1 to {tokens - 1}"
+            )
+        tokens += len(document.tokens)
+        if tokens > block_size:
+            return
+
+
+def _summary(dropped: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in sorted(dropped.items())) or "none"

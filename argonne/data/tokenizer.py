@@ -1,0 +1,182 @@
+"""Loading or training a tokenizer, and turning documents into token ids with it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from argonne.data.documents import TokenIds
+from argonne.data.errors import DataError, one_line
+
+# With a configuration alone, transformers would make a tokenizer that has no vocabulary.
+VOCABULARY_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
+
+# In the order of their ids, 0 to 4.
+SPECIAL_TOKENS = {
+    "bos_token": "<|start_of_text|>",
+    "pad_token": "<pad>",
+    "eos_token": "<|end_of_text|>",
+    "unk_token": "<unk>",
+    "mask_token": "<mask>",
+}
+BOS_NAMES = ("<|im_start|>", "<s>", "[CLS]")
+EOS_NAMES = ("<|im_end|>", "</s>", "[SEP]")
+
+BATCH_ROWS_VARIABLE, DEFAULT_BATCH_ROWS, MIN_BATCH_ROWS = "RESUME_TOKENIZER_BATCH_ROWS", 64, 16
+WORKERS_VARIABLE, MIN_WORKERS = "RESUME_TOKENIZER_WORKERS", 1
+
+
+def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
+    """The fast tokenizer kept in a local directory; without a pad token of its own it pads with EOS.
+
+    Raises:
+        DataError: the directory does not exist, holds no tokenizer, or only a slow one.
+    """
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        raise DataError(f"tokenizer path {path} is not a directory; give the local directory of a tokenizer")
+    if not any(file for pattern in VOCABULARY_FILES for file in directory.glob(pattern)):
+        raise DataError(f"tokenizer path {path} holds no tokenizer: none of {', '.join(VOCABULARY_FILES)}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, use_fast=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # a broken file surfaces as whatever the parser in question raises
+        raise DataError(f"tokenizer path {path} cannot be loaded: {one_line(error)}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise DataError(f"tokenizer path {path} has no fast implementation; expected a tokenizer.json")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 12_000) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocab_size` tokens: the same texts give the same tokenizer, byte for byte.
+
+    Ids 0 to 4 are `SPECIAL_TOKENS`, then come the 256 bytes, then the merges of pairs seen twice or more.
+
+    Raises:
+        DataError: `vocab_size` has no room for the special tokens and the bytes.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(SPECIAL_TOKENS) + len(alphabet)
+    if vocab_size < smallest:
+        raise DataError(f"vocab_size={vocab_size} is too small for a byte-level BPE; at least {smallest}")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL_TOKENS)
+
+
+def boundary_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
+    """The (BOS, EOS) ids to put around each document.
+
+    The tokenizer's own come first, then the usual names, then its additional special tokens in their order.
+
+    Raises:
+        DataError: one of the two, or both, cannot be found.
+    """
+    ids = {
+        "BOS": _first_id(tokenizer, tokenizer.bos_token, BOS_NAMES),
+        "EOS": _first_id(tokenizer, tokenizer.eos_token, EOS_NAMES),
+    }
+    bos, eos = ids.values()
+    if bos is None or eos is None:
+        missing = " and no ".join(name for name, token_id in ids.items() if token_id is None)
+        raise DataError(f"document boundary tokens were asked for and the tokenizer has no {missing} token")
+    return bos, eos
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """A SHA-256 (hex) of all that decides how text becomes ids; padding and truncation settings do not."""
+    return hashlib.sha256(_plain_copy(tokenizer).to_str().encode()).hexdigest()
+
+
+class Encoder:
+    """Turns batches of documents into ids, with a private copy of the tokenizer's backend.
+
+    The copy reads special tokens that are written out in a document as ordinary text, while the tokenizer
+    itself stays as it is and may be used by another thread meanwhile.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        workers = _from_environment(WORKERS_VARIABLE, MIN_WORKERS)
+        if workers is not None:  # read by the backend when its thread pool starts, at its first batch
+            os.environ.setdefault("RAYON_NUM_THREADS", str(workers))
+        self._backend = _plain_copy(tokenizer)
+        self._backend.encode_special_tokens = True
+
+    def __call__(self, texts: list[str]) -> list[TokenIds | None]:
+        """Ids of each text, no special tokens added; None for a text that cannot be tokenised even alone."""
+        try:
+            return [_ids(each) for each in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception:
+            # One bad text fails its whole batch.
+            return [self._alone(text) for text in texts]
+
+    def _alone(self, text: str) -> TokenIds | None:
+        try:
+            return _ids(self._backend.encode(text, add_special_tokens=False))
+        except Exception:
+            return None
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[TokenIds | None]:
+    """One batch through an `Encoder`; keep one of these for many."""
+    return Encoder(tokenizer)(texts)
+
+
+def batch_rows() -> int:
+    """Documents tokenised at a time, from the environment."""
+    return _from_environment(BATCH_ROWS_VARIABLE, MIN_BATCH_ROWS) or DEFAULT_BATCH_ROWS
+
+
+def _plain_copy(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
+
+
+def _ids(encoding: Encoding) -> TokenIds:
+    return np.array(encoding.ids, dtype=np.int32)
+
+
+def _first_id(tokenizer: PreTrainedTokenizerFast, own: str | None, names: tuple[str, ...]) -> int | None:
+    others = [token for token in (*names, *tokenizer.extra_special_tokens) if token != tokenizer.unk_token]
+    for token in (own, *others):  # GPT-2 declares one token to be its own BOS, EOS and unknown token
+        token_id = None if token is None else tokenizer.convert_tokens_to_ids(token)
+        # The id of an absent token is that of the unknown token, or None.
+        if isinstance(token_id, int) and tokenizer.convert_ids_to_tokens(token_id) == token:
+            return token_id
+    return None
+
+
+def _from_environment(variable: str, least: int) -> int | None:
+    value = os.environ.get(variable)
+    return None if value is None else _whole_number(variable, value, least)
+
+
+@functools.cache  # so that a bad value is reported once
+def _whole_number(variable: str, value: str, least: int) -> int | None:
+    if value.isdecimal() and int(value) >= least:
+        return int(value)
+    warnings.warn(f"{variable}={value} is ignored; it must be a whole number, at least {least}", stacklevel=2)
+    return None

@@ -1,0 +1,79 @@
+"""Text from a model, under any tensor-parallel layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from argonne.models import ArgonneModel
+from argonne.parallel.collectives import broadcast
+from argonne.parallel.errors import ArgonneError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn."""
+
+    max_new_tokens: int = 100
+    """Tokens to add, at most."""
+    temperature: float = 0.7
+    """Divides the logits; 0 takes the most likely token."""
+    top_k: int = 50
+    """Draw from this many most likely tokens; 0 for all."""
+    top_p: float = 0.9
+    """Draw from the fewest most likely tokens that have this probability together; 1 for all."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 0:
+            raise ArgonneError(f"max_new_tokens={self.max_new_tokens} is not legal; legal: 0 or more")
+        if not self.temperature >= 0:
+            raise ArgonneError(f"temperature={self.temperature} is not legal; legal: 0 or more")
+        if self.top_k < 0:
+            raise ArgonneError(f"top_k={self.top_k} is not legal; legal: 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise ArgonneError(f"top_p={self.top_p} is not legal; legal: more than 0, at most 1")
+
+
+@torch.no_grad()
+def generate(model: ArgonneModel, prompt: list[int], sampling: Sampling, seed: int, stop: int | None) -> list[int]:
+    """Continue ``prompt``; every tensor-parallel rank calls this and gets the same tokens.
+
+    Args:
+        model: the model; the context that it sees is its longest sequence.
+        prompt: at least one token id.
+        sampling: how tokens are drawn.
+        seed: of the draws.
+        stop: a token that ends the text (it is not returned), or None.
+
+    Returns:
+        The new token ids, without the prompt.
+    """
+    if not prompt:
+        raise ArgonneError("the prompt has no tokens; legal: at least one")
+    device = model.groups.device
+    generator = torch.Generator(device).manual_seed(seed)
+    ids = torch.tensor([prompt], device=device)
+    for _ in range(sampling.max_new_tokens):
+        logits = model.next_token_logits(ids[:, -model.config.max_position_embeddings :])[0]
+        token = _draw(logits.float(), sampling, generator)
+        broadcast(token, model.groups.tensor)
+        if stop is not None and token.item() == stop:
+            break
+        ids = torch.cat((ids, token.view(1, 1)), dim=1)
+    return ids[0, len(prompt) :].tolist()
+
+
+def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """One token id ``[1]`` from logits ``[vocabulary]``."""
+    if sampling.temperature == 0:
+        return logits.argmax().view(1)
+    values, order = logits.sort(descending=True, stable=True)
+    if sampling.top_k:
+        values, order = values[: sampling.top_k], order[: sampling.top_k]
+    probabilities = (values / sampling.temperature).softmax(0)
+    # A token stays while those before it have less than top_p together; the first always stays.
+    before = probabilities.cumsum(0) - probabilities
+    probabilities = torch.where(before < sampling.top_p, probabilities, 0.0)
+    return order[torch.multinomial(probabilities, 1, generator=generator)]

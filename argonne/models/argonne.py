@@ -1,0 +1,242 @@
+"""The Argonne 2.x model: one definition, dense in one process and sharded over any layout.
+
+Module names are Hugging Face Llama's; what is fused here (``qkv_proj``, ``gate_up_proj``) still declares
+the whole tensors it holds under their Llama names.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from argonne.kernels import apply_rope, rms_norm, rope_tables, swiglu
+from argonne.models.config import ArgonneConfig
+from argonne.parallel import (
+    ColumnParallelLinear,
+    Constant,
+    Normal,
+    OutputPart,
+    Precision,
+    ProcessGroups,
+    RowParallelLinear,
+    ShardedParameter,
+    ShardSpec,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+    regions_of,
+    replicated,
+    sharded_parameters,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_logits,
+)
+from argonne.parallel.collectives import all_gather
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a weight that every rank holds."""
+
+    def __init__(self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision) -> None:
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.ranks = groups.tensor.size
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=precision.parameters))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+    def shard_specs(self) -> dict[str, ShardSpec]:
+        return {"weight": replicated("weight", self.weight.shape, self.ranks, Constant(1.0))}
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; a rank has a run of query heads and the key-value heads that they use."""
+
+    def __init__(self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        ranks = groups.tensor.size
+        heads = config.num_attention_heads // ranks
+        group = config.num_attention_heads // config.num_key_value_heads
+        query_heads = tuple(range(rank * heads, (rank + 1) * heads) for rank in range(ranks))
+        key_value_heads = tuple(range(own[0] // group, own[-1] // group + 1) for own in query_heads)
+        self.qkv_proj = ColumnParallelLinear(
+            config.hidden_size,
+            [
+                OutputPart("q_proj", self.head_dim, query_heads),
+                OutputPart("k_proj", self.head_dim, key_value_heads),
+                OutputPart("v_proj", self.head_dim, key_value_heads),
+            ],
+            groups,
+            initialiser=_initial(config),
+            precision=precision,
+        )
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * self.head_dim,
+            config.hidden_size,
+            groups,
+            initialiser=_residual_initial(config),
+            precision=precision,
+        )
+        own, shared = query_heads[groups.tensor.rank], key_value_heads[groups.tensor.rank]
+        self.head_of_query = [head // group - shared[0] for head in own]
+        per_head = len(own) / len(shared)
+        self.is_grouped = self.head_of_query == [int(i / per_head) for i in range(len(own))]
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """``[batch, sequence, hidden]`` -> the same; causal."""
+        query, key, value = self.qkv_proj(x).split(self.qkv_proj.splits, dim=-1)
+        query = apply_rope(self._heads(query), cos, sin)
+        key = apply_rope(self._heads(key), cos, sin)
+        value = self._heads(value)
+        if not self.is_grouped:  # the rank's query heads begin or end within a group
+            key, value = key[:, self.head_of_query], value[:, self.head_of_query]
+        grouped = key.shape[1] != query.shape[1]
+        context = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        return self.o_proj(rearrange(context, "batch head sequence dim -> batch sequence (head dim)"))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return rearrange(x, "batch sequence (head dim) -> batch head sequence dim", dim=self.head_dim)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU between a fused column-parallel and a row-parallel projection."""
+
+    def __init__(self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision) -> None:
+        super().__init__()
+        ranks = groups.tensor.size
+        self.gate_up_proj = ColumnParallelLinear(
+            config.hidden_size,
+            [OutputPart.split(name, config.intermediate_size, ranks) for name in ("gate_proj", "up_proj")],
+            groups,
+            initialiser=_initial(config),
+            precision=precision,
+        )
+        self.down_proj = RowParallelLinear(
+            config.intermediate_size,
+            config.hidden_size,
+            groups,
+            initialiser=_residual_initial(config),
+            precision=precision,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, sequence, hidden]`` -> the same."""
+        gate, up = self.gate_up_proj(x).split(self.gate_up_proj.splits, dim=-1)
+        return self.down_proj(swiglu(gate, up))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config, groups, precision)
+        self.self_attn = Attention(config, groups, precision)
+        self.post_attention_layernorm = RMSNorm(config, groups, precision)
+        self.mlp = FeedForward(config, groups, precision)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """The embedding, the blocks and the last norm: everything but the head."""
+
+    def __init__(self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision) -> None:
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, groups, initialiser=_initial(config), precision=precision
+        )
+        self.layers = nn.ModuleList(Block(config, groups, precision) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config, groups, precision)
+        table_dtype = torch.promote_types(precision.compute, torch.float32)
+        cos, sin = rope_tables(config.max_position_embeddings, config.head_dim, config.rope_theta, table_dtype)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.recompute = False
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``[batch, sequence]`` ids -> ``[batch, sequence, hidden]``."""
+        cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
+        x = self.embed_tokens(ids)
+        for block in self.layers:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, cos, sin)
+        return self.norm(x)
+
+
+class ArgonneModel(nn.Module):
+    """A causal language model over any tensor-parallel layout.
+
+    Construct it under ``with torch.device(...)``: the parameters are empty there until ``initialise`` or a
+    checkpoint fills them, and cost nothing on ``meta``.
+
+    Raises:
+        LayoutError: the shape cannot be shared out as the layout asks.
+    """
+
+    def __init__(
+        self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision = Precision()
+    ) -> None:
+        super().__init__()
+        config.check_layout(groups.layout)
+        self.config = config
+        self.groups = groups
+        self.model = Decoder(config, groups, precision)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else VocabParallelHead(
+                config.vocab_size, config.hidden_size, groups, initialiser=_initial(config), precision=precision
+            )
+        )
+
+    @property
+    def head(self) -> VocabParallelEmbedding | VocabParallelHead:
+        """The holder of the output weight: the embedding when tied."""
+        return self.model.embed_tokens if self.lm_head is None else self.lm_head
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``[batch, sequence]`` ids -> this rank's logits ``[batch, sequence, its tokens]``."""
+        return vocab_parallel_logits(self.model(ids), self.head)
+
+    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """The loss of each position ``[batch, sequence]`` in nats, 0 where the target is ``IGNORE_INDEX``."""
+        return vocab_parallel_cross_entropy(self(ids), targets, self.head.range, self.groups.tensor)
+
+    @torch.no_grad()
+    def next_token_logits(self, ids: Tensor) -> Tensor:
+        """``[batch, sequence]`` ids -> the last position's logits ``[batch, vocabulary]``, on every rank."""
+        local = vocab_parallel_logits(self.model(ids)[:, -1], self.head)
+        padded = F.pad(local, (0, self.head.range.rows - local.shape[-1]))
+        whole = rearrange(all_gather(padded, self.groups.tensor), "rank batch token -> batch (rank token)")
+        # Only the last ranks have padding, so that it lies behind every real token.
+        return whole[:, : self.config.vocab_size]
+
+    def sharded_parameters(self) -> list[ShardedParameter]:
+        """Every parameter with the whole tensors that it holds regions of."""
+        return sharded_parameters(self, self.groups.tensor.size)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Fill every parameter with values that depend on the seed and the whole tensor's name only."""
+        for sharded in self.sharded_parameters():
+            sharded.parameter.zero_()
+            for region, part in regions_of([sharded]):
+                if sharded.spec.initialiser is not None:
+                    sharded.spec.initialiser.fill(part, seed, region.name, region.whole_shape, region.start)
+
+
+def _initial(config: ArgonneConfig) -> Normal:
+    return Normal(config.initializer_range)
+
+
+def _residual_initial(config: ArgonneConfig) -> Normal:
+    """Projections into the residual stream, of which there are 2 a block, begin smaller by sqrt(2 blocks)."""
+    return Normal(config.initializer_range / (2 * config.num_hidden_layers) ** 0.5)

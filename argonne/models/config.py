@@ -1,0 +1,119 @@
+"""The shape of an Argonne 2.x model, its named presets and what makes a shape legal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from argonne.parallel.errors import ArgonneError, LayoutError
+from argonne.parallel.layout import Layout, divisors, require_divisible
+
+
+@dataclass(frozen=True)
+class ArgonneConfig:
+    """A Llama-type decoder: pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases."""
+
+    hidden_size: int
+    """Width of the residual stream."""
+    num_hidden_layers: int
+    """Transformer blocks."""
+    num_attention_heads: int
+    """Query heads."""
+    num_key_value_heads: int
+    """Key-value heads; query head i uses key-value head i // (query heads / key-value heads)."""
+    vocab_size: int
+    """Tokens in the embedding and the head."""
+    intermediate_size: int = 0
+    """Width of the feed-forward layer; 0 takes ``feed_forward_size(hidden_size)``."""
+    head_dim: int = 0
+    """Width of a head; 0 takes hidden_size / num_attention_heads."""
+    max_position_embeddings: int = 4096
+    """The longest sequence."""
+    rms_norm_eps: float = 1e-6
+    """Added to the mean square in RMSNorm."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    tie_word_embeddings: bool = True
+    """Whether the output head is the embedding."""
+    initializer_range: float = 0.0
+    """Standard deviation of the initial weights; 0 takes hidden_size ** -0.5. Projections into the
+    residual stream begin smaller by sqrt(2 * num_hidden_layers)."""
+
+    def __post_init__(self) -> None:
+        for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+            if getattr(self, field) < 1:
+                raise ArgonneError(f"{field}={getattr(self, field)} is not legal; legal: 1 or more")
+        require_divisible(
+            "num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads
+        )
+        if not self.head_dim:
+            require_divisible("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.head_dim % 2:
+            raise ArgonneError(f"head_dim={self.head_dim} is odd; rotary positions rotate pairs, legal: even numbers")
+        if not self.intermediate_size:
+            object.__setattr__(self, "intermediate_size", feed_forward_size(self.hidden_size))
+        if not self.initializer_range:
+            object.__setattr__(self, "initializer_range", self.hidden_size**-0.5)
+
+    def check_layout(self, layout: Layout) -> None:
+        """Raise ``LayoutError`` unless every part of the model can be shared out as ``layout`` asks."""
+        tensor = layout.tensor
+        legal = [t for t in divisors(self.num_attention_heads) if self.intermediate_size % t == 0]
+        if tensor not in legal:
+            field = "num_attention_heads" if self.num_attention_heads % tensor else "intermediate_size"
+            listed = ", ".join(str(size) for size in legal)
+            raise LayoutError(
+                f"{field}={getattr(self, field)} is not divisible by tensor_parallel={tensor}; legal sizes: {listed}"
+            )
+
+    @property
+    def parameter_count(self) -> int:
+        """Parameters of the whole model, a tied head counted once (closed form)."""
+        query = self.num_attention_heads * self.head_dim
+        key_value = self.num_key_value_heads * self.head_dim
+        attention = self.hidden_size * (2 * query + 2 * key_value)
+        block = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_hidden_layers * block + self.hidden_size
+
+
+def feed_forward_size(hidden_size: int) -> int:
+    """The 2.x rule: 8/3 of the hidden size, rounded up to a multiple of 256."""
+    return -(-int(8 * hidden_size / 3) // 256) * 256
+
+
+def _preset(hidden: int, layers: int, heads: int, kv: int, vocabulary: int, tied: bool = True) -> ArgonneConfig:
+    return ArgonneConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+    )
+
+
+PRESETS = {
+    # A few minutes on a laptop; its vocabulary is that of the tokenizer trained on the data.
+    "demo": replace(_preset(256, 4, 8, 4, 12_000), max_position_embeddings=1024, initializer_range=0.02),
+    "argonne-2.0-4.9b": _preset(4080, 24, 24, 8, 151_665),
+    "argonne-2.0-2b": _preset(3072, 20, 24, 4, 151_665),
+    "argonne-2.5-1b": _preset(2048, 16, 16, 8, 151_936),
+    # Named 8B by its authors; these dimensions make 16,970,470,400 parameters.
+    "argonne-2.0-8b": _preset(5120, 56, 40, 8, 151_936, tied=False),
+}
+"""Every named shape. Any other is a matter of overriding fields, or of a Hugging Face ``config.json``."""
+
+
+def preset(name: str) -> ArgonneConfig:
+    """The shape called ``name``. Raises ``ArgonneError`` listing the names when there is none."""
+    if name not in PRESETS:
+        raise ArgonneError(f"preset={name!r} is not known; legal: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def differences(one: ArgonneConfig, other: ArgonneConfig) -> list[str]:
+    """``field: a -> b`` for each field that differs."""
+    values = [(f.name, getattr(one, f.name), getattr(other, f.name)) for f in fields(one)]
+    return [f"{name}: {a} -> {b}" for name, a, b in values if a != b]
+

@@ -1,0 +1,14 @@
+"""The errors that a user is meant to read."""
+
+from __future__ import annotations
+
+
+class ArgonneError(ValueError):
+    """A fault in what the user asked for: one line naming the field, its value and what is legal.
+
+    Drivers print the message from one rank, without a traceback, and exit with status 2.
+    """
+
+
+class LayoutError(ArgonneError):
+    """A parallel layout that the model, the data or the number of processes does not allow."""

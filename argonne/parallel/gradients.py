@@ -1,0 +1,71 @@
+"""From each rank's gradients after backward to those of the whole model, and their norm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from argonne.parallel.collectives import all_reduce
+from argonne.parallel.groups import ProcessGroups
+from argonne.parallel.sharding import ShardedParameter
+
+
+def complete_gradients(parameters: Sequence[ShardedParameter], groups: ProcessGroups) -> None:
+    """Add up, in place, what each rank knows only in part.
+
+    Over the data axis every gradient is a partial sum (the loss is divided by the global number of
+    target tokens, so nothing is averaged here). Over the tensor axis only those are that their
+    ``ShardSpec`` calls partial.
+    """
+    for sharded in parameters:
+        if sharded.parameter.grad is not None:
+            all_reduce(sharded.parameter.grad, groups.data)
+    if groups.tensor.size > 1:
+        _sum_over_holders([s for s in parameters if s.spec.partial_gradient], groups)
+
+
+def _sum_over_holders(parameters: Sequence[ShardedParameter], groups: ProcessGroups) -> None:
+    """One all-reduce of the whole tensors that have several holders, each rank adding what it has."""
+    shared = [(s, r) for s in parameters for r in s.spec.regions if len(r.holders) > 1]
+    if not shared:
+        return
+    # A tensor that one rank shares is shared by all of them, so every rank lays out the same buffer.
+    shapes = {region.name: region.whole_shape for _, region in shared}
+    buffer = parameters[0].parameter.new_zeros(sum(torch.Size(shape).numel() for shape in shapes.values()))
+    pieces = buffer.split([torch.Size(shape).numel() for shape in shapes.values()])
+    wholes = {name: piece.view(shapes[name]) for name, piece in zip(shapes, pieces, strict=True)}
+    for sharded, region in shared:
+        if sharded.parameter.grad is not None:
+            wholes[region.name][region.whole_index] = sharded.parameter.grad[region.local_index]
+    all_reduce(buffer, groups.tensor)
+    for sharded, region in shared:
+        if sharded.parameter.grad is not None:
+            sharded.parameter.grad[region.local_index] = wholes[region.name][region.whole_index]
+
+
+def global_gradient_norm(parameters: Sequence[ShardedParameter], groups: ProcessGroups) -> Tensor:
+    """The 2-norm of the whole model's gradient: a float64 scalar, equal on all ranks.
+
+    Each element counts once, by the first holder of its region. Call after ``complete_gradients``.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=groups.device)
+    for sharded in parameters:
+        gradient = sharded.parameter.grad
+        if gradient is None:
+            continue
+        for region in sharded.spec.regions:
+            if region.holders[0] == groups.tensor.rank:
+                total += torch.linalg.vector_norm(gradient[region.local_index], dtype=torch.float64) ** 2
+    all_reduce(total, groups.tensor)
+    all_reduce(total, groups.pipeline)
+    return total.sqrt()
+
+
+def clip_gradients(parameters: Sequence[ShardedParameter], norm: Tensor, limit: float) -> None:
+    """Scale every gradient so that the global norm is at most ``limit``."""
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for sharded in parameters:
+        if sharded.parameter.grad is not None:
+            sharded.parameter.grad.mul_(scale.to(sharded.parameter.grad.dtype))

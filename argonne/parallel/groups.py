@@ -1,0 +1,147 @@
+"""The processes that work together: made once, frozen, and handed to every constructor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from argonne.parallel.errors import LayoutError
+from argonne.parallel.layout import AXES, Layout
+
+STARTUP_TIMEOUT = timedelta(minutes=10)
+"""Rendezvous, loading and the first batch: machines start at different times and disks are slow."""
+TRAINING_TIMEOUT = timedelta(minutes=5)
+"""Once every rank is running, a collective that takes longer has lost a peer."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One process's view of the processes it works with along one axis of the layout."""
+
+    name: str
+    size: int = 1
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
+    """``None`` when the axis has one process: every collective over it is then skipped."""
+    ranks: tuple[int, ...] = (0,)
+    """The global rank of each member."""
+
+
+@dataclass(frozen=True)
+class ProcessGroups:
+    """Every axis of a layout as this process sees it. Nothing else knows which rank it is."""
+
+    layout: Layout
+    device: torch.device
+    world: Axis
+    tensor: Axis
+    pipeline: Axis
+    data: Axis
+    context: Axis
+
+    @classmethod
+    def single(cls, device: torch.device | str = "cpu") -> ProcessGroups:
+        """The groups of a lone process: no launcher and no ``torch.distributed`` needed."""
+        lone = {axis: Axis(axis) for axis in AXES}
+        return cls(Layout(), torch.device(device), world=Axis("world"), **lone)
+
+    @classmethod
+    def from_world(cls, layout: Layout, device: torch.device | str) -> ProcessGroups:
+        """Arrange the initialised default process group by ``layout`` (collective over all its ranks).
+
+        Raises:
+            LayoutError: the number of processes is not what the layout needs.
+        """
+        world_size = dist.get_world_size()
+        layout.require_world_size(world_size)
+        device = torch.device(device)
+        rank = dist.get_rank()
+        world = Axis("world", world_size, rank, dist.group.WORLD, tuple(range(world_size)))
+        if world_size == 1:
+            lone = {axis: Axis(axis) for axis in AXES}
+            return cls(layout, device, world=Axis("world"), **lone)
+        mesh = init_device_mesh(device.type, layout.sizes, mesh_dim_names=AXES)
+        return cls(layout, device, world=world, **{axis: _axis(mesh, axis) for axis in AXES})
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks for the job: prints, and writes what is written once."""
+        return self.world.rank == 0
+
+    @property
+    def coordinates(self) -> dict[str, int]:
+        """This process's rank along each axis."""
+        return {axis: getattr(self, axis).rank for axis in AXES}
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Give every later collective ``timeout`` before it counts as a lost peer."""
+        axes = [self.world, *(getattr(self, axis) for axis in AXES)]
+        for group in {id(axis.group): axis.group for axis in axes if axis.group is not None}.values():
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+    def barrier(self) -> None:
+        """Wait for every process of the job."""
+        if self.world.group is not None:
+            dist.barrier(self.world.group)
+
+
+def _axis(mesh: DeviceMesh, name: str) -> Axis:
+    size = mesh[name].size()
+    if size == 1:
+        return Axis(name, ranks=(dist.get_rank(),))
+    group = mesh.get_group(name)
+    ranks = tuple(dist.get_process_group_ranks(group))
+    return Axis(name, size, mesh.get_local_rank(name), group, ranks)
+
+
+def choose_device(kind: str) -> torch.device:
+    """The device of this process for ``kind`` in ``cpu | cuda | auto``, bound by LOCAL_RANK.
+
+    Raises:
+        LayoutError: ``cuda`` is asked for and not there, or LOCAL_RANK has no GPU of its own.
+    """
+    if kind not in ("cpu", "cuda", "auto"):
+        raise LayoutError(f"device={kind!r} is not known; legal: cpu, cuda, auto")
+    available = torch.cuda.is_available()
+    if kind == "cpu" or (kind == "auto" and not available):
+        return torch.device("cpu")
+    if not available:
+        raise LayoutError("device='cuda' was asked for, but this machine has no CUDA device; legal: cpu, auto")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise LayoutError(
+            f"LOCAL_RANK={local_rank} has no GPU of its own; this machine has {torch.cuda.device_count()}"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def process_groups(layout: Layout, device: torch.device) -> Iterator[ProcessGroups]:
+    """Join the job that the launcher's environment describes; leave it cleanly at the end.
+
+    Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT (set by ``torchrun``, a scheduler or by hand);
+    without them this process is the whole job. Gloo serves CPU tensors, NCCL those on GPUs.
+    On an exception the groups are left as they are: a peer may be gone, and waiting for it would hang.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    layout.require_world_size(world_size)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size == 1:
+        yield ProcessGroups.single(device)
+        return
+    if device.type == "cuda":
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=STARTUP_TIMEOUT, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=STARTUP_TIMEOUT)
+    groups = ProcessGroups.from_world(layout, device)
+    yield groups
+    groups.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,78 @@
+"""How many processes share the work along each parallel axis: pure arithmetic, no communication."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from argonne.parallel.errors import LayoutError
+
+# Outermost first. Neighbouring ranks share a tensor-parallel group, so that the axis that communicates
+# most stays within a node.
+AXES = ("pipeline", "data", "context", "tensor")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The size of every parallel axis. ``Layout()`` is the dense model: the same code, collectives skipped."""
+
+    tensor: int = 1
+    """Processes that share each layer's weights (tensor parallelism)."""
+    pipeline: int = 1
+    """Processes that hold successive groups of layers (pipeline parallelism)."""
+    data: int = 1
+    """Replicas of the model, each with its own part of the global batch (data parallelism)."""
+    context: int = 1
+    """Processes that share each sequence (context parallelism)."""
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            size = getattr(self, axis)
+            if not isinstance(size, int) or size < 1:
+                raise LayoutError(f"{axis}_parallel={size!r} is not a number of processes; legal: 1 or more")
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes that this layout needs."""
+        return self.tensor * self.pipeline * self.data * self.context
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The axis sizes in the order of ``AXES``."""
+        return tuple(getattr(self, axis) for axis in AXES)
+
+    def require_world_size(self, world_size: int) -> None:
+        """Raise ``LayoutError`` unless ``world_size`` processes are exactly what the layout needs."""
+        if world_size != self.world_size:
+            raise LayoutError(
+                f"world size {world_size} does not match the layout {self}, which needs {self.world_size} "
+                f"(--nproc {self.world_size}, or axis sizes whose product is {world_size})"
+            )
+
+    def coordinates(self, rank: int) -> tuple[int, ...]:
+        """The place of global ``rank`` on each of ``AXES``; tensor parallelism varies fastest."""
+        place = []
+        for size in reversed(self.sizes):
+            place.append(rank % size)
+            rank //= size
+        return tuple(reversed(place))
+
+    def __str__(self) -> str:
+        return " x ".join(f"{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True))
+
+
+def divisors(number: int) -> list[int]:
+    """The divisors of ``number``, ascending: the legal sizes that an error message names."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def require_divisible(field: str, value: int, by: str, size: int) -> None:
+    """Raise ``LayoutError`` naming both fields and the legal sizes unless ``size`` divides ``value``."""
+    if value % size:
+        raise LayoutError(
+            f"{field}={value} is not divisible by {by}={size}; legal sizes: {_listed(divisors(value))}"
+        )
+
+
+def _listed(values: Iterable[int]) -> str:
+    return ", ".join(str(value) for value in values)

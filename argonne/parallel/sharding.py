@@ -1,0 +1,124 @@
+"""Which region of which whole tensor a parameter holds.
+
+Each parallel layer declares this once for each of its parameters. Initialisation, the reduction of
+gradients, the global gradient norm, checkpoints, resharding and export all follow from it; none of them
+knows a parameter by its name, and nothing is stored on the tensors themselves.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from argonne.parallel.random import Initialiser
+
+
+@dataclass(frozen=True)
+class Region:
+    """A box of one whole tensor: ``parameter[local_index] == whole[whole_index]``.
+
+    Regions that two ranks hold of the same whole tensor are either identical or disjoint.
+    """
+
+    name: str
+    """The whole tensor. A layer gives it relative to itself (``weight``, or ``../q_proj.weight`` for a
+    tensor named after a sibling); ``sharded_parameters`` makes it absolute."""
+    whole_shape: tuple[int, ...]
+    start: tuple[int, ...]
+    """The first index of the box in the whole tensor, for each dimension."""
+    shape: tuple[int, ...]
+    local_start: tuple[int, ...]
+    """The first index of the box in the parameter; the rest of the parameter is padding, kept at zero."""
+    holders: tuple[int, ...]
+    """The tensor-parallel ranks with this same region. The first speaks for it: it is counted once."""
+
+    @property
+    def whole_index(self) -> tuple[slice, ...]:
+        return _box(self.start, self.shape)
+
+    @property
+    def local_index(self) -> tuple[slice, ...]:
+        return _box(self.local_start, self.shape)
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """What one parameter holds, how it begins, and whether its gradient is complete after backward."""
+
+    regions: tuple[Region, ...]
+    initialiser: Initialiser | None = None
+    """``None``: the module has initialised the parameter itself."""
+    partial_gradient: bool = False
+    """Each holder of a region has only a part of its gradient: the parts are summed over the holders."""
+
+
+@runtime_checkable
+class Sharded(Protocol):
+    """A module that declares the ``ShardSpec`` of each parameter it owns itself."""
+
+    def shard_specs(self) -> dict[str, ShardSpec]: ...
+
+
+@dataclass(frozen=True)
+class ShardedParameter:
+    """A parameter of a model together with its declaration; the region names are absolute."""
+
+    name: str
+    parameter: nn.Parameter
+    spec: ShardSpec
+
+
+def sharded_parameters(model: nn.Module, tensor_parallel: int = 1) -> list[ShardedParameter]:
+    """Every distinct parameter of ``model`` with its spec, in module order.
+
+    A parameter whose module declares nothing (``nn.LayerNorm``, say) counts as replicated.
+    """
+    found: list[ShardedParameter] = []
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        declared = module.shard_specs() if isinstance(module, Sharded) else {}
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            spec = declared.get(name) or replicated(name, parameter.shape, tensor_parallel)
+            regions = tuple(replace(r, name=_absolute(prefix, r.name)) for r in spec.regions)
+            qualified = f"{prefix}.{name}" if prefix else name
+            found.append(ShardedParameter(qualified, parameter, replace(spec, regions=regions)))
+    return found
+
+
+def regions_of(parameters: Sequence[ShardedParameter]) -> Iterator[tuple[Region, Tensor]]:
+    """Each region with the part of its parameter that holds it (a view)."""
+    for sharded in parameters:
+        for region in sharded.spec.regions:
+            yield region, sharded.parameter.data[region.local_index]
+
+
+def replicated(
+    name: str,
+    shape: Sequence[int],
+    tensor_parallel: int,
+    initialiser: Initialiser | None = None,
+    partial_gradient: bool = False,
+) -> ShardSpec:
+    """The spec of a parameter that every tensor-parallel rank holds whole."""
+    shape = tuple(shape)
+    start = (0,) * len(shape)
+    region = Region(name, shape, start, shape, start, holders=tuple(range(tensor_parallel)))
+    return ShardSpec((region,), initialiser, partial_gradient)
+
+
+def _box(start: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(first, first + extent) for first, extent in zip(start, shape, strict=True))
+
+
+def _absolute(prefix: str, name: str) -> str:
+    """``model.attn.qkv_proj`` + ``../q_proj.weight`` -> ``model.attn.q_proj.weight``."""
+    climbs, _, rest = name.rpartition("../")
+    path = posixpath.normpath(posixpath.join(prefix.replace(".", "/"), climbs + "."))
+    return f"{path.replace('/', '.')}.{rest}" if path != "." else rest

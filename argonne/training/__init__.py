@@ -1,0 +1,1 @@
+"""The training workflow: configuration, the loop, and what a run leaves behind."""

@@ -1,0 +1,161 @@
+"""From a command line to running ranks: parsing, launching, and refusing in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+import tyro
+
+from argonne.parallel.errors import ArgonneError
+from argonne.training.config import RunConfig
+
+ConfigType = TypeVar("ConfigType", bound=RunConfig)
+
+USAGE, PEER_LOST, INTERRUPTED = 2, 3, 130
+"""Exit statuses: refused input; another process of the job is gone; Ctrl-C."""
+
+_FIRST_RANK_SPEAKS_WITHIN = 20.0  # seconds
+_MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+
+
+def parse(config_type: type[ConfigType], arguments: Sequence[str], default: ConfigType | None = None) -> ConfigType:
+    """The configuration that ``arguments`` describe; what they leave out is as in ``default``.
+
+    Raises:
+        ArgonneError: an unknown flag or an unusable value, in one line.
+    """
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            if default is None:
+                return tyro.cli(config_type, args=arguments, config=_MARKERS)
+            return tyro.cli(config_type, args=arguments, default=default, config=_MARKERS)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ArgonneError(_one_line(told.getvalue())) from None
+
+
+def drive(main: Callable[[ConfigType], None], check: Callable[[ConfigType, int], None], config: ConfigType) -> None:
+    """Run ``main(config)`` on every rank, starting the ranks unless a launcher has.
+
+    ``check(config, world size)`` is what can be refused before any rank is started.
+    """
+    if "WORLD_SIZE" in os.environ:
+        check(config, int(os.environ["WORLD_SIZE"]))
+        main(config)
+        return
+    processes = config.parallel.nproc or _default_processes(config)
+    check(config, processes)
+    if processes == 1:
+        main(config)
+    else:
+        _launch(processes)
+
+
+def guarded(body: Callable[[], None]) -> None:
+    """Run a driver's ``body``; end the process with one clear line, from one rank, for what went wrong."""
+    try:
+        body()
+    except ArgonneError as error:
+        _refuse(str(error))
+    except KeyboardInterrupt:
+        _leave(INTERRUPTED)
+    except (dist.DistError, RuntimeError) as error:
+        if not _is_lost_peer(error):
+            raise
+        reason = str(error).strip().splitlines()[0][:160]
+        _say(f"rank {os.environ.get('RANK', '0')} lost contact with another rank and stops: {reason}")
+        _leave(PEER_LOST)
+
+
+def _default_processes(config: RunConfig) -> int:
+    if config.parallel.device == "cpu" or not torch.cuda.is_available():
+        return 1
+    return torch.cuda.device_count()
+
+
+def _launch(processes: int) -> None:
+    """Start this same command as ``processes`` ranks, as torchrun would, and wait for them."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # Ranks that share a CPU must not each start a thread for every core.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)(*sys.argv)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode == USAGE:
+            _leave(USAGE)
+        how = f"exited with status {failure.exitcode}"
+        if failure.exitcode < 0:
+            how = f"was killed by {signal.Signals(-failure.exitcode).name}"
+        _say(f"rank {rank} (pid {failure.pid}) {how}; the job was stopped. The same command continues the run.")
+        _leave(failure.exitcode if failure.exitcode > 0 else 1)
+    except KeyboardInterrupt:
+        _leave(INTERRUPTED)
+
+
+def _refuse(message: str) -> NoReturn:
+    """Say ``message`` from the first rank only, then end with status 2.
+
+    Every rank refuses the same input by itself. The others wait for the launcher to end them, so that it
+    does not end the first rank before it has spoken; if it never does, the fault was this rank's alone.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if rank != 0:
+        time.sleep(_FIRST_RANK_SPEAKS_WITHIN)
+        message = f"rank {rank}: {message}"
+    _say(f"error: {message}")
+    _leave(USAGE)
+
+
+def _is_lost_peer(error: Exception) -> bool:
+    words = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "nccl", "read error")
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
+
+
+def _say(line: str) -> None:
+    print(f"argonne: {line}", file=sys.stderr, flush=True)
+
+
+def _leave(status: int) -> NoReturn:
+    """End at once: an orderly exit would wait for communication threads whose peers may be gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _one_line(report: str) -> str:
+    """The parser's framed report as one line, without the pointer to ``--help``."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", report)
+    lines = [line.strip(" │|") for line in text.splitlines()]
+    kept = []
+    for line in lines:
+        if re.match(r"^[─-]{3,}$", line):
+            break
+        if line and not re.match(r"^[╭╰]", line):
+            kept.append(line)
+    return (" ".join(kept) or "unusable arguments") + " (--help lists the flags)"

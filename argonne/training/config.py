@@ -1,0 +1,253 @@
+"""The configuration of a run: the single source of the flags, their defaults, ``--help`` and ``run.json``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from argonne.models.config import ArgonneConfig, preset
+from argonne.models.huggingface import from_huggingface
+from argonne.parallel.errors import ArgonneError
+from argonne.parallel.layout import Layout
+
+_flag = tyro.conf.arg
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """The model: a preset, any field of which may be overridden."""
+
+    preset: str = "argonne-2.0-4.9b"
+    """A named shape: demo, argonne-2.0-4.9b, argonne-2.0-2b, argonne-2.5-1b or argonne-2.0-8b."""
+    model_config: Path | None = None
+    """A Hugging Face Llama config.json (or its directory) to take the shape from, instead of a preset."""
+    hidden_size: int | None = None
+    """Width of the residual stream."""
+    num_hidden_layers: int | None = None
+    """Transformer blocks."""
+    num_attention_heads: int | None = None
+    """Query heads."""
+    num_key_value_heads: int | None = None
+    """Key-value heads."""
+    head_dim: int | None = None
+    """Width of a head [hidden_size / num_attention_heads]."""
+    intermediate_size: int | None = None
+    """Width of the feed-forward layer [8/3 of hidden_size, rounded up to a multiple of 256]."""
+    vocab_size: int | None = None
+    """Tokens in the model; at least the tokenizer's [the preset's; the tokenizer's own for one trained here]."""
+    rope_theta: float | None = None
+    """Base of the rotary frequencies."""
+    rms_norm_eps: float | None = None
+    """Added to the mean square in RMSNorm."""
+    tie_word_embeddings: bool | None = None
+    """Whether the output head is the embedding (True or False)."""
+    initializer_range: float | None = None
+    """Standard deviation of the initial weights [hidden_size ** -0.5]."""
+
+    def resolve(self, block_size: int) -> ArgonneConfig:
+        """The whole shape. Raises ``ArgonneError`` naming what is not legal."""
+        base = from_huggingface(self.model_config) if self.model_config else preset(self.preset)
+        changed = {name: value for name, value in vars(self).items() if value is not None}
+        changed = {name: value for name, value in changed.items() if name not in ("preset", "model_config")}
+        # What a preset derives from another field is derived again when that field is changed.
+        if "hidden_size" in changed:
+            changed = {"head_dim": 0, "intermediate_size": 0, **changed}
+        elif "num_attention_heads" in changed:
+            changed = {"head_dim": 0, **changed}
+        if "hidden_size" in changed and not self.model_config and self.preset != "demo":
+            changed = {"initializer_range": 0.0, **changed}
+        changed["max_position_embeddings"] = max(block_size, base.max_position_embeddings)
+        return replace(base, **changed)
+
+
+@dataclass(frozen=True)
+class DataFlags:
+    """The data: shards of Parquet or Arrow with a text column, and the tokenizer."""
+
+    data_glob: tuple[str, ...] = ()
+    """Globs of the training shards [../data/CC-MAIN-2025-26/*.parquet, or the next default that matches]."""
+    validation_glob: tuple[str, ...] = ()
+    """Globs of held-out shards, on which the loss is measured at every save [none]."""
+    validation_sequences: int = 64
+    """Sequences of the held-out text that are used, from its beginning."""
+    tokenizer_path: Path | None = None
+    """Directory of a Hugging Face tokenizer [a byte-level BPE of 12,000 is trained on the data]."""
+    trust_remote_code: bool = False
+    """Allow a tokenizer that comes with its own code."""
+    block_size: int = 4096
+    """Tokens of a training sequence."""
+    add_document_boundary_tokens: bool = False
+    """Put BOS before and EOS after every document."""
+    data_lanes: int | None = None
+    """Virtual streams that the data is dealt to; a data-parallel size divides it [64; fewer for tiny data]."""
+    streaming: bool = True
+    """Tokenise while training. --no-streaming (once, to a cache, shuffled) is not built yet and is refused."""
+    num_proc: int = 8
+    """Processes that tokenise with --no-streaming."""
+
+
+@dataclass(frozen=True)
+class TrainingFlags:
+    """The schedule, the batch and the numerics."""
+
+    total_steps: int = 4_000_000
+    """Optimizer steps of the whole run; the schedule ends there."""
+    initial_batch_size: int = 512
+    """Sequences of a micro-batch on each data-parallel rank."""
+    min_batch_size: int = 4
+    """The smallest micro-batch that an out-of-memory search may use (the search is not built yet)."""
+    gradient_accumulation_steps: int = 4
+    """Micro-batches of an optimizer step."""
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    min_learning_rate: float = 1e-5
+    """Where the warm-up begins and the cosine ends."""
+    warmup_steps: int = 2000
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.1
+    """AdamW weight decay, on matrices only."""
+    gradient_clip: float = 1.0
+    """Largest global gradient norm."""
+    seed: int = 0
+    """Seed of the initial weights and of the generated samples."""
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
+    """Compute dtype; weights and moments are kept in float32 (float64 for fp64) [bf16 on GPU, fp32 on CPU]."""
+    disable_gradient_checkpointing: bool = False
+    """Keep every activation instead of recomputing each block in backward: faster, more memory."""
+    disable_compile: bool = False
+    """Run eagerly on GPU, without torch.compile."""
+
+
+@dataclass(frozen=True)
+class ParallelFlags:
+    """The layout: one size for each axis; their product is the number of processes."""
+
+    tensor_parallel: int | None = None
+    """Processes that share each layer [all that the other axes leave]."""
+    pipeline_parallel: int = 1
+    """Processes that hold successive layers (not built yet: 1)."""
+    data_parallel: int = 1
+    """Replicas of the model, each with its own lanes of the data."""
+    context_parallel: int = 1
+    """Processes that share each sequence (not built yet: 1)."""
+    sequence_parallel: bool = False
+    """Shard activations between the tensor-parallel layers by sequence (not built yet)."""
+    fsdp: bool = False
+    """Shard parameters over the data-parallel ranks (not built yet)."""
+    reproducible: bool = False
+    """The same bits at every layout (not built yet; the same bits at the same layout always hold)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run [CUDA when there is one]."""
+    nproc: int | None = None
+    """Processes to start when not under torchrun [every GPU, or 1 on CPU]."""
+    local_rank: Annotated[int | None, _flag(name="local_rank")] = None
+    """Set by old launchers; LOCAL_RANK is what counts."""
+
+    def layout(self, world_size: int) -> Layout:
+        """The layout of ``world_size`` processes. Raises ``LayoutError`` when they do not match."""
+        for name, value in (("pipeline_parallel", self.pipeline_parallel), ("context_parallel", self.context_parallel)):
+            if value != 1:
+                raise ArgonneError(f"{name}={value} is not built yet; legal: 1")
+        for name in ("sequence_parallel", "fsdp", "reproducible"):
+            if getattr(self, name):
+                raise ArgonneError(f"{name}=True is not built yet; leave the flag out")
+        rest = Layout(1, self.pipeline_parallel, self.data_parallel, self.context_parallel)
+        tensor = self.tensor_parallel
+        if tensor is None:
+            tensor = max(1, world_size // rest.world_size)
+        layout = replace(rest, tensor=tensor)
+        layout.require_world_size(world_size)
+        return layout
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """Where the run lies, and when it saves, logs and stops."""
+
+    output_dir: Path = Path("runs/argonne")
+    """Directory of the run. Starting again there continues it from its newest valid checkpoint."""
+    save_interval: int = 350
+    """Steps between checkpoints; each also generates text and measures the held-out loss."""
+    keep_checkpoints: int = 50
+    """Newest checkpoints to keep."""
+    log_interval: int = 10
+    """Steps between log lines."""
+    stop_at_step: int | None = None
+    """Save and leave at this step; the schedule of the run stays as it is."""
+    wall_time: float | None = None
+    """Seconds after which to save and leave, with time to spare for the save."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that pretraining can be told."""
+
+    model: ModelFlags = field(default_factory=ModelFlags)
+    data: DataFlags = field(default_factory=DataFlags)
+    training: TrainingFlags = field(default_factory=TrainingFlags)
+    parallel: ParallelFlags = field(default_factory=ParallelFlags)
+    run: RunFlags = field(default_factory=RunFlags)
+
+    def check(self) -> None:
+        """Raise ``ArgonneError`` for the first value that no run could use; needs neither data nor peers."""
+        t, d, r = self.training, self.data, self.run
+        least = {
+            "total_steps": (t.total_steps, 1),
+            "initial_batch_size": (t.initial_batch_size, 1),
+            "min_batch_size": (t.min_batch_size, 1),
+            "gradient_accumulation_steps": (t.gradient_accumulation_steps, 1),
+            "warmup_steps": (t.warmup_steps, 0),
+            "seed": (t.seed, 0),
+            "block_size": (d.block_size, 1),
+            "num_proc": (d.num_proc, 1),
+            "validation_sequences": (d.validation_sequences, 1),
+            "save_interval": (r.save_interval, 1),
+            "keep_checkpoints": (r.keep_checkpoints, 1),
+            "log_interval": (r.log_interval, 1),
+            "data_lanes": (1 if d.data_lanes is None else d.data_lanes, 1),
+            "nproc": (1 if self.parallel.nproc is None else self.parallel.nproc, 1),
+            "stop_at_step": (1 if r.stop_at_step is None else r.stop_at_step, 1),
+        }
+        for name, (value, minimum) in least.items():
+            if value < minimum:
+                raise ArgonneError(f"{name}={value} is not legal; legal: {minimum} or more")
+        positive = {"learning_rate": t.learning_rate, "gradient_clip": t.gradient_clip}
+        if r.wall_time is not None:
+            positive["wall_time"] = r.wall_time
+        for name, number in positive.items():
+            if not number > 0:
+                raise ArgonneError(f"{name}={number} is not legal; legal: more than 0")
+        if not 0 <= t.min_learning_rate <= t.learning_rate:
+            raise ArgonneError(
+                f"min_learning_rate={t.min_learning_rate} is not legal; legal: 0 to learning_rate={t.learning_rate}"
+            )
+        if not t.weight_decay >= 0:
+            raise ArgonneError(f"weight_decay={t.weight_decay} is not legal; legal: 0 or more")
+        if not d.streaming:
+            raise ArgonneError("no_streaming=True is not built yet; leave the flag out to stream")
+
+
+@dataclass(frozen=True)
+class ResumeFlags:
+    """What to resume from, and what to change."""
+
+    checkpoint_path: Path
+    """A run's directory (its newest valid checkpoint), a step directory, or a file in one."""
+    batch_size: int | None = None
+    """Sequences of a micro-batch on each data-parallel rank [the one saved]."""
+    reset_optimizer: bool = False
+    """Begin the optimizer's moments anew, and warm the learning rate up again."""
+    rewarmup_steps: int = 100
+    """Steps of that warm-up."""
+    force_from_scratch: bool = False
+    """Take the saved configuration but start at step 0, in an --output-dir that holds no run."""
+
+
+@dataclass(frozen=True)
+class ResumeConfig(RunConfig):
+    """Everything that a resume can be told; what is left out is as it was saved."""
+
+    resume: ResumeFlags = field(default_factory=lambda: ResumeFlags(Path()))

@@ -1,0 +1,79 @@
+"""What every save shows: the loss on held-out text, and text that the model writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from argonne.data import DataError, SequenceStream, Shard
+from argonne.inference import Sampling, generate
+from argonne.models import ArgonneModel
+from argonne.parallel import ProcessGroups
+from argonne.parallel.collectives import all_reduce, broadcast, collectively, gather_objects
+
+PROMPT = "Long long time ago, "
+
+
+def held_out_sequences(
+    shards: Sequence[Shard],
+    tokenizer: PreTrainedTokenizerFast | None,
+    block_size: int,
+    boundary: tuple[int, int] | None,
+    limit: int,
+    groups: ProcessGroups,
+) -> Tensor:
+    """The first sequences of the held-out text, ``[sequences, block_size + 1]`` on every rank (collective).
+
+    Read once, on the first rank; at most ``limit``, and none twice.
+
+    Raises:
+        DataError: the text is shorter than one sequence.
+    """
+
+    def read() -> list[Tensor]:
+        if not groups.is_first:
+            return []
+        assert tokenizer is not None
+        stream = SequenceStream(shards, tokenizer, block_size, lanes=1, boundary=boundary, served=[0])
+        found: list[Tensor] = []
+        while len(found) < limit:
+            sequence = torch.from_numpy(stream.next_sequence(0))
+            state = stream.state(0).position
+            # A sequence that runs into the second pass repeats text, unless it ends the first exactly.
+            if state.epoch > 0 and (state.epoch, state.shard, state.row_group, state.row, state.token) > (1, 0, 0, 0, 0):
+                break
+            found.append(sequence)
+            if state.epoch > 0:
+                break
+        if not found:
+            raise DataError(f"validation_glob holds fewer than block_size+1={block_size + 1} tokens; legal: more text")
+        return found
+
+    found = collectively(read, groups.world)
+    count = gather_objects(len(found), groups.world)[0]
+    sequences = torch.stack(found) if found else torch.empty(count, block_size + 1, dtype=torch.int64)
+    return broadcast(sequences.to(groups.device), groups.world)
+
+
+@torch.no_grad()
+def held_out_loss(model: ArgonneModel, sequences: Tensor, micro_batch: int) -> float:
+    """The mean loss per token over ``sequences``, the data-parallel ranks sharing the work (collective)."""
+    data = model.groups.data
+    total = torch.zeros((), dtype=torch.float64, device=sequences.device)
+    for batch in sequences[data.rank :: data.size].split(micro_batch):
+        total += model.loss(batch[:, :-1], batch[:, 1:]).sum(dtype=torch.float64)
+    all_reduce(total, data)
+    return total.item() / sequences[:, 1:].numel()
+
+
+def sample_text(model: ArgonneModel, tokenizer: PreTrainedTokenizerFast | None, seed: int) -> str | None:
+    """The model's continuation of ``PROMPT``, with the prompt, on the ranks that have a tokenizer (collective)."""
+    prompt: list[int] = []
+    if tokenizer is not None:
+        prompt = tokenizer.encode(PROMPT, add_special_tokens=False)
+    prompt = gather_objects(prompt, model.groups.world)[0]
+    added = generate(model, prompt, Sampling(), seed, stop=None)
+    return None if tokenizer is None else tokenizer.decode(prompt + added)

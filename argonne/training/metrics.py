@@ -1,0 +1,128 @@
+"""What a run tells while it goes on: ``metrics.jsonl``, the live line and the log lines."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from argonne.models.config import ArgonneConfig
+
+# Dense bf16 peak, FLOP/s, from the vendor's data sheets.
+_PEAK = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The dense bf16 peak of ``device`` in FLOP/s, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for model, peak in _PEAK.items() if model in name), None)
+
+
+def flops_per_token(config: ArgonneConfig, sequence: int) -> float:
+    """Forward and backward of one token: 6 a parameter of a matrix product, and causal attention.
+
+    Attention: 2 products (scores, values) of 2 FLOP x heads x head_dim x sequence / 2 each, times 3 for
+    forward and backward.
+    """
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * sequence
+    return 6 * (config.parameter_count - embedding) + attention
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this process: on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one JSON object for each optimizer step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def drop_after(self, step: int) -> None:
+        """Forget what an interrupted run wrote past the checkpoint from which it continues."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                continue  # a line that the interruption cut short
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(self.path)
+
+    def write(self, record: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+
+class Progress:
+    """The live line on a terminal, and a log line every ``interval`` steps everywhere."""
+
+    def __init__(self, first: int, last: int, interval: int) -> None:
+        self.interval = interval
+        self.last = last
+        self.began, self.first = time.monotonic(), first
+        self.held_out = ""
+        self.bar = tqdm(
+            total=last, initial=first, unit="step", dynamic_ncols=True, disable=None, bar_format="{desc} {bar:20}"
+        )
+
+    def step(self, record: dict[str, Any]) -> None:
+        line = self._line(record)
+        self.bar.set_description_str(line, refresh=False)
+        self.bar.update()
+        if record["step"] % self.interval == 0 or record["step"] == self.last:
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        tqdm.write(line)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def _line(self, record: dict[str, Any]) -> str:
+        step = record["step"]
+        seconds = (time.monotonic() - self.began) / max(1, step - self.first) * (self.last - step)
+        position = record["data_position"]
+        if record["validation_loss"] is not None:
+            self.held_out = f" (held-out {record['validation_loss']:.4f})"
+        mfu = "" if record["mfu"] is None else f" | MFU {record['mfu']:.1%}"
+        return (
+            f"step {step:,}/{self.last:,} | loss {record['loss']:.4f}{self.held_out} | {record['tokens']:,} tokens | "
+            f"lr {record['learning_rate']:.2e} | {record['tokens_per_second']:,.0f} tokens/s{mfu} | "
+            f"{record['memory_gib']:.1f} GiB | {position['shard']} row {position['row']} "
+            f"token {position['token']} | ETA {_duration(seconds)}"
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

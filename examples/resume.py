@@ -1,0 +1,12 @@
+"""Resume from a checkpoint: ``torchrun --nproc-per-node 8 examples/resume.py --checkpoint-path runs/argonne``
+
+What is not said is as it was saved; the layout is that of the processes it is given.
+"""
+
+import sys
+
+from argonne.training.command_line import drive, guarded
+from argonne.training.workflow import check_resume, parse_resume, resume
+
+if __name__ == "__main__":
+    guarded(lambda: drive(resume, check_resume, parse_resume(sys.argv[1:])))

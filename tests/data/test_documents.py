@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from argonne.data.documents import rejection, tokenise_rows
+
+
+def rule(text: str) -> str | None:
+    """The filter as it is written down."""
+    if not text:
+        return "empty"
+    if len(text) > 50:
+        if sum(c.isdigit() for c in text) / len(text) > 0.5:
+            return "digits"
+        if sum(c.isalpha() or c.isspace() for c in text) / len(text) < 0.3:
+            return "symbols"
+    return None
+
+
+@pytest.mark.parametrize("row", [None, 3, 2.5, b"bytes", ["a"], float("nan")])
+def test_a_row_that_is_not_a_string_is_not_text(row: object) -> None:
+    assert rejection(row) == "not_text"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "empty"),
+        (" ", None),
+        ("1" * 50, None),
+        ("#" * 50, None),
+        ("1" * 51, "digits"),
+        ("#" * 51, "symbols"),
+        ("1" * 50 + "a" * 50, None),
+        ("1" * 51 + "a" * 49, "digits"),
+        ("a" * 15 + " " * 15 + "#" * 70, None),
+        ("a" * 15 + " " * 14 + "#" * 71, "symbols"),
+        ("1" * 50 + "#" * 50, "symbols"),
+        ("\u00b2" * 60, "digits"),
+        ("\u4e2d\u3000" * 30, None),
+    ],
+)
+def test_thresholds_are_exact(text: str, reason: str | None) -> None:
+    assert rejection(text) == reason
+
+
+alphabet = st.one_of(st.sampled_from("0123456789#$ ab"), st.characters())
+
+
+@given(st.text(alphabet, max_size=120))
+def test_the_filter_equals_the_rule_for_any_text(text: str) -> None:
+    assert rejection(text) == rule(text)
+
+
+def by_length(texts: list[str]) -> list[np.ndarray | None]:
+    """As many tokens as letters; "bad" cannot be tokenised."""
+    return [None if text == "bad" else np.arange(len(text), dtype=np.int32) for text in texts]
+
+
+def test_fewer_than_ten_tokens_is_short_and_boundary_tokens_do_not_count() -> None:
+    for boundary, length in ((None, 10), ((7, 8), 12)):
+        short, kept = tokenise_rows(["a" * 9, "a" * 10], by_length, boundary)
+        assert short == "short"
+        assert len(kept) == length
+    assert kept.tolist() == [7, *range(10), 8]
+    assert kept.dtype == np.int32
+
+
+def test_each_row_has_its_own_outcome_in_order() -> None:
+    rows = ["a" * 11, None, "bad", "", "a" * 12, "1" * 60]
+    outcomes = [each if isinstance(each, str) else len(each) for each in tokenise_rows(rows, by_length, None)]
+    assert outcomes == [11, "not_text", "untokenizable", "empty", 12, "digits"]
