@@ -150,11 +150,7 @@ def _write_tensors(directory: Path, kind: str, pieces: Sequence[Piece], groups: 
 
 
 def _speaks_for(region: Region, groups: ProcessGroups) -> bool:
-    return (
-        region.holders[0] == groups.tensor.rank
-        and groups.data.rank == 0
-        and groups.context.rank == 0
-    )
+    return region.holders[0] == groups.tensor.rank and groups.data.rank == 0 and groups.context.rank == 0
 
 
 def _wholes(held: list[list[tuple[str, Region, torch.dtype]]]) -> dict[str, _Whole]:
@@ -179,7 +175,11 @@ def _files(wholes: dict[str, _Whole]) -> Iterable[list[str]]:
 
 
 def _assemble(
-    name: str, whole: _Whole, writer: int, parts: dict[tuple[str, tuple[int, ...]], Tensor], groups: ProcessGroups
+    name: str,
+    whole: _Whole,
+    writer: int,
+    parts: dict[tuple[str, tuple[int, ...]], Tensor],
+    groups: ProcessGroups,
 ) -> Tensor | None:
     """The whole tensor on its writer, through host memory; None on the other ranks."""
     me = groups.world.rank
@@ -204,5 +204,8 @@ def _write_index(directory: Path, tensors: dict[str, TensorRecord]) -> None:
     size = sum(math.prod(r.shape) * getattr(torch, r.dtype).itemsize for r in weights.values())
     write_json(
         directory / INDEX,
-        {"metadata": {"total_size": size}, "weight_map": {name: r.file for name, r in sorted(weights.items())}},
+        {
+            "metadata": {"total_size": size},
+            "weight_map": {name: r.file for name, r in sorted(weights.items())},
+        },
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -31,9 +31,8 @@ class DataPosition:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DataPosition:
         """The inverse of `to_dict`; raises DataError for anything else."""
-        names = [each.name for each in fields(cls)]
-        if sorted(values) != sorted(names) or not all(_is_count(value) for value in values.values()):
-            raise DataError(f"data position {dict(values)} is not whole numbers named {', '.join(names)}")
+        _check_fields(cls, values)
+        _check_counts(values, values.values())
         return cls(**values)
 
 
@@ -56,12 +55,19 @@ class LaneState:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LaneState:
         """The inverse of `to_dict`; raises DataError for anything else."""
-        names = [each.name for each in fields(cls)]
-        counts = [values.get("documents"), values.get("tokens"), *dict(values.get("dropped", {})).values()]
-        if sorted(values) != sorted(names) or not all(_is_count(count) for count in counts):
-            raise DataError(f"lane state {dict(values)} is not made of {', '.join(names)}")
+        _check_fields(cls, values)
+        if not isinstance(values["dropped"], Mapping):
+            raise DataError(f"dropped={values['dropped']!r} of a lane state is not a count for each reason")
+        _check_counts(values, [values["documents"], values["tokens"], *values["dropped"].values()])
         return cls(**{**values, "position": DataPosition.from_dict(values["position"])})
 
 
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
+def _check_fields(kind: type[DataPosition] | type[LaneState], values: object) -> None:
+    names = [each.name for each in fields(kind)]
+    if not isinstance(values, Mapping) or set(values) != set(names):
+        raise DataError(f"saved data position {values!r} does not have the fields {', '.join(names)}")
+
+
+def _check_counts(values: Mapping[str, Any], counts: Iterable[object]) -> None:
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise DataError(f"saved data position {dict(values)} has a value that is not a whole number")

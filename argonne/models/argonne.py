@@ -82,8 +82,8 @@ class Attention(nn.Module):
         )
         own, shared = query_heads[groups.tensor.rank], key_value_heads[groups.tensor.rank]
         self.head_of_query = [head // group - shared[0] for head in own]
-        per_head = len(own) / len(shared)
-        self.is_grouped = self.head_of_query == [int(i / per_head) for i in range(len(own))]
+        regular = [i * len(shared) // len(own) for i in range(len(own))]
+        self.is_grouped = len(own) % len(shared) == 0 and self.head_of_query == regular
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """``[batch, sequence, hidden]`` -> the same; causal."""
@@ -154,7 +154,9 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, groups, precision) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config, groups, precision)
         table_dtype = torch.promote_types(precision.compute, torch.float32)
-        cos, sin = rope_tables(config.max_position_embeddings, config.head_dim, config.rope_theta, table_dtype)
+        cos, sin = rope_tables(
+            config.max_position_embeddings, config.head_dim, config.rope_theta, table_dtype
+        )
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.recompute = False
@@ -193,7 +195,11 @@ class ArgonneModel(nn.Module):
             None
             if config.tie_word_embeddings
             else VocabParallelHead(
-                config.vocab_size, config.hidden_size, groups, initialiser=_initial(config), precision=precision
+                config.vocab_size,
+                config.hidden_size,
+                groups,
+                initialiser=_initial(config),
+                precision=precision,
             )
         )
 

@@ -39,17 +39,27 @@ class ArgonneConfig:
     residual stream begin smaller by sqrt(2 * num_hidden_layers)."""
 
     def __post_init__(self) -> None:
-        for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+        for field in (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "vocab_size",
+        ):
             if getattr(self, field) < 1:
                 raise ArgonneError(f"{field}={getattr(self, field)} is not legal; legal: 1 or more")
         require_divisible(
             "num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads
         )
         if not self.head_dim:
-            require_divisible("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+            require_divisible(
+                "hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads
+            )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.head_dim % 2:
-            raise ArgonneError(f"head_dim={self.head_dim} is odd; rotary positions rotate pairs, legal: even numbers")
+            raise ArgonneError(
+                f"head_dim={self.head_dim} is odd; rotary positions rotate pairs, legal: even numbers"
+            )
         if not self.intermediate_size:
             object.__setattr__(self, "intermediate_size", feed_forward_size(self.hidden_size))
         if not self.initializer_range:
@@ -82,7 +92,9 @@ def feed_forward_size(hidden_size: int) -> int:
     return -(-int(8 * hidden_size / 3) // 256) * 256
 
 
-def _preset(hidden: int, layers: int, heads: int, kv: int, vocabulary: int, tied: bool = True) -> ArgonneConfig:
+def _preset(
+    hidden: int, layers: int, heads: int, kv: int, vocabulary: int, tied: bool = True
+) -> ArgonneConfig:
     return ArgonneConfig(
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -116,4 +128,3 @@ def differences(one: ArgonneConfig, other: ArgonneConfig) -> list[str]:
     """``field: a -> b`` for each field that differs."""
     values = [(f.name, getattr(one, f.name), getattr(other, f.name)) for f in fields(one)]
     return [f"{name}: {a} -> {b}" for name, a, b in values if a != b]
-

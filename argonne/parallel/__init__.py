@@ -20,7 +20,12 @@ from argonne.parallel.errors import ArgonneError, LayoutError
 from argonne.parallel.gradients import clip_gradients, complete_gradients, global_gradient_norm
 from argonne.parallel.groups import Axis, ProcessGroups, choose_device, process_groups
 from argonne.parallel.layout import AXES, Layout
-from argonne.parallel.linear import ColumnParallelLinear, OutputPart, RowParallelLinear, column_parallel_linear
+from argonne.parallel.linear import (
+    ColumnParallelLinear,
+    OutputPart,
+    RowParallelLinear,
+    column_parallel_linear,
+)
 from argonne.parallel.precision import Precision
 from argonne.parallel.random import Constant, Initialiser, Normal
 from argonne.parallel.sharding import (

@@ -69,7 +69,7 @@ def vocab_parallel_cross_entropy(
     Returns:
         ``[...]`` in float32 (float64 for float64 logits), in nats, the same on every rank.
     """
-    flat = logits.reshape(-1, logits.shape[-1])
+    flat = logits.flatten(0, -2)  # reshape(-1, ...) is undefined for a rank without tokens
     loss = _VocabParallelCrossEntropy.apply(flat, targets.reshape(-1), vocabulary, axis)
     return loss.view(targets.shape)
 

@@ -7,7 +7,6 @@ knows a parameter by its name, and nothing is stored on the tensors themselves.
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
@@ -119,6 +118,6 @@ def _box(start: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
 
 def _absolute(prefix: str, name: str) -> str:
     """``model.attn.qkv_proj`` + ``../q_proj.weight`` -> ``model.attn.q_proj.weight``."""
-    climbs, _, rest = name.rpartition("../")
-    path = posixpath.normpath(posixpath.join(prefix.replace(".", "/"), climbs + "."))
-    return f"{path.replace('/', '.')}.{rest}" if path != "." else rest
+    climbs = name.count("../")
+    path = prefix.split(".") if prefix else []
+    return ".".join([*path[: len(path) - climbs], name.removeprefix("../" * climbs)])

@@ -29,7 +29,9 @@ _FIRST_RANK_SPEAKS_WITHIN = 20.0  # seconds
 _MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
 
-def parse(config_type: type[ConfigType], arguments: Sequence[str], default: ConfigType | None = None) -> ConfigType:
+def parse(
+    config_type: type[ConfigType], arguments: Sequence[str], default: ConfigType | None = None
+) -> ConfigType:
     """The configuration that ``arguments`` describe; what they leave out is as in ``default``.
 
     Raises:
@@ -47,7 +49,9 @@ def parse(config_type: type[ConfigType], arguments: Sequence[str], default: Conf
         raise ArgonneError(_one_line(told.getvalue())) from None
 
 
-def drive(main: Callable[[ConfigType], None], check: Callable[[ConfigType, int], None], config: ConfigType) -> None:
+def drive(
+    main: Callable[[ConfigType], None], check: Callable[[ConfigType, int], None], config: ConfigType
+) -> None:
     """Run ``main(config)`` on every rank, starting the ranks unless a launcher has.
 
     ``check(config, world size)`` is what can be refused before any rank is started.
@@ -112,7 +116,9 @@ def _launch(processes: int) -> None:
         how = f"exited with status {failure.exitcode}"
         if failure.exitcode < 0:
             how = f"was killed by {signal.Signals(-failure.exitcode).name}"
-        _say(f"rank {rank} (pid {failure.pid}) {how}; the job was stopped. The same command continues the run.")
+        _say(
+            f"rank {rank} (pid {failure.pid}) {how}; the job was stopped. The same command continues the run."
+        )
         _leave(failure.exitcode if failure.exitcode > 0 else 1)
     except KeyboardInterrupt:
         _leave(INTERRUPTED)
@@ -133,7 +139,14 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _is_lost_peer(error: Exception) -> bool:
-    words = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "nccl", "read error")
+    words = (
+        "connection closed by peer",
+        "connection reset",
+        "broken pipe",
+        "timed out",
+        "nccl",
+        "read error",
+    )
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
 
 

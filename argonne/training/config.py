@@ -148,7 +148,10 @@ class ParallelFlags:
 
     def layout(self, world_size: int) -> Layout:
         """The layout of ``world_size`` processes. Raises ``LayoutError`` when they do not match."""
-        for name, value in (("pipeline_parallel", self.pipeline_parallel), ("context_parallel", self.context_parallel)):
+        for name, value in (
+            ("pipeline_parallel", self.pipeline_parallel),
+            ("context_parallel", self.context_parallel),
+        ):
             if value != 1:
                 raise ArgonneError(f"{name}={value} is not built yet; legal: 1")
         for name in ("sequence_parallel", "fsdp", "reproducible"):

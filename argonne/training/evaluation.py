@@ -43,13 +43,21 @@ def held_out_sequences(
             sequence = torch.from_numpy(stream.next_sequence(0))
             state = stream.state(0).position
             # A sequence that runs into the second pass repeats text, unless it ends the first exactly.
-            if state.epoch > 0 and (state.epoch, state.shard, state.row_group, state.row, state.token) > (1, 0, 0, 0, 0):
+            if state.epoch > 0 and (state.epoch, state.shard, state.row_group, state.row, state.token) > (
+                1,
+                0,
+                0,
+                0,
+                0,
+            ):
                 break
             found.append(sequence)
             if state.epoch > 0:
                 break
         if not found:
-            raise DataError(f"validation_glob holds fewer than block_size+1={block_size + 1} tokens; legal: more text")
+            raise DataError(
+                f"validation_glob holds fewer than block_size+1={block_size + 1} tokens; legal: more text"
+            )
         return found
 
     found = collectively(read, groups.world)

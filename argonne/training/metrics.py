@@ -90,7 +90,12 @@ class Progress:
         self.began, self.first = time.monotonic(), first
         self.held_out = ""
         self.bar = tqdm(
-            total=last, initial=first, unit="step", dynamic_ncols=True, disable=None, bar_format="{desc} {bar:20}"
+            total=last,
+            initial=first,
+            unit="step",
+            dynamic_ncols=True,
+            disable=None,
+            bar_format="{desc} {bar:20}",
         )
 
     def step(self, record: dict[str, Any]) -> None:

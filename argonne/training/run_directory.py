@@ -18,7 +18,14 @@ from argonne.training.metrics import MetricsLog
 Flags = TypeVar("Flags")
 
 # What makes two runs the same run; the layout, the device and where and when to save may change freely.
-_SCHEDULE = ("total_steps", "learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "gradient_clip")
+_SCHEDULE = (
+    "total_steps",
+    "learning_rate",
+    "min_learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "gradient_clip",
+)
 
 
 def schedule_identity(config: RunConfig) -> dict[str, Any]:
@@ -43,7 +50,9 @@ def read_run(directory: Path) -> dict[str, Any] | None:
     path = directory / "run.json"
     if not path.exists():
         if directory.is_dir() and checkpoints(directory):
-            raise ArgonneError(f"output_dir={str(directory)!r} holds checkpoints but no run.json; legal: a run's directory")
+            raise ArgonneError(
+                f"output_dir={str(directory)!r} holds checkpoints but no run.json; legal: a run's directory"
+            )
         return None
     try:
         return json.loads(path.read_text())
@@ -80,7 +89,9 @@ def continue_at(directory: Path, step: int) -> list[str]:
     samples = directory / "samples.md"
     if samples.exists():
         sections = re.split(r"(?m)^(?=## Step )", samples.read_text())
-        kept = [s for s in sections if (m := re.match(r"## Step (\d+)", s)) is None or int(m.group(1)) <= step]
+        kept = [
+            s for s in sections if (m := re.match(r"## Step (\d+)", s)) is None or int(m.group(1)) <= step
+        ]
         samples.write_text("".join(kept))
     moved = []
     for path in checkpoints(directory):
@@ -110,7 +121,9 @@ def saved_flags(checkpoint: Path) -> RunConfig:
     try:
         return flags_from_json(json.loads((checkpoint / "trainer.json").read_text())["flags"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{str(checkpoint / 'trainer.json')!r} does not tell the run's flags: {error!r}") from error
+        raise CheckpointError(
+            f"{str(checkpoint / 'trainer.json')!r} does not tell the run's flags: {error!r}"
+        ) from error
 
 
 def _group(kind: type[Flags], saved: Mapping[str, Any]) -> Flags:

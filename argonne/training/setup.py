@@ -73,7 +73,9 @@ def check(config: RunConfig, world_size: int) -> None:
     config.model.resolve(config.data.block_size).check_layout(layout)
     path = config.data.tokenizer_path
     if path is not None and not path.is_dir():
-        raise DataError(f"tokenizer_path={str(path)!r} does not exist; legal: the directory of a Hugging Face tokenizer")
+        raise DataError(
+            f"tokenizer_path={str(path)!r} does not exist; legal: the directory of a Hugging Face tokenizer"
+        )
     shards = open_shards(find_shards(config.data.data_glob))
     if config.data.validation_glob:
         open_shards(find_shards(config.data.validation_glob))
@@ -94,7 +96,9 @@ def prepare(config: RunConfig, groups: ProcessGroups, kept_tokenizer: Path | Non
         ArgonneError: on every rank, what is wrong.
     """
     shards = open_shards(find_shards(config.data.data_glob))
-    validation_shards = open_shards(find_shards(config.data.validation_glob)) if config.data.validation_glob else ()
+    validation_shards = (
+        open_shards(find_shards(config.data.validation_glob)) if config.data.validation_glob else ()
+    )
     lanes = config.data.data_lanes or default_lanes(sum(sum(shard.rows) for shard in shards))
     kept = config.run.output_dir / "tokenizer"
     source = config.data.tokenizer_path or (kept if kept.is_dir() else kept_tokenizer)
@@ -182,7 +186,9 @@ def _model(config: RunConfig, tokenizer_size: int, trained_here: bool) -> Argonn
     if trained_here and config.model.vocab_size is None:
         return replace(model, vocab_size=tokenizer_size)
     if model.vocab_size < tokenizer_size:
-        raise ArgonneError(f"vocab_size={model.vocab_size} is less than the tokenizer's {tokenizer_size} tokens")
+        raise ArgonneError(
+            f"vocab_size={model.vocab_size} is less than the tokenizer's {tokenizer_size} tokens"
+        )
     return model
 
 
@@ -217,4 +223,6 @@ def _check_output(path: Path) -> None:
     if not existing.is_dir():
         raise ArgonneError(f"output_dir={str(path)!r} cannot be made: {str(existing)!r} is not a directory")
     if not os.access(existing, os.W_OK):
-        raise ArgonneError(f"output_dir={str(path)!r} cannot be written; legal: a directory that this user may write")
+        raise ArgonneError(
+            f"output_dir={str(path)!r} cannot be written; legal: a directory that this user may write"
+        )

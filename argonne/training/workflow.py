@@ -68,7 +68,9 @@ def resume(config: ResumeConfig) -> None:
         checkpoint, reports = newest_valid(resolve(flags.checkpoint_path), groups)
         _say(groups, reports)
         if checkpoint is None:
-            raise CheckpointError(f"checkpoint path {str(flags.checkpoint_path)!r} holds no valid checkpoint: {reports[0]}")
+            raise CheckpointError(
+                f"checkpoint path {str(flags.checkpoint_path)!r} holds no valid checkpoint: {reports[0]}"
+            )
         workload = prepare(config, groups, kept_tokenizer=checkpoint)
         state = TrainingState.build(config, workload, groups)
         if flags.force_from_scratch:
@@ -104,7 +106,9 @@ def parse_resume(arguments: list[str]) -> ResumeConfig:
     )
     config = parse(ResumeConfig, arguments, default)
     if config.resume.batch_size is not None:
-        config = replace(config, training=replace(config.training, initial_batch_size=config.resume.batch_size))
+        config = replace(
+            config, training=replace(config.training, initial_batch_size=config.resume.batch_size)
+        )
     return config
 
 

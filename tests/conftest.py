@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from tests.pool import RankPool
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+settings.register_profile("argonne", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=20)
+settings.load_profile("argonne")
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """Real Gloo processes, started once for the whole session."""
+    pool = RankPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,104 @@
+"""A persistent pool of Gloo ranks: importing torch costs seconds, so the processes are started once."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from argonne.parallel import Layout, ProcessGroups
+
+TIMEOUT = 60  # seconds for one call
+
+
+class RankPool:
+    """Runs a function on every rank of a layout, in real processes over Gloo."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._ranks: list[tuple[Any, Any]] = []
+
+    def run(self, layout: Layout, body: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """``body(groups, *arguments)`` on each rank; the results in rank order.
+
+        ``body`` is a function of a module, found there by its name.
+        """
+        size = layout.world_size
+        while len(self._ranks) < size:
+            here, there = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(there,), daemon=True)
+            process.start()
+            self._ranks.append((process, here))
+        port = _free_port()
+        for rank, (_, pipe) in enumerate(self._ranks[:size]):
+            pipe.send_bytes(pickle.dumps((rank, port, layout, body.__module__, body.__qualname__, arguments)))
+        results: list[Any] = [None] * size
+        failures: list[str] = []
+        waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._ranks[:size])}
+        while waiting:
+            # After one rank has failed the others may wait for it in a collective for ever.
+            ready = wait(list(waiting), timeout=TIMEOUT if not failures else 1)
+            if not ready:
+                failures.append(f"no answer from ranks {sorted(waiting.values())}")
+                break
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                results[rank], failure = pickle.loads(pipe.recv_bytes())
+                if failure:
+                    failures.append(f"rank {rank}:\n{failure}")
+        if failures:
+            self.close()  # the other ranks may be waiting in a collective
+            raise AssertionError("\n".join(failures))
+        return results
+
+    def close(self) -> None:
+        for process, pipe in self._ranks:
+            process.kill()
+            pipe.close()
+        self._ranks = []
+
+
+def _serve(pipe: Any) -> None:
+    torch.set_num_threads(1)
+    joined: Layout | None = None
+    groups: ProcessGroups | None = None
+    while True:
+        try:
+            rank, port, layout, module, name, arguments = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        try:
+            if layout != joined:
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+                os.environ.update(
+                    MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(layout.world_size)
+                )
+                if layout.world_size > 1:
+                    dist.init_process_group("gloo")
+                    groups = ProcessGroups.from_world(layout, "cpu")
+                else:
+                    groups = ProcessGroups.single()
+                joined = layout
+            body = importlib.import_module(module)
+            for part in name.split("."):
+                body = getattr(body, part)
+            answer = (body(groups, *arguments), None)
+        except BaseException:
+            answer = (None, traceback.format_exc())
+        pipe.send_bytes(pickle.dumps(answer))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,53 @@
+"""Whole tensors from the parts that ranks hold, and how far two of them are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from argonne.parallel import Region, sharded_parameters
+
+Parts = list[tuple[Region, Tensor]]
+
+
+def parts_of(model: nn.Module, ranks: int, value: Callable[[nn.Parameter], Tensor]) -> Parts:
+    """Each region of each parameter with that part of ``value(parameter)``: what a rank sends back."""
+    return [
+        (region, value(sharded.parameter).detach()[region.local_index].clone())
+        for sharded in sharded_parameters(model, ranks)
+        for region in sharded.spec.regions
+    ]
+
+
+def assemble(ranks: Iterable[Parts]) -> dict[str, Tensor]:
+    """The whole tensors; parts that several ranks hold must be equal to the bit, and no element missing."""
+    wholes: dict[str, Tensor] = {}
+    covered: dict[str, Tensor] = {}
+    for rank, parts in enumerate(ranks):
+        for region, part in parts:
+            whole = wholes.setdefault(region.name, torch.zeros(region.whole_shape, dtype=part.dtype))
+            seen = covered.setdefault(region.name, torch.zeros(region.whole_shape, dtype=torch.bool))
+            overlap = seen[region.whole_index]
+            assert torch.equal(whole[region.whole_index][overlap], part[overlap]), (
+                f"rank {rank} holds other values of {region.name} than the ranks before it"
+            )
+            whole[region.whole_index] = part
+            seen[region.whole_index] = True
+    for name, seen in covered.items():
+        assert seen.all(), f"no rank holds {int((~seen).sum())} elements of {name}"
+    return wholes
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Relative error in the 2-norm; absolute where the expected value is zero."""
+    error = torch.linalg.vector_norm((found - expected).double())
+    size = torch.linalg.vector_norm(expected.double())
+    return (error / size if size > 0 else error).item()
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    assert found.shape == expected.shape, f"{what}: shape {tuple(found.shape)} is not {tuple(expected.shape)}"
+    apart = distance(found, expected)
+    assert apart <= tolerance, f"{what}: {apart:.3e} apart, more than {tolerance:.0e}"
