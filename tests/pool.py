@@ -26,6 +26,7 @@ class RankPool:
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("spawn")
         self._ranks: list[tuple[Any, Any]] = []
+        self._joined: Layout | None = None
 
     def run(self, layout: Layout, body: Callable[..., Any], *arguments: Any) -> list[Any]:
         """``body(groups, *arguments)`` on each rank; the results in rank order.
@@ -38,7 +39,9 @@ class RankPool:
             process = self._context.Process(target=_serve, args=(there,), daemon=True)
             process.start()
             self._ranks.append((process, here))
-        port = _free_port()
+        # All ranks of the layout join a new job together, whichever of them were in which one before.
+        port = _free_port() if layout != self._joined else None
+        self._joined = layout
         for rank, (_, pipe) in enumerate(self._ranks[:size]):
             pipe.send_bytes(pickle.dumps((rank, port, layout, body.__module__, body.__qualname__, arguments)))
         results: list[Any] = [None] * size
@@ -64,12 +67,11 @@ class RankPool:
         for process, pipe in self._ranks:
             process.kill()
             pipe.close()
-        self._ranks = []
+        self._ranks, self._joined = [], None
 
 
 def _serve(pipe: Any) -> None:
     torch.set_num_threads(1)
-    joined: Layout | None = None
     groups: ProcessGroups | None = None
     while True:
         try:
@@ -77,7 +79,7 @@ def _serve(pipe: Any) -> None:
         except EOFError:
             return
         try:
-            if layout != joined:
+            if port is not None:
                 if dist.is_initialized():
                     dist.destroy_process_group()
                 os.environ.update(
@@ -88,7 +90,6 @@ def _serve(pipe: Any) -> None:
                     groups = ProcessGroups.from_world(layout, "cpu")
                 else:
                     groups = ProcessGroups.single()
-                joined = layout
             body = importlib.import_module(module)
             for part in name.split("."):
                 body = getattr(body, part)

@@ -40,14 +40,9 @@ def assemble(ranks: Iterable[Parts]) -> dict[str, Tensor]:
     return wholes
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
-    """Relative error in the 2-norm; absolute where the expected value is zero."""
-    error = torch.linalg.vector_norm((found - expected).double())
-    size = torch.linalg.vector_norm(expected.double())
-    return (error / size if size > 0 else error).item()
-
-
-def assert_close(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+def assert_close(found: Tensor, expected: Tensor, tolerance: float, what: str, scale: float = 0.0) -> None:
+    """Relative error in the 2-norm; ``scale`` is the size below which a value counts as rounding of zero."""
     assert found.shape == expected.shape, f"{what}: shape {tuple(found.shape)} is not {tuple(expected.shape)}"
-    apart = distance(found, expected)
-    assert apart <= tolerance, f"{what}: {apart:.3e} apart, more than {tolerance:.0e}"
+    error = torch.linalg.vector_norm((found - expected).double()).item()
+    size = max(torch.linalg.vector_norm(expected.double()).item(), scale)
+    assert error <= tolerance * size, f"{what}: off by {error:.3e} in {size:.3e}, more than {tolerance:.0e}"

@@ -80,7 +80,7 @@ def shapes(draw: st.DrawFn, ranks: int) -> tuple[ArgonneConfig, torch.Tensor, bo
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_logits_loss_and_every_gradient_equal_dense_float64(ranks: RankPool, size: int) -> None:
     @given(shapes(size))
-    @settings(max_examples=25)
+    @settings(max_examples=40)
     def claim(drawn: tuple[ArgonneConfig, torch.Tensor, bool]) -> None:
         config, ids, recompute = drawn
         results = ranks.run(Layout(tensor=size), forward_backward, config, ids, recompute)
@@ -97,13 +97,12 @@ def test_logits_loss_and_every_gradient_equal_dense_float64(ranks: RankPool, siz
         for rank, (_, loss, *_) in enumerate(results):
             assert_close(loss, expected_loss.detach(), 1e-10, f"loss on rank {rank}")
         assert set(gradients) == set(weights)
-        total = 0.0
+        magnitude = torch.cat([whole.grad.flatten() for whole in weights.values()]).norm().item()
         for name, whole in weights.items():
-            assert whole.grad is not None
-            assert_close(gradients[name], whole.grad, 1e-10, f"gradient of {name}")
-            total += whole.grad.pow(2).sum().item()
+            # Some gradients are zero but for rounding (a query's, when all its keys are the same token).
+            assert_close(gradients[name], whole.grad, 1e-10, f"gradient of {name}", scale=1e-5 * magnitude)
         for *_, norm in results:
-            assert norm == pytest.approx(total**0.5, rel=1e-10)
+            assert norm == pytest.approx(magnitude, rel=1e-10)
 
     claim()
 
