@@ -83,7 +83,10 @@ def _serve(pipe: Any) -> None:
                 if dist.is_initialized():
                     dist.destroy_process_group()
                 os.environ.update(
-                    MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(layout.world_size)
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=str(port),
+                    RANK=str(rank),
+                    WORLD_SIZE=str(layout.world_size),
                 )
                 if layout.world_size > 1:
                     dist.init_process_group("gloo")

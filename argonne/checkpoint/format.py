@@ -83,12 +83,8 @@ def record_file(path: Path) -> FileRecord:
 
 def record_tensor(tensor: Tensor, file: str) -> TensorRecord:
     """Shape, dtype and SHA-256 of a whole CPU tensor's value."""
-    data = (
-        tensor.contiguous().view(-1).view(torch.uint8)
-        if tensor.numel()
-        else torch.empty(0, dtype=torch.uint8)
-    )
-    digest = hashlib.sha256(data.numpy()).hexdigest()
+    data = tensor.contiguous().view(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+    digest = hashlib.sha256(data.numpy().data).hexdigest()
     return TensorRecord(file, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), digest)
 
 

@@ -17,9 +17,7 @@ def checkpoints(root: Path) -> list[Path]:
         return []
     found = [(step_of(path), path) for path in root.iterdir() if path.is_dir()]
     return [
-        path
-        for step, path in sorted((s, p) for s, p in found if s is not None)
-        if (path / "manifest.json").exists()
+        path for step, path in sorted((s, p) for s, p in found if s is not None) if (path / "manifest.json").exists()
     ]
 
 
@@ -39,14 +37,10 @@ def resolve(path: Path) -> list[Path]:
         read_manifest(directory)
         return [directory]
     if not path.is_dir():
-        raise CheckpointError(
-            f"checkpoint path {str(path)!r} is not part of a checkpoint (a step_XXXXXXXX directory)"
-        )
+        raise CheckpointError(f"checkpoint path {str(path)!r} is not part of a checkpoint (a step_XXXXXXXX directory)")
     found = checkpoints(directory)
     if not found:
-        raise CheckpointError(
-            f"checkpoint path {str(path)!r} holds no checkpoint (a step_XXXXXXXX directory)"
-        )
+        raise CheckpointError(f"checkpoint path {str(path)!r} holds no checkpoint (a step_XXXXXXXX directory)")
     return found
 
 

@@ -75,9 +75,7 @@ class BatchStream:
                 raise DataError(f"{name}={size} is not a positive number")
         missing = set(served_lanes(sequences.lanes, dp_rank, dp_size)) - set(sequences.served)
         if missing:
-            raise DataError(
-                f"data-parallel rank {dp_rank} needs lanes {sorted(missing)}; they are not served here"
-            )
+            raise DataError(f"data-parallel rank {dp_rank} needs lanes {sorted(missing)}; they are not served here")
         self._sequences = sequences
         self._rank = dp_rank
         self._ranks = dp_size
@@ -90,8 +88,7 @@ class BatchStream:
         start, end = self._sample, self._sample + self._global_batch
         first = start + (self._rank - start) % self._ranks
         mine = [
-            self._sequences.next_sequence(sample % self._sequences.lanes)
-            for sample in range(first, end, self._ranks)
+            self._sequences.next_sequence(sample % self._sequences.lanes) for sample in range(first, end, self._ranks)
         ]
         self._sample = end
         return Batch(

@@ -47,9 +47,7 @@ def rejection(text: object) -> str | None:
     return SYMBOLS if readable / len(text) < MIN_READABLE else None
 
 
-def tokenise_rows(
-    rows: Sequence[object], encode: Encode, boundary: tuple[int, int] | None
-) -> list[TokenIds | str]:
+def tokenise_rows(rows: Sequence[object], encode: Encode, boundary: tuple[int, int] | None) -> list[TokenIds | str]:
     """For each row its token ids, or the reason (one of `REASONS`) for which it is dropped.
 
     `boundary` is the (BOS, EOS) pair put around each document; the two do not count as tokens of the text.

@@ -156,9 +156,7 @@ def _format(path: Path) -> Format:
     for magic, kind in _MAGIC.items():
         if head.startswith(magic):
             return kind
-    raise DataError(
-        f"shard {path} starts with {head!r}; expected the content of a {', '.join(_MAGIC.values())}"
-    )
+    raise DataError(f"shard {path} starts with {head!r}; expected the content of a {', '.join(_MAGIC.values())}")
 
 
 def _text_column(path: Path, schema: pa.Schema) -> int:

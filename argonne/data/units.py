@@ -47,10 +47,7 @@ def default_lanes(total_rows: int) -> int:
 def cut_units(shards: Sequence[Shard], lanes: int) -> tuple[Unit, ...]:
     """The corpus in order, cut by row groups; into smaller ranges where these are too few for the lanes."""
     groups = [
-        (index, group, rows)
-        for index, shard in enumerate(shards)
-        for group, rows in enumerate(shard.rows)
-        if rows
+        (index, group, rows) for index, shard in enumerate(shards) for group, rows in enumerate(shard.rows) if rows
     ]
     wanted = UNITS_PER_LANE * lanes
     total = sum(rows for *_, rows in groups)

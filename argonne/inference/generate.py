@@ -37,9 +37,7 @@ class Sampling:
 
 
 @torch.no_grad()
-def generate(
-    model: ArgonneModel, prompt: list[int], sampling: Sampling, seed: int, stop: int | None
-) -> list[int]:
+def generate(model: ArgonneModel, prompt: list[int], sampling: Sampling, seed: int, stop: int | None) -> list[int]:
     """Continue ``prompt``; every tensor-parallel rank calls this and gets the same tokens.
 
     Args:

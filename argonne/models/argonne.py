@@ -154,9 +154,9 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, groups, precision) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config, groups, precision)
         table_dtype = torch.promote_types(precision.compute, torch.float32)
-        cos, sin = rope_tables(
-            config.max_position_embeddings, config.head_dim, config.rope_theta, table_dtype
-        )
+        cos, sin = rope_tables(config.max_position_embeddings, config.head_dim, config.rope_theta, table_dtype)
+        self.cos: Tensor
+        self.sin: Tensor
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.recompute = False
@@ -183,9 +183,7 @@ class ArgonneModel(nn.Module):
         LayoutError: the shape cannot be shared out as the layout asks.
     """
 
-    def __init__(
-        self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision = Precision()
-    ) -> None:
+    def __init__(self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision = Precision()) -> None:
         super().__init__()
         config.check_layout(groups.layout)
         self.config = config

@@ -52,14 +52,10 @@ class ArgonneConfig:
             "num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads
         )
         if not self.head_dim:
-            require_divisible(
-                "hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads
-            )
+            require_divisible("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.head_dim % 2:
-            raise ArgonneError(
-                f"head_dim={self.head_dim} is odd; rotary positions rotate pairs, legal: even numbers"
-            )
+            raise ArgonneError(f"head_dim={self.head_dim} is odd; rotary positions rotate pairs, legal: even numbers")
         if not self.intermediate_size:
             object.__setattr__(self, "intermediate_size", feed_forward_size(self.hidden_size))
         if not self.initializer_range:
@@ -92,9 +88,7 @@ def feed_forward_size(hidden_size: int) -> int:
     return -(-int(8 * hidden_size / 3) // 256) * 256
 
 
-def _preset(
-    hidden: int, layers: int, heads: int, kv: int, vocabulary: int, tied: bool = True
-) -> ArgonneConfig:
+def _preset(hidden: int, layers: int, heads: int, kv: int, vocabulary: int, tied: bool = True) -> ArgonneConfig:
     return ArgonneConfig(
         hidden_size=hidden,
         num_hidden_layers=layers,

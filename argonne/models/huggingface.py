@@ -27,9 +27,7 @@ _SHARED = (
 _REQUIRED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
 
-def to_huggingface(
-    config: ArgonneConfig, special_tokens: dict[str, int | None], dtype: str
-) -> dict[str, Any]:
+def to_huggingface(config: ArgonneConfig, special_tokens: dict[str, int | None], dtype: str) -> dict[str, Any]:
     """The ``config.json`` with which ``transformers``, vLLM and llama.cpp open the weights as Llama.
 
     Args:
@@ -69,9 +67,7 @@ def from_huggingface(path: Path) -> ArgonneConfig:
             raise ArgonneError(f"{field}={value!r} in {str(file)!r} is not supported; legal: {required!r}")
     rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ArgonneError(
-            f"rope scaling {rope!r} in {str(file)!r} is not supported; legal: rope_type 'default'"
-        )
+        raise ArgonneError(f"rope scaling {rope!r} in {str(file)!r} is not supported; legal: rope_type 'default'")
     known = {field: found[field] for field in _SHARED if found.get(field) is not None}
     missing = {"hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"} - set(known)
     if missing:

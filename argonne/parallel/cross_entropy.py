@@ -55,9 +55,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return logits_gradient, None, None, None
 
 
-def vocab_parallel_cross_entropy(
-    logits: Tensor, targets: Tensor, vocabulary: VocabularyRange, axis: Axis
-) -> Tensor:
+def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, vocabulary: VocabularyRange, axis: Axis) -> Tensor:
     """The loss of each position, from this rank's part of the logits; the logits are left as they are.
 
     Args:

@@ -113,9 +113,7 @@ def choose_device(kind: str) -> torch.device:
     if kind == "cpu" or (kind == "auto" and not available):
         return torch.device("cpu")
     if not available:
-        raise LayoutError(
-            "device='cuda' was asked for, but this machine has no CUDA device; legal: cpu, auto"
-        )
+        raise LayoutError("device='cuda' was asked for, but this machine has no CUDA device; legal: cpu, auto")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank >= torch.cuda.device_count():
         raise LayoutError(

@@ -58,7 +58,8 @@ class Layout:
         return tuple(reversed(place))
 
     def __str__(self) -> str:
-        return " x ".join(f"{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True))
+        shared = [f"{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True) if size > 1]
+        return " x ".join(shared) or "tensor=1"
 
 
 def divisors(number: int) -> list[int]:
@@ -69,9 +70,7 @@ def divisors(number: int) -> list[int]:
 def require_divisible(field: str, value: int, by: str, size: int) -> None:
     """Raise ``LayoutError`` naming both fields and the legal sizes unless ``size`` divides ``value``."""
     if value % size:
-        raise LayoutError(
-            f"{field}={value} is not divisible by {by}={size}; legal sizes: {_listed(divisors(value))}"
-        )
+        raise LayoutError(f"{field}={value} is not divisible by {by}={size}; legal sizes: {_listed(divisors(value))}")
 
 
 def _listed(values: Iterable[int]) -> str:

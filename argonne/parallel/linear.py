@@ -83,9 +83,7 @@ class OutputPart:
     @classmethod
     def split(cls, name: str, features: int, ranks: int) -> OutputPart:
         """Equal parts, one for each rank. Raises ``LayoutError`` when they cannot be equal."""
-        require_divisible(
-            "out_features" if not name else f"out_features of {name}", features, "tensor_parallel", ranks
-        )
+        require_divisible("out_features" if not name else f"out_features of {name}", features, "tensor_parallel", ranks)
         return cls(name, features // ranks, tuple(range(rank, rank + 1) for rank in range(ranks)))
 
     @property

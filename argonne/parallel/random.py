@@ -23,9 +23,7 @@ _CHUNK = 1 << 20  # elements made at a time: bounds the float64 scratch at 32 Mi
 class Initialiser(Protocol):
     """How a whole tensor begins."""
 
-    def fill(
-        self, part: Tensor, seed: int, name: str, whole_shape: Sequence[int], start: Sequence[int]
-    ) -> None:
+    def fill(self, part: Tensor, seed: int, name: str, whole_shape: Sequence[int], start: Sequence[int]) -> None:
         """Overwrite ``part`` with the box of whole tensor ``name`` that begins at ``start``."""
 
 
@@ -35,9 +33,7 @@ class Constant:
 
     value: float
 
-    def fill(
-        self, part: Tensor, seed: int, name: str, whole_shape: Sequence[int], start: Sequence[int]
-    ) -> None:
+    def fill(self, part: Tensor, seed: int, name: str, whole_shape: Sequence[int], start: Sequence[int]) -> None:
         part.fill_(self.value)
 
 
@@ -47,9 +43,7 @@ class Normal:
 
     std: float
 
-    def fill(
-        self, part: Tensor, seed: int, name: str, whole_shape: Sequence[int], start: Sequence[int]
-    ) -> None:
+    def fill(self, part: Tensor, seed: int, name: str, whole_shape: Sequence[int], start: Sequence[int]) -> None:
         key = _key(seed, name)
         # Whole trailing dimensions are contiguous in the whole tensor, and are drawn in one stretch.
         first_whole = part.dim()

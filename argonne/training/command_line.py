@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import re
 import signal
@@ -11,16 +12,24 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from typing import NoReturn, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 import tyro
 
 from argonne.parallel.errors import ArgonneError
-from argonne.training.config import RunConfig
+from argonne.training.config import ParallelFlags
 
-ConfigType = TypeVar("ConfigType", bound=RunConfig)
+
+class HasParallelFlags(Protocol):
+    """A configuration that says how many processes to start."""
+
+    @property
+    def parallel(self) -> ParallelFlags: ...
+
+
+ConfigType = TypeVar("ConfigType", bound=HasParallelFlags)
 
 USAGE, PEER_LOST, INTERRUPTED = 2, 3, 130
 """Exit statuses: refused input; another process of the job is gone; Ctrl-C."""
@@ -29,9 +38,7 @@ _FIRST_RANK_SPEAKS_WITHIN = 20.0  # seconds
 _MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
 
-def parse(
-    config_type: type[ConfigType], arguments: Sequence[str], default: ConfigType | None = None
-) -> ConfigType:
+def parse(config_type: type[ConfigType], arguments: Sequence[str], default: ConfigType | None = None) -> ConfigType:
     """The configuration that ``arguments`` describe; what they leave out is as in ``default``.
 
     Raises:
@@ -49,15 +56,13 @@ def parse(
         raise ArgonneError(_one_line(told.getvalue())) from None
 
 
-def drive(
-    main: Callable[[ConfigType], None], check: Callable[[ConfigType, int], None], config: ConfigType
-) -> None:
+def drive(main: Callable[[ConfigType], None], check: Callable[[ConfigType, int], None], config: ConfigType) -> None:
     """Run ``main(config)`` on every rank, starting the ranks unless a launcher has.
 
     ``check(config, world size)`` is what can be refused before any rank is started.
     """
     if "WORLD_SIZE" in os.environ:
-        check(config, int(os.environ["WORLD_SIZE"]))
+        check(config, world_size())
         main(config)
         return
     processes = config.parallel.nproc or _default_processes(config)
@@ -66,6 +71,11 @@ def drive(
         main(config)
     else:
         _launch(processes)
+
+
+def world_size() -> int:
+    """The number of ranks that the launcher's environment tells of; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def guarded(body: Callable[[], None]) -> None:
@@ -84,7 +94,7 @@ def guarded(body: Callable[[], None]) -> None:
         _leave(PEER_LOST)
 
 
-def _default_processes(config: RunConfig) -> int:
+def _default_processes(config: HasParallelFlags) -> int:
     if config.parallel.device == "cpu" or not torch.cuda.is_available():
         return 1
     return torch.cuda.device_count()
@@ -95,9 +105,10 @@ def _launch(processes: int) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it in one line
     # Ranks that share a CPU must not each start a thread for every core.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    config = LaunchConfig(
+    launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=processes,
@@ -108,7 +119,7 @@ def _launch(processes: int) -> None:
         monitor_interval=0.1,
     )
     try:
-        elastic_launch(config, sys.executable)(*sys.argv)
+        elastic_launch(launch, sys.executable)(*sys.argv)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode == USAGE:
@@ -116,9 +127,7 @@ def _launch(processes: int) -> None:
         how = f"exited with status {failure.exitcode}"
         if failure.exitcode < 0:
             how = f"was killed by {signal.Signals(-failure.exitcode).name}"
-        _say(
-            f"rank {rank} (pid {failure.pid}) {how}; the job was stopped. The same command continues the run."
-        )
+        _say(f"rank {rank} (pid {failure.pid}) {how}; the job was stopped. The same command continues the run.")
         _leave(failure.exitcode if failure.exitcode > 0 else 1)
     except KeyboardInterrupt:
         _leave(INTERRUPTED)

@@ -249,8 +249,8 @@ class ResumeFlags:
     """Take the saved configuration but start at step 0, in an --output-dir that holds no run."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ResumeConfig(RunConfig):
     """Everything that a resume can be told; what is left out is as it was saved."""
 
-    resume: ResumeFlags = field(default_factory=lambda: ResumeFlags(Path()))
+    resume: ResumeFlags

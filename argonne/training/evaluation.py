@@ -55,9 +55,7 @@ def held_out_sequences(
             if state.epoch > 0:
                 break
         if not found:
-            raise DataError(
-                f"validation_glob holds fewer than block_size+1={block_size + 1} tokens; legal: more text"
-            )
+            raise DataError(f"validation_glob holds fewer than block_size+1={block_size + 1} tokens; legal: more text")
         return found
 
     found = collectively(read, groups.world)

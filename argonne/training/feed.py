@@ -36,9 +36,7 @@ class BatchFeed:
     What ``Fed.states`` tells belongs to the batch that was handed out, however far the reading is ahead.
     """
 
-    def __init__(
-        self, stream: BatchStream | None, shape: tuple[int, int, int], groups: ProcessGroups
-    ) -> None:
+    def __init__(self, stream: BatchStream | None, shape: tuple[int, int, int], groups: ProcessGroups) -> None:
         self.groups = groups
         self.shape = shape
         self.prefetcher = Prefetcher(stream.next_batch) if stream is not None else None
@@ -79,8 +77,6 @@ class BatchFeed:
         samples = rearrange(tokens, "accumulation batch token -> (accumulation batch) token").astype("<i8")
         hashes = [hashlib.blake2b(sample.tobytes(), digest_size=16).digest() for sample in samples]
         mine = torch.from_numpy(np.frombuffer(b"".join(hashes), dtype=np.uint8).copy())
-        everyone = all_gather(mine.to(self.groups.device), self.groups.data).view(
-            self.groups.data.size, -1, 16
-        )
+        everyone = all_gather(mine.to(self.groups.device), self.groups.data).view(self.groups.data.size, -1, 16)
         ordered = rearrange(everyone, "rank sample byte -> sample rank byte").contiguous().cpu().numpy()
         return hashlib.blake2b(ordered.tobytes(), digest_size=16).hexdigest()

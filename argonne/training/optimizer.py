@@ -27,9 +27,7 @@ def build_optimizer(
     return optimizer
 
 
-def reset_moments(
-    optimizer: torch.optim.AdamW, parameters: Sequence[ShardedParameter], step: int = 0
-) -> None:
+def reset_moments(optimizer: torch.optim.AdamW, parameters: Sequence[ShardedParameter], step: int = 0) -> None:
     """Begin the moments at zero, as after ``step`` optimizer steps."""
     for sharded in parameters:
         parameter = sharded.parameter
@@ -48,9 +46,7 @@ def set_learning_rate(optimizer: torch.optim.AdamW, learning_rate: float) -> Non
 def moment_pieces(optimizer: torch.optim.AdamW, parameters: Sequence[ShardedParameter]) -> list[Piece]:
     """This rank's parts of the moments, named ``<whole tensor>.exp_avg`` and ``<whole tensor>.exp_avg_sq``."""
     return [
-        Piece(
-            f"{region.name}.{moment}", region, optimizer.state[sharded.parameter][moment][region.local_index]
-        )
+        Piece(f"{region.name}.{moment}", region, optimizer.state[sharded.parameter][moment][region.local_index])
         for sharded in parameters
         for region in sharded.spec.regions
         for moment in MOMENTS

@@ -26,9 +26,7 @@ def write_report(
         loss = records[-1]["loss"] if records else float("nan")
         file.write(f"## Step {state.step} ({state.tokens:,} tokens, loss {loss:.3f})\n\n{_quote(text)}\n\n")
     (directory / "stats").mkdir(exist_ok=True)
-    write_json(
-        directory / "stats" / f"step_{state.step:08d}.json", _stats(config, workload, state, global_batch)
-    )
+    write_json(directory / "stats" / f"step_{state.step:08d}.json", _stats(config, workload, state, global_batch))
     model, layout = workload.model, state.model.groups.layout
     title = f"{model.parameter_count / 1e6:,.1f}M parameters, {layout}, {state.tokens / 1e6:.2f}M tokens"
     plot_loss(records, directory / "loss.png", title)
@@ -49,9 +47,7 @@ def _stats(config: RunConfig, workload: Workload, state: TrainingState, global_b
         "num_attention_heads": model.num_attention_heads,
         "hidden_size": model.hidden_size,
         "model_params": model.parameter_count,
-        "data_shards_seen": len(workload.shards)
-        if whole
-        else 1 + max((p.shard for p in positions), default=-1),
+        "data_shards_seen": len(workload.shards) if whole else 1 + max((p.shard for p in positions), default=-1),
         "documents_seen": sum(lane.documents for lane in state.lanes.values()),
         "documents_dropped": dict(dropped),
         "base_learning_rate": t.learning_rate,

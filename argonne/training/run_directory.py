@@ -89,9 +89,7 @@ def continue_at(directory: Path, step: int) -> list[str]:
     samples = directory / "samples.md"
     if samples.exists():
         sections = re.split(r"(?m)^(?=## Step )", samples.read_text())
-        kept = [
-            s for s in sections if (m := re.match(r"## Step (\d+)", s)) is None or int(m.group(1)) <= step
-        ]
+        kept = [s for s in sections if (m := re.match(r"## Step (\d+)", s)) is None or int(m.group(1)) <= step]
         samples.write_text("".join(kept))
     moved = []
     for path in checkpoints(directory):

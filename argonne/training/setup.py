@@ -96,9 +96,7 @@ def prepare(config: RunConfig, groups: ProcessGroups, kept_tokenizer: Path | Non
         ArgonneError: on every rank, what is wrong.
     """
     shards = open_shards(find_shards(config.data.data_glob))
-    validation_shards = (
-        open_shards(find_shards(config.data.validation_glob)) if config.data.validation_glob else ()
-    )
+    validation_shards = open_shards(find_shards(config.data.validation_glob)) if config.data.validation_glob else ()
     lanes = config.data.data_lanes or default_lanes(sum(sum(shard.rows) for shard in shards))
     kept = config.run.output_dir / "tokenizer"
     source = config.data.tokenizer_path or (kept if kept.is_dir() else kept_tokenizer)
@@ -115,17 +113,17 @@ def prepare(config: RunConfig, groups: ProcessGroups, kept_tokenizer: Path | Non
         boundary = collectively(lambda: boundary_tokens(tokenizer) if tokenizer else None, groups.world)
     if groups.is_first:
         assert tokenizer is not None
-        told = {"fingerprint": tokenizer_fingerprint(tokenizer), "size": len(tokenizer)}
+        told = (tokenizer_fingerprint(tokenizer), len(tokenizer))
     else:
-        told = {}
-    identity_of_tokenizer = gather_objects(told, groups.world)[0]
+        told = ("", 0)
+    tokenizer_hash, tokenizer_size = gather_objects(told, groups.world)[0]
 
     def enough() -> None:
         if groups.is_first:
             check_block_size(shards, tokenizer, config.data.block_size, boundary)
 
     collectively(enough, groups.world)
-    model = _model(config, identity_of_tokenizer["size"], trained_here)
+    model = _model(config, tokenizer_size, trained_here)
     return Workload(
         model=model,
         precision=resolve_precision(config.training.precision, groups.device),
@@ -142,7 +140,7 @@ def prepare(config: RunConfig, groups: ProcessGroups, kept_tokenizer: Path | Non
                 "block_size": config.data.block_size,
                 "document_boundary_tokens": config.data.add_document_boundary_tokens,
             },
-            "tokenizer": identity_of_tokenizer,
+            "tokenizer": {"fingerprint": tokenizer_hash, "size": tokenizer_size},
             "seed": config.training.seed,
             "schedule": schedule_identity(config),
         },
@@ -186,9 +184,7 @@ def _model(config: RunConfig, tokenizer_size: int, trained_here: bool) -> Argonn
     if trained_here and config.model.vocab_size is None:
         return replace(model, vocab_size=tokenizer_size)
     if model.vocab_size < tokenizer_size:
-        raise ArgonneError(
-            f"vocab_size={model.vocab_size} is less than the tokenizer's {tokenizer_size} tokens"
-        )
+        raise ArgonneError(f"vocab_size={model.vocab_size} is less than the tokenizer's {tokenizer_size} tokens")
     return model
 
 
@@ -223,6 +219,4 @@ def _check_output(path: Path) -> None:
     if not existing.is_dir():
         raise ArgonneError(f"output_dir={str(path)!r} cannot be made: {str(existing)!r} is not a directory")
     if not os.access(existing, os.W_OK):
-        raise ArgonneError(
-            f"output_dir={str(path)!r} cannot be written; legal: a directory that this user may write"
-        )
+        raise ArgonneError(f"output_dir={str(path)!r} cannot be written; legal: a directory that this user may write")

@@ -30,9 +30,7 @@ STARTED = time.monotonic()
 class Trainer:
     """One rank of one run. Every method is collective over all ranks."""
 
-    def __init__(
-        self, config: RunConfig, workload: Workload, state: TrainingState, accumulation: int
-    ) -> None:
+    def __init__(self, config: RunConfig, workload: Workload, state: TrainingState, accumulation: int) -> None:
         self.config, self.workload, self.state = config, workload, state
         self.groups = groups = state.model.groups
         self.micro_batch = config.training.initial_batch_size
@@ -122,13 +120,9 @@ class Trainer:
         """Checkpoint, then show what the model has learnt, then let old checkpoints go."""
         began = time.monotonic()
         path = self.state.save(self.config, self.workload, self.global_batch)
-        text = sample_text(
-            self.state.model, self.workload.tokenizer, self.config.training.seed + self.state.step
-        )
+        text = sample_text(self.state.model, self.workload.tokenizer, self.config.training.seed + self.state.step)
         if progress:
-            write_report(
-                self.config, self.workload, self.state, self.metrics.read(), self.global_batch, text or ""
-            )
+            write_report(self.config, self.workload, self.state, self.metrics.read(), self.global_batch, text or "")
             pruned = prune(self.config.run.output_dir, self.config.run.keep_checkpoints)
             gone = f"; {len(pruned)} older pruned" if pruned else ""
             progress.say(f"saved {path}{gone}\n  {text!r}")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from argonne.checkpoint import CheckpointError, checkpoints, newest_valid, resolve
+from argonne.checkpoint import CheckpointError, checkpoints, load_trainer, newest_valid, resolve
 from argonne.checkpoint.format import write_json
 from argonne.parallel import ProcessGroups, choose_device, process_groups
 from argonne.parallel.collectives import collectively
 from argonne.parallel.errors import ArgonneError
-from argonne.training.command_line import parse
+from argonne.training.command_line import parse, world_size
 from argonne.training.config import ResumeConfig, ResumeFlags, RunConfig
 from argonne.training.run_directory import (
     continue_at,
@@ -106,17 +107,12 @@ def parse_resume(arguments: list[str]) -> ResumeConfig:
     )
     config = parse(ResumeConfig, arguments, default)
     if config.resume.batch_size is not None:
-        config = replace(
-            config, training=replace(config.training, initial_batch_size=config.resume.batch_size)
-        )
+        config = replace(config, training=replace(config.training, initial_batch_size=config.resume.batch_size))
     return config
 
 
-def _joined(config: RunConfig) -> Any:
-    import os
-
-    layout = config.parallel.layout(int(os.environ.get("WORLD_SIZE", "1")))
-    return process_groups(layout, choose_device(config.parallel.device))
+def _joined(config: RunConfig) -> AbstractContextManager[ProcessGroups]:
+    return process_groups(config.parallel.layout(world_size()), choose_device(config.parallel.device))
 
 
 def _train(
@@ -163,8 +159,6 @@ def _keep_global_batch(config: RunConfig, groups: ProcessGroups, global_batch: i
 
 
 def _saved_run(checkpoint: Path) -> dict[str, Any]:
-    from argonne.checkpoint import load_trainer
-
     saved = load_trainer(checkpoint)
     missing = {"identity", "flags", "global_batch"} - set(saved)
     if missing:

@@ -47,9 +47,7 @@ def write_shard(path: Path, groups: Sequence[Sequence[Row]], kind: str = "parque
     """One shard of the given kind, a row group or record batch for each of `groups`."""
     schema = pa.schema([("id", pa.int64()), ("text", pa.string())])
     batches = [
-        pa.record_batch(
-            [pa.array(range(len(texts)), pa.int64()), pa.array(texts, pa.string())], schema=schema
-        )
+        pa.record_batch([pa.array(range(len(texts)), pa.int64()), pa.array(texts, pa.string())], schema=schema)
         for texts in groups
     ]
     if kind == "parquet":

@@ -63,9 +63,7 @@ class Run:
             (self.sample,) = {batch.step_sample for batch in batches}
         states = {lane: state for batch in batches for lane, state in batch.states.items()}
         assert sorted(states) == list(range(LANES))
-        self.states = [
-            LaneState.from_dict(json.loads(json.dumps(states[lane].to_dict()))) for lane in range(LANES)
-        ]
+        self.states = [LaneState.from_dict(json.loads(json.dumps(states[lane].to_dict()))) for lane in range(LANES)]
         return samples
 
 
@@ -86,9 +84,7 @@ layouts = st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 4]), st.integers(1
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(layouts, min_size=1, max_size=4))
-def test_the_global_order_is_the_same_through_any_change_of_layout_and_batch_size(
-    shards, tokenizer, segments
-) -> None:
+def test_the_global_order_is_the_same_through_any_change_of_layout_and_batch_size(shards, tokenizer, segments) -> None:
     changing = Run(shards, tokenizer)
     samples = [sample for segment in segments for sample in changing.steps(*segment)]
     constant = Run(shards, tokenizer).steps(len(samples), dp_size=1, micro_batch=1, accumulation=1)

@@ -59,9 +59,7 @@ def test_a_default_glob_is_tried_only_when_those_before_it_match_nothing(
     assert {path.stem for path in find_shards()} == {f"from-{first}"}
 
 
-def test_a_users_glob_is_never_mixed_with_the_defaults(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_users_glob_is_never_mixed_with_the_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "data/default.arrow", "mine/own.arrow")
     monkeypatch.chdir(tmp_path)
     assert names(find_shards(["mine/*.arrow"])) == ["own.arrow"]
@@ -69,9 +67,7 @@ def test_a_users_glob_is_never_mixed_with_the_defaults(
         find_shards(["nowhere/*.arrow"])
 
 
-def test_several_patterns_are_united_and_duplicates_dropped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_several_patterns_are_united_and_duplicates_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "1.arrow", "2.parquet", "x[3].arrow")
     monkeypatch.chdir(tmp_path)
     patterns = ["*.arrow", "./1.arrow", str(tmp_path / "1.arrow"), "2.parquet", "x[3].arrow"]
@@ -201,9 +197,7 @@ def test_a_shard_that_changed_since_it_was_opened_is_refused(kind, tmp_path: Pat
         read_texts(shard, 0)
 
 
-def test_the_fingerprint_follows_names_sizes_and_rows_but_not_places_and_times(
-    tmp_path: Path, shard_to
-) -> None:
+def test_the_fingerprint_follows_names_sizes_and_rows_but_not_places_and_times(tmp_path: Path, shard_to) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     shard_to(here / "1", [["a", "b"], ["c"]])

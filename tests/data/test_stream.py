@@ -92,9 +92,7 @@ def test_a_lane_delivers_every_token_of_its_documents_in_order_and_counts_each_r
             token = len(delivered) - len(tokens)
             if not token or (not isinstance(outcome, str) and token < len(outcome)):
                 tokens += outcome[:token] if token else []
-                expected = DataPosition(
-                    position.epoch, position.shard, position.row_group, position.row, token
-                )
+                expected = DataPosition(position.epoch, position.shard, position.row_group, position.row, token)
                 break
             if isinstance(outcome, str):
                 dropped[outcome] += 1
@@ -118,9 +116,7 @@ def test_resume_at_any_step_equals_the_uninterrupted_stream(
     for step, lane in enumerate(order):
         if step in stops:
             broken = SequenceStream(*arguments, [saved(broken.state(lane)) for lane in range(lanes)])
-        np.testing.assert_array_equal(
-            broken.next_sequence(lane), whole.next_sequence(lane), f"at step {step}"
-        )
+        np.testing.assert_array_equal(broken.next_sequence(lane), whole.next_sequence(lane), f"at step {step}")
         assert broken.state(lane) == whole.state(lane)
 
 
@@ -138,9 +134,7 @@ def test_one_epoch_delivers_the_tokens_of_every_accepted_document_exactly_once(
     delivered: list[int] = []
     for lane in range(lanes):
         epoch_tokens = sum(
-            len(outcome)
-            for position, outcome in reference_epoch(reference, lane)
-            if not isinstance(outcome, str)
+            len(outcome) for position, outcome in reference_epoch(reference, lane) if not isinstance(outcome, str)
         )
         sequences = [stream.next_sequence(lane) for _ in range(ceil(epoch_tokens / 2))]
         # What is pending of the epoch after whole sequences is at most the half of one.
@@ -188,32 +182,24 @@ def test_a_row_group_that_lanes_share_is_decoded_once_an_epoch_while_they_keep_s
 
     read_texts = reader.read_texts
     monkeypatch.setattr(reader, "read_texts", counted)
-    stream = SequenceStream(
-        shards_of(corpus_of([[64], [64]], 3, rejected=0)), tokenizer, 20, 8, None, range(8)
-    )
+    stream = SequenceStream(shards_of(corpus_of([[64], [64]], 3, rejected=0)), tokenizer, 20, 8, None, range(8))
     while stream.state(0).position.epoch < 1:
         for lane in range(8):
             stream.next_sequence(lane)
     assert len(reads) == len(set(reads)) == 2
 
 
-def test_documents_are_read_no_further_than_a_sequence_needs(
-    shards_of, corpus_of, tokenizer, monkeypatch
-) -> None:
+def test_documents_are_read_no_further_than_a_sequence_needs(shards_of, corpus_of, tokenizer, monkeypatch) -> None:
     sizes: list[int] = []
     plain = Encoder.__call__
     monkeypatch.setenv("RESUME_TOKENIZER_BATCH_ROWS", "16")
-    monkeypatch.setattr(
-        Encoder, "__call__", lambda self, texts: sizes.append(len(texts)) or plain(self, texts)
-    )
+    monkeypatch.setattr(Encoder, "__call__", lambda self, texts: sizes.append(len(texts)) or plain(self, texts))
     stream = SequenceStream(shards_of(corpus_of([[500]], 4, rejected=0)), tokenizer, 20, 1, None, [0])
     stream.next_sequence(0)
     assert sizes == [16]
 
 
-def test_an_untokenizable_document_is_counted_and_passed_over(
-    shards_of, corpus_of, tokenizer, monkeypatch
-) -> None:
+def test_an_untokenizable_document_is_counted_and_passed_over(shards_of, corpus_of, tokenizer, monkeypatch) -> None:
     shards = shards_of(corpus_of([[10]], 5, rejected=0))
     plain = Encoder.__call__
     monkeypatch.setattr(Encoder, "__call__", lambda self, texts: [None, *plain(self, texts)[1:]])
@@ -225,9 +211,7 @@ def test_an_untokenizable_document_is_counted_and_passed_over(
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 5])
-def test_a_corpus_without_a_usable_document_is_refused_with_the_drop_counts(
-    lanes, shards_of, tokenizer
-) -> None:
+def test_a_corpus_without_a_usable_document_is_refused_with_the_drop_counts(lanes, shards_of, tokenizer) -> None:
     shards = shards_of([[[None, "", "short one"], ["1" * 60]], [["#" * 60, "tiny"]]])
     counts = r"digits 1, empty 1, not_text 1, short 2, symbols 1$"
     stream = SequenceStream(shards, tokenizer, 8, lanes, None, range(lanes))
@@ -289,9 +273,7 @@ def test_the_block_size_is_refused_exactly_when_the_corpus_has_fewer_tokens(
     total = sum(len(outcome) for outcome in outcomes if not isinstance(outcome, str))
     shards = shards_of(corpus)
     check_block_size(shards, tokenizer, total - 1, boundary)
-    with pytest.raises(
-        DataError, match=rf"block_size={total} needs {total + 1} tokens .* holds only {total};"
-    ):
+    with pytest.raises(DataError, match=rf"block_size={total} needs {total + 1} tokens .* holds only {total};"):
         check_block_size(shards, tokenizer, total, boundary)
 
 

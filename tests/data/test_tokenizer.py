@@ -183,9 +183,7 @@ def test_encoding_ignores_truncation_and_padding_left_on_the_tokenizer(tokenizer
     other = load_tokenizer(tmp_path)
     other(["some text"], padding="max_length", truncation=True, max_length=4)
     texts = ["baba condri elfan goist", "ba"]
-    assert [ids.tolist() for ids in encode(other, texts)] == [
-        ids.tolist() for ids in encode(tokenizer, texts)
-    ]
+    assert [ids.tolist() for ids in encode(other, texts)] == [ids.tolist() for ids in encode(tokenizer, texts)]
 
 
 def test_a_document_that_cannot_be_tokenised_fails_alone(tokenizer) -> None:

@@ -16,9 +16,7 @@ lane_counts = st.integers(1, 9)
 
 
 def shards_with(rows: list[list[int]]) -> list[Shard]:
-    return [
-        Shard(Path(f"{index}.parquet"), tuple(groups), 1, "Parquet file") for index, groups in enumerate(rows)
-    ]
+    return [Shard(Path(f"{index}.parquet"), tuple(groups), 1, "Parquet file") for index, groups in enumerate(rows)]
 
 
 def way(plan: LanePlan, lane: int, epochs: int) -> list[Place]:
@@ -66,9 +64,7 @@ def test_each_epoch_visits_every_row_in_exactly_one_lane(rows: list[list[int]], 
     plan = LanePlan(shards_with(rows), lanes)
     places = [place for lane in range(lanes) for place in way(plan, lane, epochs=3)]
     per_epoch = [sorted((p.unit, p.row) for p in places if p.epoch == epoch) for epoch in range(3)]
-    everything = [
-        (index, row) for index, unit in enumerate(plan.units) for row in range(unit.first, unit.end)
-    ]
+    everything = [(index, row) for index, unit in enumerate(plan.units) for row in range(unit.first, unit.end)]
     assert per_epoch == [everything] * 3
 
 

@@ -174,9 +174,7 @@ def next_token(groups: ProcessGroups, config: ArgonneConfig, ids: torch.Tensor) 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("vocabulary", [5, 97])
-def test_gathered_next_token_logits_are_those_of_the_last_position(
-    ranks: RankPool, size: int, vocabulary: int
-) -> None:
+def test_gathered_next_token_logits_are_those_of_the_last_position(ranks: RankPool, size: int, vocabulary: int) -> None:
     config = ArgonneConfig(36, 1, 4, 2, vocabulary, intermediate_size=8, head_dim=4, max_position_embeddings=16)
     ids = torch.tensor([[1, 4, 2, 3], [0, 1, 1, 2]])
     alone = ranks.run(Layout(), forward_backward, config, ids[:, [0, 1, 2, 3, 3]], False)[0][0][:, -1]
