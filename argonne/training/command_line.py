@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
+import argonne
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import ParallelFlags
 
@@ -34,7 +36,11 @@ ConfigType = TypeVar("ConfigType", bound=HasParallelFlags)
 USAGE, PEER_LOST, INTERRUPTED = 2, 3, 130
 """Exit statuses: refused input; another process of the job is gone; Ctrl-C."""
 
+STARTED_AT = "ARGONNE_STARTED_AT"
+"""Tells the ranks when their launcher began, in seconds since the epoch."""
+
 _FIRST_RANK_SPEAKS_WITHIN = 20.0  # seconds
+_LAUNCHER_LOOKS_WITHIN = 2.0  # seconds; a launcher then names the rank that died, not one that noticed
 _MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
 
@@ -62,6 +68,8 @@ def drive(main: Callable[[ConfigType], None], check: Callable[[ConfigType, int],
     ``check(config, world size)`` is what can be refused before any rank is started.
     """
     if "WORLD_SIZE" in os.environ:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            _end_with_launcher()
         check(config, world_size())
         main(config)
         return
@@ -78,6 +86,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def seconds_since_start() -> float:
+    """How long this command has been running, its launcher included."""
+    return time.time() - float(os.environ.get(STARTED_AT, argonne.STARTED))
+
+
 def guarded(body: Callable[[], None]) -> None:
     """Run a driver's ``body``; end the process with one clear line, from one rank, for what went wrong."""
     try:
@@ -91,6 +104,7 @@ def guarded(body: Callable[[], None]) -> None:
             raise
         reason = str(error).strip().splitlines()[0][:160]
         _say(f"rank {os.environ.get('RANK', '0')} lost contact with another rank and stops: {reason}")
+        time.sleep(_LAUNCHER_LOOKS_WITHIN)
         _leave(PEER_LOST)
 
 
@@ -100,12 +114,25 @@ def _default_processes(config: HasParallelFlags) -> int:
     return torch.cuda.device_count()
 
 
+def _end_with_launcher() -> None:
+    """End this rank when the launcher that started it is killed: an orphan would go on writing to the run."""
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.2)
+        _leave(PEER_LOST)
+
+    threading.Thread(target=watch, name="argonne-launcher-watch", daemon=True).start()
+
+
 def _launch(processes: int) -> None:
     """Start this same command as ``processes`` ranks, as torchrun would, and wait for them."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it in one line
+    os.environ.setdefault(STARTED_AT, str(argonne.STARTED))
     # Ranks that share a CPU must not each start a thread for every core.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     launch = LaunchConfig(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from argonne.checkpoint import CheckpointError, checkpoints, step_of
 from argonne.parallel.errors import ArgonneError
@@ -102,6 +104,29 @@ def continue_at(directory: Path, step: int) -> list[str]:
             os.replace(path, aside)
             moved.append(f"checkpoint {path.name} lies past step {step} and was set aside as {aside.name}")
     return moved
+
+
+def claim(directory: Path, patience: float = 10.0) -> IO[str]:
+    """Keep every other job out of ``directory`` until the returned file is closed or this process ends.
+
+    Waits up to ``patience`` seconds for a job that is just ending.
+
+    Raises:
+        ArgonneError: another job is at work there.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    file = (directory / ".lock").open("a")
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ArgonneError(f"output_dir={str(directory)!r} is in use by another job") from None
+            time.sleep(0.1)
+        except OSError:
+            return file  # a file system without locks
 
 
 def require_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], directory: Path) -> None:

@@ -14,6 +14,7 @@ from argonne.parallel import clip_gradients, complete_gradients, global_gradient
 from argonne.parallel.collectives import all_reduce, broadcast
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.groups import TRAINING_TIMEOUT
+from argonne.training.command_line import seconds_since_start
 from argonne.training.config import RunConfig
 from argonne.training.evaluation import held_out_loss, held_out_sequences, sample_text
 from argonne.training.feed import BatchFeed, Fed
@@ -22,9 +23,6 @@ from argonne.training.optimizer import set_learning_rate
 from argonne.training.report import write_report
 from argonne.training.setup import Workload
 from argonne.training.state import TrainingState
-
-STARTED = time.monotonic()
-"""When the process began, near enough: ``--wall-time`` counts from here."""
 
 
 class Trainer:
@@ -133,8 +131,8 @@ class Trainer:
         limit = self.config.run.wall_time
         if limit is None:
             return False
-        margin = max(2 * self.save_seconds, 0.02 * limit) + 5.0
-        late = torch.tensor(float(time.monotonic() - STARTED + margin > limit), device=self.groups.device)
+        margin = max(3 * self.save_seconds, 0.02 * limit, 10.0)
+        late = torch.tensor(float(seconds_since_start() + margin > limit), device=self.groups.device)
         return bool(broadcast(late, self.groups.world).item())
 
     def _record(self, batch: Fed, loss: float, norm: float, seconds: float) -> dict[str, Any]:

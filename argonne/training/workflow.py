@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from argonne.parallel.errors import ArgonneError
 from argonne.training.command_line import parse, world_size
 from argonne.training.config import ResumeConfig, ResumeFlags, RunConfig
 from argonne.training.run_directory import (
+    claim,
     continue_at,
     differences,
     flags_to_json,
@@ -33,7 +35,7 @@ _FIXED = ("model", "data", "tokenizer")
 
 def pretrain(config: RunConfig) -> None:
     """Begin the run of ``config``, or continue it from its newest valid checkpoint; one rank of it."""
-    with _joined(config) as groups:
+    with _joined(config) as groups, _claimed(config, groups):
         directory = config.run.output_dir
         saved = collectively(lambda: read_run(directory), groups.world)
         workload = prepare(config, groups)
@@ -64,8 +66,8 @@ def check_resume(config: ResumeConfig, world_size: int) -> None:
 
 def resume(config: ResumeConfig) -> None:
     """Continue from a checkpoint with the flags that were saved, but for those that were given; one rank of it."""
-    with _joined(config) as groups:
-        directory, flags = config.run.output_dir, config.resume
+    with _joined(config) as groups, _claimed(config, groups):
+        flags = config.resume
         checkpoint, reports = newest_valid(resolve(flags.checkpoint_path), groups)
         _say(groups, reports)
         if checkpoint is None:
@@ -115,6 +117,16 @@ def _joined(config: RunConfig) -> AbstractContextManager[ProcessGroups]:
     return process_groups(config.parallel.layout(world_size()), choose_device(config.parallel.device))
 
 
+@contextmanager
+def _claimed(config: RunConfig, groups: ProcessGroups) -> Iterator[None]:
+    """The first rank keeps other jobs out of the run's directory for as long as this one lives."""
+    directory = config.run.output_dir
+    lock = collectively(lambda: claim(directory) if groups.is_first else None, groups.world)
+    yield
+    if lock is not None:
+        lock.close()
+
+
 def _train(
     config: RunConfig, workload: Workload, state: TrainingState, accumulation: int, checkpoint: Path | None
 ) -> None:
@@ -135,16 +147,15 @@ def _train(
             _say(groups, continue_at(directory, state.step))
 
     collectively(begin, groups.world)
-    model = workload.model
-    shards = f"{len(workload.shards)} shard{'s' if len(workload.shards) > 1 else ''}"
-    whence = f"continuing from {checkpoint}" if checkpoint else "from scratch"
-    _say(
-        groups,
-        [
-            f"{model.parameter_count:,} parameters | {groups.layout} on {groups.device.type} | "
-            f"{trainer.global_batch} x {config.data.block_size} tokens a step | {shards}, {workload.lanes} lanes | {whence}"
-        ],
-    )
+    shards = f"{len(workload.shards)} shard{'s' if len(workload.shards) > 1 else ''}, {workload.lanes} lanes"
+    facts = [
+        f"{workload.model.parameter_count:,} parameters",
+        f"{groups.layout} on {groups.device.type}",
+        f"{trainer.global_batch} x {config.data.block_size} tokens a step",
+        shards,
+        f"continuing from {checkpoint}" if checkpoint else "from scratch",
+    ]
+    _say(groups, [" | ".join(facts)])
     trainer.run()
 
 

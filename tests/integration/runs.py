@@ -1,0 +1,142 @@
+"""Whole runs in processes of their own, on a small corpus of generated text."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROOT = Path(__file__).parents[2]
+
+MODEL = {
+    "--preset": "demo",
+    "--hidden-size": 24,
+    "--num-hidden-layers": 2,
+    "--num-attention-heads": 4,
+    "--num-key-value-heads": 2,
+    "--intermediate-size": 40,
+}
+SCHEDULE = {
+    "--block-size": 32,
+    "--initial-batch-size": 2,
+    "--gradient-accumulation-steps": 2,
+    "--total-steps": 12,
+    "--warmup-steps": 3,
+    "--learning-rate": 3e-3,
+    "--save-interval": 4,
+}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended."""
+
+    status: int
+    output: str
+    seconds: float
+
+
+def write_corpus(directory: Path, documents: int = 120, shards: int = 3) -> Path:
+    """Parquet shards of documents of random words, the same for every caller."""
+    draw = random.Random(7)
+    words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 8))) for _ in range(300)]
+    texts = [" ".join(draw.choices(words, k=draw.randint(15, 120))) for _ in range(documents)]
+    directory.mkdir(parents=True, exist_ok=True)
+    for shard in range(shards):
+        table = pa.table({"id": list(range(len(texts[shard::shards]))), "text": texts[shard::shards]})
+        pq.write_table(table, directory / f"part-{shard}.parquet", row_group_size=7)
+    return directory
+
+
+def command(driver: str, flags: dict[str, Any], nproc: int = 2, torchrun: bool = False) -> list[str]:
+    """The words of a driver's command line; a flag whose value is None stands alone."""
+    words = [str(word) for name, value in flags.items() for word in ([name] if value is None else [name, value])]
+    script = str(ROOT / "examples" / f"{driver}.py")
+    if torchrun:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
+        return [*launcher, script, *words]
+    return [sys.executable, script, "--nproc", str(nproc), *words]
+
+
+def start(words: list[str]) -> subprocess.Popen[str]:
+    """Start a command as the leader of a process group of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    return subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 120) -> Finished:
+    """Wait for a command's end; one that takes longer than ``timeout`` seconds is killed and fails the test."""
+    began = time.monotonic()
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill_job(process)
+        output, _ = process.communicate()
+        raise AssertionError(f"still running after {timeout} s:\n{output}") from None
+    return Finished(process.returncode, output, time.monotonic() - began)
+
+
+def run(driver: str, flags: dict[str, Any], nproc: int = 2, torchrun: bool = False) -> Finished:
+    """Run a driver to its end, whatever that is."""
+    return finish(start(command(driver, flags, nproc, torchrun)))
+
+
+def succeed(driver: str, flags: dict[str, Any], nproc: int = 2, torchrun: bool = False) -> str:
+    """Run a driver that must succeed; returns what it printed."""
+    done = run(driver, flags, nproc, torchrun)
+    assert done.status == 0, done.output
+    return done.output
+
+
+def metrics(directory: Path) -> list[dict[str, Any]]:
+    """The complete lines of ``metrics.jsonl``."""
+    path = directory / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for_steps(process: subprocess.Popen[str], directory: Path, steps: int, timeout: float = 90) -> None:
+    """Wait until a run has logged ``steps`` steps."""
+    deadline = time.monotonic() + timeout
+    path = directory / "metrics.jsonl"
+    while not path.exists() or path.read_text().count("\n") < steps:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"no {steps} steps within {timeout} s"
+        time.sleep(0.01)
+
+
+def kill_job(process: subprocess.Popen[str]) -> None:
+    """SIGKILL every process of a job at once: the power is gone."""
+    pids = [process.pid, *ranks_of(process).values()]
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
+    """The process id of each rank that a launcher has started."""
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
+    found = {}
+    for pid in map(int, children.stdout.split()):
+        variables = (Path("/proc") / str(pid) / "environ").read_bytes().split(b"\0")
+        found |= {int(variable[5:]): pid for variable in variables if variable.startswith(b"RANK=")}
+    return found

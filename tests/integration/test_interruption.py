@@ -1,0 +1,139 @@
+"""Any interruption, same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.runs import (
+    command,
+    finish,
+    kill_job,
+    metrics,
+    ranks_of,
+    run,
+    start,
+    succeed,
+    wait_for_steps,
+)
+
+pytestmark = pytest.mark.slow
+
+# What depends on the clock or the memory of the machine, not on the run.
+MEASURED = ("tokens_per_second", "step_time", "memory_gib", "mfu")
+
+
+def history(directory: Path) -> list[dict[str, Any]]:
+    """Everything about a run's steps that must repeat to the bit."""
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in metrics(directory)]
+
+
+def weights(directory: Path) -> dict[str, str]:
+    """The hash of every whole tensor of the newest checkpoint."""
+    newest = sorted(directory.glob("step_????????"))[-1]
+    return {
+        name: record["sha256"] for name, record in json.loads((newest / "manifest.json").read_text())["tensors"].items()
+    }
+
+
+def test_a_job_killed_at_random_moments_repeats_the_uninterrupted_run_to_the_bit(
+    flags: dict[str, Any], uninterrupted: Path, tmp_path: Path
+) -> None:
+    draw = random.Random()
+    stops = sorted(draw.sample(range(1, 12), 2))
+    for steps in stops:
+        job = start(command("pretrain", {**flags, "--output-dir": tmp_path}))
+        wait_for_steps(job, tmp_path, steps)
+        time.sleep(draw.uniform(0, 0.3))
+        kill_job(job)
+        job.communicate()
+    succeed("pretrain", {**flags, "--output-dir": tmp_path})
+    assert history(tmp_path) == history(uninterrupted), f"killed after steps {stops}"
+    assert weights(tmp_path) == weights(uninterrupted)
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 13))
+
+
+def test_a_killed_launcher_takes_its_ranks_with_it(flags: dict[str, Any], tmp_path: Path) -> None:
+    long = {**flags, "--output-dir": tmp_path, "--total-steps": 100_000, "--save-interval": 100_000}
+    job = start(command("pretrain", long, torchrun=True))
+    wait_for_steps(job, tmp_path, 1)
+    pids = ranks_of(job).values()
+    os.kill(job.pid, signal.SIGKILL)
+    job.communicate(timeout=10)  # the ranks hold its output open until they end
+    assert len(pids) == 2
+    states = [stat.read_text().split()[2] for pid in pids if (stat := Path(f"/proc/{pid}/stat")).exists()]
+    assert set(states) <= {"Z"}, "a rank outlived its launcher"
+
+
+def test_a_second_job_in_the_same_directory_is_refused(flags: dict[str, Any], tmp_path: Path) -> None:
+    long = {**flags, "--output-dir": tmp_path, "--total-steps": 100_000, "--save-interval": 100_000}
+    job = start(command("pretrain", long))
+    wait_for_steps(job, tmp_path, 1)
+    second = run("pretrain", long)
+    kill_job(job)
+    job.communicate()
+    assert second.status == 2
+    assert "is in use by another job" in second.output
+
+
+def test_resume_under_torchrun_repeats_the_uninterrupted_run_to_the_bit(
+    flags: dict[str, Any], uninterrupted: Path, tmp_path: Path
+) -> None:
+    succeed("pretrain", {**flags, "--output-dir": tmp_path, "--stop-at-step": 6}, torchrun=True)
+    assert [line["step"] for line in metrics(tmp_path)][-1] == 6
+    succeed("resume", {"--checkpoint-path": tmp_path}, torchrun=True)
+    assert history(tmp_path) == history(uninterrupted)
+    assert weights(tmp_path) == weights(uninterrupted)
+
+
+def test_resume_from_a_step_in_the_middle_drops_what_came_after(
+    flags: dict[str, Any], uninterrupted: Path, tmp_path: Path
+) -> None:
+    succeed("pretrain", {**flags, "--output-dir": tmp_path})
+    output = succeed("resume", {"--checkpoint-path": tmp_path / "step_00000004"})
+    assert "step_00000008 lies past step 4 and was set aside" in output
+    assert history(tmp_path) == history(uninterrupted)
+    assert (tmp_path / "samples.md").read_text() == (uninterrupted / "samples.md").read_text()
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(flags: dict[str, Any], uninterrupted: Path, tmp_path: Path) -> None:
+    succeed("pretrain", {**flags, "--output-dir": tmp_path, "--stop-at-step": 8})
+    file = next((tmp_path / "step_00000008").glob("optimizer-*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 4
+    file.write_bytes(bytes(content))
+    output = succeed("pretrain", {**flags, "--output-dir": tmp_path})
+    assert "checkpoint step_00000008 is damaged and was passed over: optimizer-00001" in output
+    assert history(tmp_path) == history(uninterrupted)
+
+
+@pytest.mark.parametrize("torchrun", [True, False])
+def test_a_killed_rank_brings_the_job_down_with_a_message_that_names_it(
+    flags: dict[str, Any], tmp_path: Path, torchrun: bool
+) -> None:
+    long = {**flags, "--output-dir": tmp_path, "--total-steps": 100_000, "--save-interval": 100_000}
+    job = start(command("pretrain", long, torchrun=torchrun))
+    wait_for_steps(job, tmp_path, 2)
+    victim = ranks_of(job)[1]
+    os.kill(victim, signal.SIGKILL)
+    done = finish(job, timeout=30)
+    assert done.status != 0
+    assert str(victim) in done.output
+    assert "rank 1" in done.output or "rank      : 1" in done.output, done.output
+    assert "SIGKILL" in done.output
+
+
+def test_wall_time_saves_and_leaves_cleanly(flags: dict[str, Any], tmp_path: Path) -> None:
+    long = {**flags, "--output-dir": tmp_path, "--total-steps": 100_000, "--save-interval": 100_000}
+    began = time.monotonic()
+    succeed("pretrain", {**long, "--wall-time": 30})
+    assert time.monotonic() - began < 30
+    (saved,) = tmp_path.glob("step_????????")
+    assert metrics(tmp_path)[-1]["step"] == int(saved.name.removeprefix("step_"))

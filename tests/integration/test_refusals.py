@@ -1,0 +1,94 @@
+"""Bad input: one clear line, a non-zero exit within seconds, no hang, nothing lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.integration.runs import Finished, run
+
+BEFORE_LAUNCH = {
+    "heads": ({"--num-attention-heads": 3, "--num-key-value-heads": 1}, "num_attention_heads=3 is not divisible by"),
+    "glob": ({"--data-glob": "nowhere/*.parquet"}, "no data shards match nowhere/*.parquet"),
+    "tokenizer": ({"--tokenizer-path": "nowhere"}, "tokenizer_path='nowhere' does not exist"),
+    "world size": ({"--tensor-parallel": 4}, "world size 2 does not match the layout tensor=4"),
+    "preset": ({"--preset": "gpt-9"}, "preset='gpt-9' is not known; legal: demo, argonne-2.0-4.9b"),
+    "model config": ({"--model-config": "nowhere"}, "model config 'nowhere' cannot be read"),
+    "unknown flag": ({"--frobnicate": 1}, "--frobnicate"),
+    "no number": ({"--total-steps": "many"}, "--total-steps"),
+    "no steps": ({"--total-steps": 0}, "total_steps=0 is not legal; legal: 1 or more"),
+    "lanes": ({"--data-parallel": 2, "--data-lanes": 3}, "data_parallel=2 does not divide lanes=3"),
+    "unbuilt axis": ({"--pipeline-parallel": 2}, "pipeline_parallel=2 is not built yet; legal: 1"),
+    "output file": ({"--output-dir": "/dev/null/x"}, "output_dir='/dev/null/x' cannot be made"),
+}
+
+
+def assert_refused(done: Finished, expected: str) -> None:
+    assert done.status not in (0, -9), done.output
+    lines = [line for line in done.output.splitlines() if line.startswith("argonne: error: ")]
+    assert len(lines) == 1, done.output
+    assert expected in lines[0]
+    assert done.seconds < 30
+
+
+@pytest.mark.parametrize("name", BEFORE_LAUNCH)
+def test_what_no_run_could_use_is_refused_before_any_rank_starts(
+    flags: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    bad, expected = BEFORE_LAUNCH[name]
+    done = run("pretrain", {**flags, "--output-dir": tmp_path / "run", **bad})
+    assert_refused(done, expected)
+    assert len(done.output.splitlines()) == 1, done.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_default_data_is_refused(flags: dict[str, Any], tmp_path: Path) -> None:
+    without = {name: value for name, value in flags.items() if name != "--data-glob"}
+    assert_refused(run("pretrain", {**without, "--output-dir": tmp_path}), "../data/CC-MAIN-2025-26/*.parquet")
+
+
+def test_a_shard_that_is_not_parquet_is_refused(flags: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "broken.parquet").write_text("not a table")
+    done = run("pretrain", {**flags, "--data-glob": tmp_path / "*.parquet", "--output-dir": tmp_path / "run"})
+    assert_refused(done, "broken.parquet")
+
+
+def test_a_shard_without_text_is_refused_naming_its_columns(flags: dict[str, Any], tmp_path: Path) -> None:
+    pq.write_table(pa.table({"body": ["a"], "url": ["b"]}), tmp_path / "other.parquet")
+    done = run("pretrain", {**flags, "--data-glob": tmp_path / "*.parquet", "--output-dir": tmp_path / "run"})
+    assert_refused(done, "its columns: body (string), url (string)")
+
+
+def test_a_block_size_beyond_the_data_is_refused(flags: dict[str, Any], tmp_path: Path) -> None:
+    done = run("pretrain", {**flags, "--block-size": 1_000_000, "--output-dir": tmp_path})
+    assert_refused(done, "block_size=1000000")
+
+
+def test_a_directory_of_a_different_run_is_refused_naming_what_differs(
+    flags: dict[str, Any], uninterrupted: Path
+) -> None:
+    before = sorted(path.name for path in uninterrupted.iterdir())
+    done = run("pretrain", {**flags, "--learning-rate": 1e-3, "--seed": 5, "--output-dir": uninterrupted})
+    assert_refused(done, "holds a different run (schedule.learning_rate: 0.003 -> 0.001; seed: 0 -> 5)")
+    assert sorted(path.name for path in uninterrupted.iterdir()) == before
+
+
+def test_under_torchrun_one_rank_refuses_for_all(flags: dict[str, Any], tmp_path: Path) -> None:
+    done = run("pretrain", {**flags, "--data-glob": "nowhere/*", "--output-dir": tmp_path}, torchrun=True)
+    assert_refused(done, "no data shards match nowhere/*")
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("nowhere", "checkpoint path 'nowhere' does not exist"),
+        (".", "holds no checkpoint"),
+        (None, "--checkpoint-path"),
+    ],
+)
+def test_a_checkpoint_path_that_holds_none_is_refused(path: str | None, expected: str) -> None:
+    assert_refused(run("resume", {"--checkpoint-path": path} if path else {}), expected)
