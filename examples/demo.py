@@ -4,6 +4,7 @@ It is ``examples/pretrain.py`` with flags chosen for two CPU cores; on a machine
 uses up to two of them (NCCL, bf16).
 """
 
+import os
 import subprocess
 import sys
 import time
@@ -38,11 +39,12 @@ def main(corpus: Path, output_dir: Path, steps: int = 600) -> int:
     began = time.monotonic()
     status = subprocess.call([sys.executable, str(HERE / "pretrain.py"), *words])
     if status == 0:
+        python, here = os.path.relpath(sys.executable), os.path.relpath(HERE)
         print(f"\nDone in {time.monotonic() - began:.0f} s. The loss is drawn in {output_dir / 'loss.png'}. Next:")
         resume = f"resume.py --nproc {processes} --checkpoint-path {output_dir} --total-steps {2 * steps}"
-        print(f"  {sys.executable} {HERE / resume}")
+        print(f"  {python} {here}/{resume}")
         generate = f"generate.py --nproc {processes} --checkpoint-path {output_dir} --prompt 'My fellow citizens, '"
-        print(f"  {sys.executable} {HERE / generate}")
+        print(f"  {python} {here}/{generate}")
     return status
 
 

@@ -89,9 +89,11 @@ def record_tensor(tensor: Tensor, file: str) -> TensorRecord:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` and see it onto the disk."""
-    path.write_text(json.dumps(value, indent=2) + "\n")
-    sync(path)
+    """Write ``value`` and see it onto the disk; a reader finds the old file or the new one, never a part."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    sync(temporary)
+    os.replace(temporary, path)
 
 
 def sync(path: Path) -> None:

@@ -118,7 +118,7 @@ class TrainingFlags:
     disable_gradient_checkpointing: bool = False
     """Keep every activation instead of recomputing each block in backward: faster, more memory."""
     disable_compile: bool = False
-    """Run eagerly on GPU, without torch.compile."""
+    """Run without torch.compile. Compilation is not built yet: every run is eager, with or without this."""
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ class Progress:
         line = self._line(record)
         self.bar.set_description_str(line, refresh=False)
         self.bar.update()
-        if record["step"] % self.interval == 0 or record["step"] == self.last:
+        if record["step"] % self.interval == 0 or record["step"] in (self.first + 1, self.last):
             self.say(line)
 
     def say(self, line: str) -> None:

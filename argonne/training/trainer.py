@@ -115,12 +115,17 @@ class Trainer:
             self.groups.set_timeout(TRAINING_TIMEOUT)
 
     def _save(self, progress: Progress | None) -> None:
-        """Checkpoint, then show what the model has learnt, then let old checkpoints go."""
+        """Show what the model has learnt, write the checkpoint, then let old checkpoints go.
+
+        The reports come first: what they say of a step whose checkpoint was never completed is dropped
+        on continuing, so that no interruption leaves a hole in them.
+        """
         began = time.monotonic()
-        path = self.state.save(self.config, self.workload, self.global_batch)
         text = sample_text(self.state.model, self.workload.tokenizer, self.config.training.seed + self.state.step)
         if progress:
             write_report(self.config, self.workload, self.state, self.metrics.read(), self.global_batch, text or "")
+        path = self.state.save(self.config, self.workload, self.global_batch)
+        if progress:
             pruned = prune(self.config.run.output_dir, self.config.run.keep_checkpoints)
             gone = f"; {len(pruned)} older pruned" if pruned else ""
             progress.say(f"saved {path}{gone}\n  {text!r}")

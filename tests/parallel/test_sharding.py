@@ -1,0 +1,196 @@
+"""What the layers declare: together the ranks' regions are every whole tensor, each element accounted for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from argonne.models import ArgonneConfig, ArgonneModel
+from argonne.parallel import (
+    Axis,
+    ColumnParallelLinear,
+    Constant,
+    Layout,
+    OutputPart,
+    ProcessGroups,
+    Region,
+    RowParallelLinear,
+    ShardedParameter,
+    regions_of,
+    replicated,
+    sharded_parameters,
+)
+
+
+def as_rank(rank: int, size: int) -> ProcessGroups:
+    """The groups of one of ``size`` ranks, for declarations only: nothing can be communicated."""
+    axis = Axis("tensor", size, rank, None, tuple(range(size)))
+    return replace(ProcessGroups.single(), layout=Layout(tensor=size), tensor=axis)
+
+
+def box(index: tuple[slice, ...], shape: tuple[int, ...]) -> torch.Tensor:
+    found = torch.zeros(shape, dtype=torch.bool)
+    found[index] = True
+    return found
+
+
+def check_declarations(ranks: list[list[ShardedParameter]]) -> dict[str, tuple[int, ...]]:
+    """That the ranks' regions make up whole tensors, and tell the truth of each other; returns the shapes."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    boxes: dict[str, dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, Region]]]] = {}
+    for rank, parameters in enumerate(ranks):
+        for sharded in parameters:
+            filled = torch.zeros(sharded.parameter.shape, dtype=torch.int)
+            for region in sharded.spec.regions:
+                assert shapes.setdefault(region.name, region.whole_shape) == region.whole_shape
+                assert math.prod(region.shape) > 0
+                filled[region.local_index] += 1
+                boxes.setdefault(region.name, {}).setdefault((region.start, region.shape), []).append((rank, region))
+            assert filled.max() <= 1, f"regions overlap within {sharded.name} of rank {rank}"
+    for name, found in boxes.items():
+        covered = torch.zeros(shapes[name], dtype=torch.int)
+        for (start, shape), held in found.items():
+            covered[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))] += 1
+            holders = tuple(rank for rank, _ in held)
+            for _, region in held:
+                assert region.holders == holders, f"holders of {name} from {start}"
+        # Identical or disjoint, and together the whole.
+        assert (covered == 1).all(), f"{name}: covered {covered.min()} to {covered.max()} times"
+    return shapes
+
+
+@st.composite
+def models(draw: st.DrawFn) -> tuple[ArgonneConfig, int]:
+    size = draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
+    kv = draw(st.integers(1, 8))
+    group = draw(st.integers(1, 12).filter(lambda g: kv * g % size == 0 and kv * g <= 48))
+    config = ArgonneConfig(
+        hidden_size=draw(st.integers(1, 9)),
+        num_hidden_layers=1,
+        num_attention_heads=kv * group,
+        num_key_value_heads=kv,
+        head_dim=2 * draw(st.integers(1, 3)),
+        vocab_size=draw(st.integers(1, 120)),
+        intermediate_size=size * draw(st.integers(1, 4)),
+        tie_word_embeddings=draw(st.booleans()),
+        max_position_embeddings=4,
+    )
+    return config, size
+
+
+@given(models())
+def test_the_regions_of_any_model_at_any_size_make_up_the_llama_tensors(drawn: tuple[ArgonneConfig, int]) -> None:
+    config, size = drawn
+    with torch.device("meta"):
+        built = [ArgonneModel(config, as_rank(rank, size)) for rank in range(size)]
+    shapes = check_declarations([model.sharded_parameters() for model in built])
+    hidden, ffn, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
+    query, key_value = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    expected = {
+        "model.embed_tokens.weight": (vocabulary, hidden),
+        "model.norm.weight": (hidden,),
+        **{
+            f"model.layers.0.{name}.weight": shape
+            for name, shape in {
+                "input_layernorm": (hidden,),
+                "self_attn.q_proj": (query, hidden),
+                "self_attn.k_proj": (key_value, hidden),
+                "self_attn.v_proj": (key_value, hidden),
+                "self_attn.o_proj": (hidden, query),
+                "post_attention_layernorm": (hidden,),
+                "mlp.gate_proj": (ffn, hidden),
+                "mlp.up_proj": (ffn, hidden),
+                "mlp.down_proj": (hidden, ffn),
+            }.items()
+        },
+    }
+    if not config.tie_word_embeddings:
+        expected["lm_head.weight"] = (vocabulary, hidden)
+    assert shapes == expected
+    assert sum(map(math.prod, shapes.values())) == config.parameter_count
+
+
+@given(models())
+def test_only_parameters_with_shared_blocks_have_partial_gradients(drawn: tuple[ArgonneConfig, int]) -> None:
+    config, size = drawn
+    shared = (config.num_attention_heads // size) % (config.num_attention_heads // config.num_key_value_heads) != 0
+    for rank in range(size):
+        with torch.device("meta"):
+            parameters = ArgonneModel(config, as_rank(rank, size)).sharded_parameters()
+        partial = {sharded.name for sharded in parameters if sharded.spec.partial_gradient}
+        assert partial == ({"model.layers.0.self_attn.qkv_proj.weight"} if shared else set())
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.booleans())
+def test_the_regions_of_linear_layers_with_bias_make_up_their_tensors(size: int, local: int, bias: bool) -> None:
+    pairs = [
+        nn.ModuleDict(
+            {
+                "up": ColumnParallelLinear(3, size * local, as_rank(rank, size), bias=bias),
+                "down": RowParallelLinear(size * local, 3, as_rank(rank, size), bias=bias),
+            }
+        )
+        for rank in range(size)
+    ]
+    shapes = check_declarations([sharded_parameters(pair, size) for pair in pairs])
+    expected = {"up.weight": (size * local, 3), "down.weight": (3, size * local)}
+    if bias:
+        expected |= {"up.bias": (size * local,), "down.bias": (3,)}
+    assert shapes == expected
+
+
+def test_names_are_absolute_and_those_of_siblings_climb() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            parts = [OutputPart.split(name, 2, 1) for name in ("q_proj", "k_proj")]
+            self.qk_proj = ColumnParallelLinear(3, parts, ProcessGroups.single(), bias=True)
+
+    model = nn.ModuleDict({"layers": nn.ModuleList([Attention(), Attention()])})
+    found = {s.name: [region.name for region in s.spec.regions] for s in sharded_parameters(model)}
+    assert found == {
+        f"layers.{i}.qk_proj.{kind}": [f"layers.{i}.q_proj.{kind}", f"layers.{i}.k_proj.{kind}"]
+        for i in range(2)
+        for kind in ("weight", "bias")
+    }
+
+
+def test_a_parameter_that_nothing_is_declared_of_is_replicated() -> None:
+    model = nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 2))
+    found = sharded_parameters(model, tensor_parallel=4)
+    assert [s.name for s in found] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    for sharded in found:
+        (region,) = sharded.spec.regions
+        assert region.name == sharded.name
+        assert region.whole_shape == region.shape == tuple(sharded.parameter.shape)
+        assert region.holders == (0, 1, 2, 3)
+        assert sharded.spec.initialiser is None
+        assert not sharded.spec.partial_gradient
+
+
+def test_a_parameter_in_two_places_is_found_once_under_its_first_name() -> None:
+    one, other = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    other.weight = one.weight
+    assert [s.name for s in sharded_parameters(nn.ModuleDict({"one": one, "other": other}))] == ["one.weight"]
+
+
+def test_regions_are_views_of_the_parameter() -> None:
+    layer = ColumnParallelLinear(2, [OutputPart.split(n, 3, 1) for n in ("a", "b")], ProcessGroups.single())
+    for number, (_, part) in enumerate(regions_of(sharded_parameters(layer))):
+        part.fill_(number)
+    assert layer.weight.detach()[:, 0].tolist() == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_replicated_spec_is_one_region_held_by_all(partial: bool) -> None:
+    spec = replicated("weight", (3, 4), 2, Constant(1.0), partial)
+    (region,) = spec.regions
+    assert region == Region("weight", (3, 4), (0, 0), (3, 4), (0, 0), (0, 1))
+    assert spec.partial_gradient is partial
+    assert torch.equal(box(region.whole_index, (3, 4)), torch.ones(3, 4, dtype=torch.bool))

@@ -1,0 +1,132 @@
+"""What a run tells: metrics that round-trip to the bit, FLOPs that are counted, lines a person can read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from argonne.models import ArgonneConfig, ArgonneModel
+from argonne.models.config import preset
+from argonne.parallel import ProcessGroups
+from argonne.training.metrics import MetricsLog, Progress, flops_per_token, memory_gib, peak_flops
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_flops_of_the_weights_are_those_of_the_matrix_products_that_run(tied: bool) -> None:
+    config = ArgonneConfig(24, 2, 6, 3, 56, 40, max_position_embeddings=16, tie_word_embeddings=tied)
+    with torch.device("meta"):
+        model = ArgonneModel(config, ProcessGroups.single())
+        ids = torch.zeros(3, 10, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            model(ids).sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in counts.items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
+    # At a sequence of 0 only the weights are left. A norm's weights multiply no matrix, and count all the same.
+    assert flops_per_token(config, 0) == products / 30 + 6 * norms
+
+
+def test_flops_of_attention_are_half_a_square_of_scores_and_values() -> None:
+    config = preset("argonne-2.0-4.9b")
+    scores_and_values = 2 * 2 * 24 * 170 * 4096 / 2
+    assert flops_per_token(config, 4096) - flops_per_token(config, 0) == 24 * 3 * scores_and_values
+
+
+def test_the_cpu_has_memory_but_no_known_peak() -> None:
+    assert peak_flops(torch.device("cpu")) is None
+    assert 0.01 < memory_gib(torch.device("cpu")) < 1000
+
+
+def test_the_peak_of_a_gpu_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-40GB", 312e12), ("Other", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_flops(torch.device("cuda", 0)) == peak
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False, width=32))
+def test_a_float32_loss_is_written_exactly(loss: float) -> None:
+    value = torch.tensor(loss)
+    assert torch.equal(torch.tensor(json.loads(json.dumps({"loss": value.item()}))["loss"]), value)
+
+
+def test_the_log_reads_what_was_written_in_order(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    assert log.read() == []
+    records = [{"step": step, "loss": 1 / step, "mfu": None, "data_position": {"shard": "a"}} for step in (1, 2, 3)]
+    for record in records:
+        log.write(record)
+    assert log.read() == records
+    assert MetricsLog(log.path).read() == records
+
+
+@given(st.integers(0, 12), st.integers(-1, 14))
+def test_lines_past_a_step_are_dropped_and_the_others_kept_byte_for_byte(
+    tmp_path_factory: pytest.TempPathFactory, written: int, step: int
+) -> None:
+    log = MetricsLog(tmp_path_factory.mktemp("run") / "metrics.jsonl")
+    log.drop_after(step)
+    assert not log.path.exists()
+    for number in range(1, written + 1):
+        log.write({"step": number, "loss": 0.1 * number})
+    lines = log.path.read_text().splitlines(keepends=True) if written else []
+    log.drop_after(step)
+    if written:
+        assert log.path.read_text() == "".join(lines[: max(step, 0)])
+    assert [path.name for path in log.path.parent.iterdir()] in ([], ["metrics.jsonl"])
+
+
+@pytest.mark.parametrize("tail", ['{"step": 3, "lo', "{", "\x00\x00\x00", '{"loss": 2.0}', "3", "null"])
+def test_a_line_that_an_interruption_cut_short_is_dropped(tmp_path: Path, tail: str) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write({"step": 1})
+    log.write({"step": 2})
+    with log.path.open("a") as file:
+        file.write(tail)
+    log.drop_after(5)
+    log.write({"step": 3})
+    assert [record["step"] for record in log.read()] == [1, 2, 3]
+
+
+def record(step: int, **changed: Any) -> dict[str, Any]:
+    return {
+        "step": step,
+        "loss": 3.14159,
+        "tokens": 12_345 * step,
+        "learning_rate": 1e-4,
+        "tokens_per_second": 98_765.4,
+        "memory_gib": 1.25,
+        "mfu": None,
+        "validation_loss": None,
+        "data_position": {"shard": "train-00002.parquet", "row": 17, "token": 5},
+        **changed,
+    }
+
+
+def test_a_log_line_is_printed_every_interval_and_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(first=2, last=7, interval=2)
+    for step in range(3, 8):
+        progress.step(record(step, validation_loss=2.5 if step == 4 else None, mfu=0.421 if step == 7 else None))
+    progress.close()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert [line.split(" ")[1] for line in lines] == ["4/7", "6/7", "7/7"]
+    for said in (
+        "loss 3.1416",
+        "lr 1.00e-04",
+        "98,765 tokens/s",
+        "1.2 GiB",
+        "train-00002.parquet row 17 token 5",
+        "ETA",
+    ):
+        assert said in lines[0], said
+    # The newest held-out loss stays in sight; MFU is said where it is known.
+    assert all("(held-out 2.5000)" in line for line in lines)
+    assert "MFU" not in lines[0]
+    assert "MFU 42.1%" in lines[2]
+    assert lines[2].endswith("ETA 0:00")

@@ -1,0 +1,192 @@
+"""A run's directory: flags that round-trip, runs told apart, and a tidy past on continuing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from argonne.checkpoint import CheckpointError, checkpoints
+from argonne.parallel import ArgonneError
+from argonne.training.config import DataFlags, ModelFlags, ParallelFlags, RunConfig, RunFlags, TrainingFlags
+from argonne.training.metrics import MetricsLog
+from argonne.training.run_directory import (
+    continue_at,
+    differences,
+    flags_from_json,
+    flags_to_json,
+    read_run,
+    require_same,
+    saved_flags,
+    schedule_identity,
+)
+
+PATHS = st.from_regex(r"[a-z]{1,5}(/[a-z]{1,5}){0,2}", fullmatch=True).map(Path)
+
+CONFIGS = st.builds(
+    RunConfig,
+    model=st.builds(
+        ModelFlags,
+        model_config=st.none() | PATHS,
+        hidden_size=st.none() | st.integers(1, 999),
+        rope_theta=st.none() | st.floats(1, 1e6),
+        tie_word_embeddings=st.none() | st.booleans(),
+    ),
+    data=st.builds(
+        DataFlags,
+        data_glob=st.lists(st.text(max_size=9), max_size=3).map(tuple),
+        tokenizer_path=st.none() | PATHS,
+        data_lanes=st.none() | st.integers(1, 64),
+        streaming=st.booleans(),
+    ),
+    training=st.builds(TrainingFlags, learning_rate=st.floats(1e-9, 1), precision=st.sampled_from(["auto", "bf16"])),
+    parallel=st.builds(ParallelFlags, tensor_parallel=st.none() | st.integers(1, 8), local_rank=st.none()),
+    run=st.builds(RunFlags, output_dir=PATHS, wall_time=st.none() | st.floats(0, 1e9)),
+)
+
+
+@given(CONFIGS)
+def test_flags_round_trip_through_json(config: RunConfig) -> None:
+    assert flags_from_json(json.loads(json.dumps(flags_to_json(config)))) == config
+
+
+def test_flags_of_another_version_are_left_out_and_missing_ones_take_their_default() -> None:
+    saved = flags_to_json(RunConfig())
+    saved["training"]["flag_of_the_future"] = 3
+    saved["group_of_the_future"] = {}
+    del saved["training"]["seed"], saved["run"]
+    assert flags_from_json(saved) == RunConfig()
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+    max_leaves=6,
+)
+IDENTITIES = st.dictionaries(st.sampled_from(["model", "data", "seed"]), VALUES, max_size=3)
+
+
+@given(IDENTITIES, IDENTITIES)
+def test_identities_differ_in_some_line_when_they_are_not_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert differences(one, one) == []
+
+    def filled(value: Any) -> Any:
+        """Without what is None: an entry that is left out says the same."""
+        if isinstance(value, dict):
+            return {name: filled(inner) for name, inner in value.items() if inner is not None}
+        return value
+
+    found, reverse = differences(one, other), differences(other, one)
+    assert (found == []) == (reverse == [])
+    if filled(one) == filled(other) and json.dumps(filled(one), sort_keys=True) == json.dumps(
+        filled(other), sort_keys=True
+    ):
+        assert found == [] or any(isinstance(v, dict) for v in [*one.values(), *other.values()])
+    elif filled(one) != filled(other):
+        assert found
+
+
+def test_differences_name_the_entry_and_both_values() -> None:
+    saved = {"model": {"hidden_size": 64, "vocab_size": 9}, "seed": 1, "data": ["a"], "tokenizer": "x" * 100}
+    wanted = {"model": {"hidden_size": 32, "vocab_size": 9}, "seed": 1, "data": ["a", "b"], "global_batch": 8}
+    assert differences(saved, wanted) == [
+        'data: ["a"] -> ["a", "b"]',
+        "global_batch: null -> 8",
+        "model.hidden_size: 64 -> 32",
+        f"tokenizer: {'x' * 24}...{'x' * 12} -> null",
+    ]
+
+
+def test_a_different_run_is_refused_naming_what_differs(tmp_path: Path) -> None:
+    require_same({"seed": 1}, {"seed": 1}, tmp_path)
+    with pytest.raises(ArgonneError) as refusal:
+        require_same({"seed": 1, "steps": 2}, {"seed": 3, "steps": 4}, tmp_path)
+    assert str(refusal.value) == (
+        f"output_dir={str(tmp_path)!r} holds a different run (seed: 1 -> 3; steps: 2 -> 4); "
+        "legal: the run's own flags, or another --output-dir"
+    )
+
+
+def test_the_layout_and_where_to_save_are_no_part_of_the_schedule() -> None:
+    plain = RunConfig()
+    moved = RunConfig(parallel=ParallelFlags(tensor_parallel=4), run=RunFlags(save_interval=1, stop_at_step=3))
+    assert schedule_identity(moved) == schedule_identity(plain)
+    for changed in ({"total_steps": 5}, {"learning_rate": 0.5}, {"warmup_steps": 1}, {"gradient_clip": 2.0}):
+        other = schedule_identity(RunConfig(training=TrainingFlags(**changed)))
+        ((name, value),) = changed.items()
+        assert differences(schedule_identity(plain), other)[0].startswith(f"{name}: ")
+        assert other[name] == value
+
+
+def fake_checkpoint(root: Path, step: int) -> Path:
+    path = root / f"step_{step:08d}"
+    path.mkdir(parents=True)
+    (path / "manifest.json").write_text("{}")
+    return path
+
+
+def test_run_json_is_read_where_there_is_a_run(tmp_path: Path) -> None:
+    assert read_run(tmp_path / "nowhere") is None
+    assert read_run(tmp_path) is None
+    (tmp_path / "run.json").write_text('{"identity": {"seed": 3}}')
+    assert read_run(tmp_path) == {"identity": {"seed": 3}}
+    (tmp_path / "run.json").write_text('{"identity": ')
+    with pytest.raises(ArgonneError, match="run.json' is not readable"):
+        read_run(tmp_path)
+
+
+def test_checkpoints_without_run_json_are_refused(tmp_path: Path) -> None:
+    fake_checkpoint(tmp_path, 5)
+    with pytest.raises(ArgonneError, match="holds checkpoints but no run.json"):
+        read_run(tmp_path)
+
+
+SAMPLES = "# Samples\n\n" + "".join(f"## Step {n} (loss {n})\n\n> text {n}\n> ## Step 99\n\n" for n in (5, 10, 15))
+
+
+def test_continuing_drops_what_lies_past_the_step_and_sets_its_checkpoints_aside(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in range(1, 18):
+        log.write({"step": step})
+    (tmp_path / "samples.md").write_text(SAMPLES)
+    for step in (5, 10, 15):
+        fake_checkpoint(tmp_path, step)
+    lines = continue_at(tmp_path, 10)
+    assert lines == [
+        "checkpoint step_00000015 lies past step 10 and was set aside as step_00000015.set-aside",
+    ]
+    assert [record["step"] for record in log.read()] == list(range(1, 11))
+    assert (tmp_path / "samples.md").read_text() == SAMPLES[: SAMPLES.index("## Step 15")]
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000005", "step_00000010"]
+    assert (tmp_path / "step_00000015.set-aside" / "manifest.json").exists()
+
+
+def test_a_checkpoint_set_aside_again_replaces_none_that_was_before(tmp_path: Path) -> None:
+    for _ in range(3):
+        fake_checkpoint(tmp_path, 7)
+        continue_at(tmp_path, 2)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["step_00000007.set-aside", "step_00000007.set-aside-2", "step_00000007.set-aside-3"]
+
+
+def test_continuing_in_a_directory_with_nothing_to_tidy_changes_nothing(tmp_path: Path) -> None:
+    assert continue_at(tmp_path, 0) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_tells_the_flags_of_its_run(tmp_path: Path) -> None:
+    config = RunConfig(data=DataFlags(block_size=64, data_glob=("a*.parquet",)))
+    (tmp_path / "trainer.json").write_text(json.dumps({"flags": flags_to_json(config)}))
+    assert saved_flags(tmp_path) == config
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}", '{"flags": 3}', '{"flags": null}', "[]"])
+def test_a_checkpoint_without_flags_is_refused_by_its_file(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "trainer.json").write_text(content)
+    with pytest.raises(CheckpointError, match="trainer.json' does not tell the run's flags"):
+        saved_flags(tmp_path)
