@@ -34,10 +34,11 @@ PLAIN = {
 @st.composite
 def configs(draw: st.DrawFn) -> ArgonneConfig:
     kv = draw(st.integers(1, 4))
+    heads = kv * draw(st.integers(1, 4))
     return ArgonneConfig(
-        hidden_size=draw(st.integers(1, 64)),
+        hidden_size=heads * draw(st.integers(1, 9)),  # transformers takes no other, whatever head_dim says
         num_hidden_layers=draw(st.integers(1, 5)),
-        num_attention_heads=kv * draw(st.integers(1, 4)),
+        num_attention_heads=heads,
         num_key_value_heads=kv,
         vocab_size=draw(st.integers(8, 999)),
         intermediate_size=draw(st.integers(0, 99)),

@@ -29,7 +29,7 @@ from argonne.parallel.collectives import (
 )
 from tests.pool import RankPool
 
-SIZES = [1, 2, 4]
+SIZES = [1, 2, 4]  # at module scope: pytest then runs each size in one go, and ranks join a job once
 REGION_FUNCTIONS = {
     "copy": copy_to_region,
     "reduce": reduce_from_region,
@@ -58,7 +58,7 @@ def apply_region(groups: ProcessGroups, name: str, inputs: Tensor, gradients: Te
     return output.detach().clone(), given_input.grad
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SIZES, scope="module")
 @pytest.mark.parametrize("name", REGION_FUNCTIONS)
 def test_region_function_and_its_backward_equal_the_arithmetic_on_whole_tensors(
     ranks: RankPool, name: str, size: int
@@ -106,7 +106,7 @@ def plain_collectives(groups: ProcessGroups, values: Tensor) -> tuple[Tensor, Te
     return summed, gathered, scattered, sent, gather_objects(10 * axis.rank, axis)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SIZES, scope="module")
 def test_plain_collectives_equal_the_arithmetic_on_whole_tensors(ranks: RankPool, size: int) -> None:
     values = integers(size, 3 * size, 5, seed=size)
     results = ranks.run(Layout(tensor=size), plain_collectives, values)
@@ -123,7 +123,7 @@ def gather_nothing(groups: ProcessGroups) -> tuple[int, ...]:
     return tuple(all_gather(torch.empty(3, 0), groups.tensor).shape)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SIZES, scope="module")
 def test_all_gather_of_tensors_without_elements_keeps_their_shape(ranks: RankPool, size: int) -> None:
     for shape in ranks.run(Layout(tensor=size), gather_nothing):
         assert shape == (size, 3, 0)
@@ -158,7 +158,7 @@ def refuse_on(groups: ProcessGroups, bad: list[int]) -> tuple[str, int | str]:
         return "refused", str(error)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SIZES, scope="module")
 def test_a_refusal_of_any_rank_is_raised_on_every_rank(ranks: RankPool, size: int) -> None:
     layout = Layout(tensor=size)
     assert ranks.run(layout, refuse_on, []) == [("done", rank) for rank in range(size)]

@@ -14,7 +14,7 @@ from argonne.parallel import cross_entropy as module
 from tests.pool import RankPool
 from tests.whole import assert_close
 
-SIZES = [1, 2, 4]
+SIZES = [1, 2, 4]  # at module scope: pytest then runs each size in one go, and ranks join a job once
 
 
 def run(
@@ -75,7 +75,7 @@ def check(ranks: RankPool, size: int, logits: Tensor, targets: Tensor, weight: T
     assert (gradient[targets == IGNORE_INDEX] == 0).all()
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SIZES, scope="module")
 def test_float64_loss_and_gradient_equal_dense(ranks: RankPool, size: int) -> None:
     @given(
         st.lists(st.integers(0, 5), min_size=1, max_size=3),
@@ -92,7 +92,7 @@ def test_float64_loss_and_gradient_equal_dense(ranks: RankPool, size: int) -> No
     claim()
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SIZES, scope="module")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_narrow_logits_have_a_float32_loss_equal_to_float64_arithmetic_on_them(
     ranks: RankPool, size: int, dtype: torch.dtype
@@ -102,7 +102,7 @@ def test_narrow_logits_have_a_float32_loss_equal_to_float64_arithmetic_on_them(
     check(ranks, size, logits.to(dtype), targets, weight.float(), tolerance)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SIZES, scope="module")
 @pytest.mark.parametrize("shift", [1e3, -1e3, 1e6])
 def test_a_shift_of_all_logits_changes_nothing(ranks: RankPool, size: int, shift: float) -> None:
     logits, targets, weight = draw((4, 5), 37, 8, 0.1)
@@ -119,14 +119,14 @@ def test_a_shift_of_all_logits_changes_nothing(ranks: RankPool, size: int, shift
     assert_close(gradient, expected_gradient, 1e-12 + abs(shift) * 2**-50, "gradient of shifted logits")
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SIZES, scope="module")
 def test_huge_float32_logits_stay_finite(ranks: RankPool, size: int) -> None:
     logits, targets, weight = draw((6,), 29, 2, 0.0)
     logits = (logits * 1e4).float()
     check(ranks, size, logits, targets, weight.float(), 1e-6)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SIZES, scope="module")
 @pytest.mark.parametrize("chunk", [1, 20, 64])
 def test_rows_taken_at_a_time_do_not_change_a_bit(ranks: RankPool, size: int, chunk: int) -> None:
     logits, targets, weight = draw((3, 7), 41, 6, 0.2)
@@ -137,7 +137,7 @@ def test_rows_taken_at_a_time_do_not_change_a_bit(ranks: RankPool, size: int, ch
         assert torch.equal(chunked_gradient, gradient)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SIZES, scope="module")
 def test_the_mean_over_counted_positions_equals_torch(ranks: RankPool, size: int) -> None:
     logits, targets, _ = draw((5, 6), 23, 12, 0.4)
     counted = (targets != IGNORE_INDEX).sum()
@@ -150,3 +150,19 @@ def test_the_mean_over_counted_positions_equals_torch(ranks: RankPool, size: int
         assert_close(loss.sum() / counted, expected.detach(), 1e-12, "mean loss")
     gradient = torch.cat([gradient for _, gradient in results], dim=-1)
     assert_close(gradient, leaf.grad, 1e-12, "gradient of the mean loss")
+
+
+def loss_or_refuse(groups: ProcessGroups, logits: Tensor, targets: Tensor) -> Tensor | str:
+    try:
+        return run(groups, logits, targets, torch.ones(len(targets)), None)[0]
+    except (ValueError, IndexError):
+        return "refused"
+
+
+@pytest.mark.parametrize("size", [1, 2], scope="module")
+@pytest.mark.parametrize("target", [29, -1])
+def test_a_target_outside_the_vocabulary_has_no_plausible_loss(ranks: RankPool, size: int, target: int) -> None:
+    logits, targets, _ = draw((3,), 29, 2, 0.0)
+    targets[1] = target
+    for found in ranks.run(Layout(tensor=size), loss_or_refuse, logits, targets):
+        assert isinstance(found, str) or not found[1].isfinite(), f"loss {found[1]:.3f} of a target that is no token"

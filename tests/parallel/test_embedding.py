@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import example, given
@@ -22,7 +24,7 @@ from tests.parallel.test_linear import assert_same, fill, values
 from tests.pool import RankPool
 from tests.whole import Parts, assemble, parts_of
 
-SIZES = [1, 2, 4]
+SIZES = [1, 2, 4]  # at module scope: pytest then runs each size in one go, and ranks join a job once
 KINDS = st.sampled_from(["normal", "integers"])
 
 
@@ -33,7 +35,7 @@ def test_ranges_share_out_every_token_once_in_equal_rows(vocabulary: int, ranks:
     parts = [VocabularyRange.of_rank(vocabulary, ranks, rank) for rank in range(ranks)]
     assert parts[0].start == 0
     assert parts[-1].stop == vocabulary
-    assert all(one.stop == next_.start for one, next_ in zip(parts, parts[1:], strict=False))
+    assert all(one.stop == other.start for one, other in pairwise(parts))
     assert len({part.rows for part in parts}) == 1
     assert parts[0].rows % 8 == 0
     assert all(0 <= part.tokens <= part.rows for part in parts)
@@ -72,7 +74,7 @@ def embed(
     return vectors.detach(), *parts, *padding
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SIZES, scope="module")
 def test_embedding_and_its_gradient_equal_dense_lookup(ranks: RankPool, size: int) -> None:
     @given(st.integers(1, 90), st.integers(1, 5), KINDS, st.integers(0, 2**31))
     @example(5, 3, "normal", 0)  # three ranks of four without a token
@@ -111,7 +113,7 @@ def head(
     return logits.detach().clone(), x.grad, parts_of(layer, size, lambda p: p.grad), padding, held
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SIZES, scope="module")
 def test_head_logits_and_gradients_equal_dense(ranks: RankPool, size: int) -> None:
     @given(st.integers(1, 90), st.integers(1, 5), KINDS, st.integers(0, 2**31))
     @example(5, 3, "normal", 0)
@@ -139,7 +141,7 @@ def half(groups: ProcessGroups, weight: Tensor, ids: Tensor) -> Tensor:
     return layer(ids).detach()
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SIZES, scope="module")
 def test_embedding_rounds_each_vector_once_to_the_compute_dtype(ranks: RankPool, size: int) -> None:
     weight = torch.randn(21, 6, generator=torch.Generator().manual_seed(4))
     ids = torch.arange(21).view(3, 7)
@@ -165,3 +167,22 @@ def test_initial_weight_is_the_same_whole_tensor_at_every_size(
     assert alone.count_nonzero() == alone.numel()
     for other in others:
         assert torch.equal(other, alone)
+
+
+def embed_or_refuse(groups: ProcessGroups, weight: Tensor, ids: Tensor) -> Tensor | str:
+    layer = VocabParallelEmbedding(*weight.shape, groups)
+    fill(layer, groups.tensor.size, {"weight": weight})
+    try:
+        return layer(ids).detach()
+    except (ValueError, IndexError):
+        return "refused"
+
+
+@pytest.mark.parametrize("token", [13, -1])
+def test_an_id_outside_the_vocabulary_is_treated_alike_at_every_size(ranks: RankPool, token: int) -> None:
+    weight = values(13, 4, kind="integers", seed=1)
+    found = [ranks.run(Layout(tensor=size), embed_or_refuse, weight, torch.tensor([token]))[0] for size in (1, 2)]
+    if "refused" not in found:
+        assert torch.equal(found[0], found[1]), f"{found[0].tolist()} alone, {found[1].tolist()} on two ranks"
+    else:
+        assert found == ["refused", "refused"]

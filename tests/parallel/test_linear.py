@@ -28,7 +28,7 @@ from argonne.parallel import (
 from tests.pool import RankPool
 from tests.whole import Parts, assemble, assert_close, parts_of
 
-SIZES = [1, 2, 4]
+SIZES = [1, 2, 4]  # at module scope: pytest then runs each size in one go, and ranks join a job once
 
 
 def values(*shape: int, kind: str, seed: int) -> Tensor:
@@ -143,7 +143,7 @@ KINDS = st.sampled_from(["normal", "integers"])
 
 
 @pytest.mark.parametrize("gather", [False, True])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SIZES, scope="module")
 def test_column_parallel_output_and_gradients_equal_dense(ranks: RankPool, size: int, gather: bool) -> None:
     @given(LEADING, st.integers(1, 9), st.integers(1, 5), st.booleans(), KINDS, st.integers(0, 2**31))
     def claim(leading: list[int], width: int, local: int, bias: bool, kind: str, seed: int) -> None:
@@ -154,7 +154,7 @@ def test_column_parallel_output_and_gradients_equal_dense(ranks: RankPool, size:
     claim()
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SIZES, scope="module")
 def test_fused_column_parallel_parts_equal_separate_dense_layers(ranks: RankPool, size: int) -> None:
     @given(st.lists(st.integers(1, 4), min_size=2, max_size=3), st.booleans(), KINDS, st.integers(0, 2**31))
     def claim(locals_: list[int], bias: bool, kind: str, seed: int) -> None:
@@ -205,7 +205,7 @@ def row(
     return y.detach(), columns, local.grad, parts_of(layer, size, lambda p: p.grad)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SIZES, scope="module")
 def test_row_parallel_output_and_gradients_equal_dense(ranks: RankPool, size: int) -> None:
     @given(LEADING, st.integers(1, 5), st.integers(1, 9), st.booleans(), KINDS, st.integers(0, 2**31))
     def claim(leading: list[int], local: int, out: int, bias: bool, kind: str, seed: int) -> None:
@@ -248,7 +248,7 @@ def column_then_row(groups: ProcessGroups, wholes: dict[str, Tensor], x: Tensor)
     return y.detach(), x.grad
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SIZES, scope="module")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_column_then_row_computes_in_the_compute_dtype_with_float32_masters(
     ranks: RankPool, size: int, dtype: torch.dtype
@@ -332,7 +332,7 @@ def frozen_backward(groups: ProcessGroups, train_input: bool) -> tuple[bool, boo
     return x.grad is not None, layer.weight.grad is not None
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, 2], scope="module")
 def test_column_parallel_backward_computes_only_what_is_needed(ranks: RankPool, size: int) -> None:
     assert ranks.run(Layout(tensor=size), frozen_backward, True) == [(True, False)] * size
     assert ranks.run(Layout(tensor=size), frozen_backward, False) == [(False, True)] * size

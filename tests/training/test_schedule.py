@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -55,8 +56,8 @@ def test_the_rate_rises_to_the_end_of_the_warm_up_and_falls_after_it(schedule: C
     rates = [schedule.learning_rate(step) for step in range(1, schedule.total_steps + 2)]
     top = min(max(schedule.warmup_steps, 1), len(rates)) - 1
     slack = 1e-15 + schedule.peak * 1e-12
-    assert all(b >= a - slack for a, b in zip(rates[:top], rates[1 : top + 1], strict=True))
-    assert all(b <= a + slack for a, b in zip(rates[top:], rates[top + 1 :], strict=False))
+    assert all(b >= a - slack for a, b in pairwise(rates[: top + 1]))
+    assert all(b <= a + slack for a, b in pairwise(rates[top:]))
 
 
 def test_without_warm_up_the_first_step_is_near_the_peak() -> None:
