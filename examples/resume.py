@@ -6,7 +6,7 @@ What is not said is as it was saved; the layout is that of the processes it is g
 import sys
 
 from argonne.training.command_line import drive, guarded
-from argonne.training.workflow import check_resume, parse_resume, resume
+from argonne.training.resume import check_resume, parse_resume, resume
 
 if __name__ == "__main__":
     guarded(lambda: drive(resume, check_resume, parse_resume(sys.argv[1:])))

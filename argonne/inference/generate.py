@@ -69,6 +69,8 @@ def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Ten
     """One token id ``[1]`` from logits ``[vocabulary]``."""
     if sampling.temperature == 0:
         return logits.argmax().view(1)
+    if not torch.isfinite(logits).all():
+        raise ArgonneError("the model's logits are not finite: its weights have diverged")
     values, order = logits.sort(descending=True, stable=True)
     if sampling.top_k:
         values, order = values[: sampling.top_k], order[: sampling.top_k]

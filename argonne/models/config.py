@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from argonne.parallel.errors import ArgonneError, LayoutError
 from argonne.parallel.layout import Layout, divisors, require_divisible
@@ -46,8 +48,12 @@ class ArgonneConfig:
             "num_key_value_heads",
             "vocab_size",
         ):
-            if getattr(self, field) < 1:
-                raise ArgonneError(f"{field}={getattr(self, field)} is not legal; legal: 1 or more")
+            _require(self, field, lambda value: isinstance(value, int) and value >= 1, "whole numbers from 1")
+        for field in ("intermediate_size", "head_dim"):
+            _require(self, field, lambda value: isinstance(value, int) and value >= 0, "whole numbers, 0 to derive it")
+        for field in ("rms_norm_eps", "rope_theta"):
+            _require(self, field, lambda value: isinstance(value, int | float) and value > 0, "above 0")
+        _require(self, "initializer_range", lambda value: isinstance(value, int | float) and value >= 0, "0 or more")
         require_divisible(
             "num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads
         )
@@ -86,6 +92,12 @@ class ArgonneConfig:
 def feed_forward_size(hidden_size: int) -> int:
     """The 2.x rule: 8/3 of the hidden size, rounded up to a multiple of 256."""
     return -(-int(8 * hidden_size / 3) // 256) * 256
+
+
+def _require(config: ArgonneConfig, field: str, is_legal: Callable[[Any], bool], legal: str) -> None:
+    value = getattr(config, field)
+    if not is_legal(value):
+        raise ArgonneError(f"{field}={value!r} is not legal; legal: {legal}")
 
 
 def _preset(hidden: int, layers: int, heads: int, kv: int, vocabulary: int, tied: bool = True) -> ArgonneConfig:

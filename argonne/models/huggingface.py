@@ -59,7 +59,9 @@ def from_huggingface(path: Path) -> ArgonneConfig:
     file = path / "config.json" if path.is_dir() else path
     try:
         found = json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        if not isinstance(found, dict):
+            raise ValueError("it is not a JSON object")
+    except (OSError, ValueError) as error:
         raise ArgonneError(f"model config {str(file)!r} cannot be read: {error}") from error
     for field, required in _REQUIRED.items():
         value = found.get(field, required)
@@ -75,5 +77,5 @@ def from_huggingface(path: Path) -> ArgonneConfig:
     # What LlamaConfig assumes when the file is silent.
     known.setdefault("num_key_value_heads", known["num_attention_heads"])
     known.setdefault("tie_word_embeddings", False)
-    theta = rope.get("rope_theta", found.get("rope_theta", 10_000.0))
+    theta = rope.get("rope_theta") or found.get("rope_theta") or 10_000.0
     return ArgonneConfig(**known, rope_theta=float(theta))

@@ -65,14 +65,14 @@ def gather_objects(value: T, axis: Axis) -> list[T]:
 
 
 def collectively(action: Callable[[], T], axis: Axis) -> T:
-    """Run ``action`` on every rank; if it is refused on any, raise that ``ArgonneError`` on all of them.
+    """Run ``action`` on every rank; if it is refused on any, raise an ``ArgonneError`` of it on all of them.
 
     So that a fault which one rank alone can see (a file, say) leaves no other waiting.
     """
     problem = None
     try:
         result = action()
-    except ArgonneError as error:
+    except (ArgonneError, OSError) as error:
         problem = str(error)
     for found in gather_objects(problem, axis):
         if found is not None:

@@ -114,7 +114,7 @@ def choose_device(kind: str) -> torch.device:
         return torch.device("cpu")
     if not available:
         raise LayoutError("device='cuda' was asked for, but this machine has no CUDA device; legal: cpu, auto")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = _local_rank()
     if local_rank >= torch.cuda.device_count():
         raise LayoutError(
             f"LOCAL_RANK={local_rank} has no GPU of its own; this machine has {torch.cuda.device_count()}"
@@ -122,12 +122,20 @@ def choose_device(kind: str) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def _local_rank() -> int:
+    """Which of this node's ranks this is; schedulers and ranks started by hand may not say LOCAL_RANK."""
+    for variable in ("LOCAL_RANK", "SLURM_LOCALID"):
+        if variable in os.environ:
+            return int(os.environ[variable])
+    return int(os.environ.get("RANK", "0")) % torch.cuda.device_count()
+
+
 @contextmanager
 def process_groups(layout: Layout, device: torch.device) -> Iterator[ProcessGroups]:
     """Join the job that the launcher's environment describes; leave it cleanly at the end.
 
-    Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT (set by ``torchrun``, a scheduler or by hand);
-    without them this process is the whole job. Gloo serves CPU tensors, NCCL those on GPUs.
+    Reads RANK, WORLD_SIZE, MASTER_ADDR [127.0.0.1] and MASTER_PORT [29500] (set by ``torchrun``, a scheduler
+    or by hand); without them this process is the whole job. Gloo serves CPU tensors, NCCL those on GPUs.
     On an exception the groups are left as they are: a peer may be gone, and waiting for it would hang.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -137,6 +145,10 @@ def process_groups(layout: Layout, device: torch.device) -> Iterator[ProcessGrou
     if world_size == 1:
         yield ProcessGroups.single(device)
         return
+    if "RANK" not in os.environ:
+        raise LayoutError(f"WORLD_SIZE={world_size} is set but RANK is not; legal: both, as a launcher sets them")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
     if device.type == "cuda":
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=STARTUP_TIMEOUT, device_id=device)
     else:

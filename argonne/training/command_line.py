@@ -44,8 +44,8 @@ _LAUNCHER_LOOKS_WITHIN = 2.0  # seconds; a launcher then names the rank that die
 _MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
 
-def parse(config_type: type[ConfigType], arguments: Sequence[str], default: ConfigType | None = None) -> ConfigType:
-    """The configuration that ``arguments`` describe; what they leave out is as in ``default``.
+def parse(config_type: type[ConfigType], arguments: Sequence[str]) -> ConfigType:
+    """The configuration that ``arguments`` describe.
 
     Raises:
         ArgonneError: an unknown flag or an unusable value, in one line.
@@ -53,9 +53,7 @@ def parse(config_type: type[ConfigType], arguments: Sequence[str], default: Conf
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
-            if default is None:
-                return tyro.cli(config_type, args=arguments, config=_MARKERS)
-            return tyro.cli(config_type, args=arguments, default=default, config=_MARKERS)
+            return tyro.cli(config_type, args=arguments, config=_MARKERS)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -73,7 +71,10 @@ def drive(main: Callable[[ConfigType], None], check: Callable[[ConfigType, int],
         check(config, world_size())
         main(config)
         return
-    processes = config.parallel.nproc or _default_processes(config)
+    gpus = 0 if config.parallel.device == "cpu" else torch.cuda.device_count()
+    processes = config.parallel.nproc or max(gpus, 1)
+    if gpus and processes > gpus:
+        raise ArgonneError(f"nproc={processes} is more than this machine's GPUs; legal: 1 to {gpus}, or --device cpu")
     check(config, processes)
     if processes == 1:
         main(config)
@@ -108,12 +109,6 @@ def guarded(body: Callable[[], None]) -> None:
         _leave(PEER_LOST)
 
 
-def _default_processes(config: HasParallelFlags) -> int:
-    if config.parallel.device == "cpu" or not torch.cuda.is_available():
-        return 1
-    return torch.cuda.device_count()
-
-
 def _end_with_launcher() -> None:
     """End this rank when the launcher that started it is killed: an orphan would go on writing to the run."""
     launcher = os.getppid()
@@ -128,6 +123,7 @@ def _end_with_launcher() -> None:
 
 def _launch(processes: int) -> None:
     """Start this same command as ``processes`` ranks, as torchrun would, and wait for them."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -156,8 +152,9 @@ def _launch(processes: int) -> None:
             how = f"was killed by {signal.Signals(-failure.exitcode).name}"
         _say(f"rank {rank} (pid {failure.pid}) {how}; the job was stopped. The same command continues the run.")
         _leave(failure.exitcode if failure.exitcode > 0 else 1)
-    except KeyboardInterrupt:
-        _leave(INTERRUPTED)
+    except SignalException as stop:
+        _say(f"stopped by {stop.sigval.name}. The same command continues the run.")
+        _leave(128 + stop.sigval)
 
 
 def _refuse(message: str) -> NoReturn:

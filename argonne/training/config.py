@@ -13,6 +13,8 @@ from argonne.models.huggingface import from_huggingface
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.layout import Layout
 
+DEFAULT_PRESET = "argonne-2.0-4.9b"
+
 _flag = tyro.conf.arg
 
 
@@ -20,8 +22,9 @@ _flag = tyro.conf.arg
 class ModelFlags:
     """The model: a preset, any field of which may be overridden."""
 
-    preset: str = "argonne-2.0-4.9b"
-    """A named shape: demo, argonne-2.0-4.9b, argonne-2.0-2b, argonne-2.5-1b or argonne-2.0-8b."""
+    preset: str | None = None
+    """A named shape: demo, argonne-2.0-4.9b, argonne-2.0-2b, argonne-2.5-1b or argonne-2.0-8b
+    [argonne-2.0-4.9b]."""
     model_config: Path | None = None
     """A Hugging Face Llama config.json (or its directory) to take the shape from, instead of a preset."""
     hidden_size: int | None = None
@@ -49,7 +52,11 @@ class ModelFlags:
 
     def resolve(self, block_size: int) -> ArgonneConfig:
         """The whole shape. Raises ``ArgonneError`` naming what is not legal."""
-        base = from_huggingface(self.model_config) if self.model_config else preset(self.preset)
+        if self.preset is not None and self.model_config is not None:
+            raise ArgonneError(
+                f"preset={self.preset!r} conflicts with model_config={str(self.model_config)!r}; legal: one"
+            )
+        base = from_huggingface(self.model_config) if self.model_config else preset(self.preset or DEFAULT_PRESET)
         changed = {name: value for name, value in vars(self).items() if value is not None}
         changed = {name: value for name, value in changed.items() if name not in ("preset", "model_config")}
         # What a preset derives from another field is derived again when that field is changed.
@@ -67,9 +74,9 @@ class ModelFlags:
 class DataFlags:
     """The data: shards of Parquet or Arrow with a text column, and the tokenizer."""
 
-    data_glob: tuple[str, ...] = ()
+    data_glob: tuple[str, ...] | None = None
     """Globs of the training shards [../data/CC-MAIN-2025-26/*.parquet, or the next default that matches]."""
-    validation_glob: tuple[str, ...] = ()
+    validation_glob: tuple[str, ...] | None = None
     """Globs of held-out shards, on which the loss is measured at every save [none]."""
     validation_sequences: int = 64
     """Sequences of the held-out text that are used, from its beginning."""
@@ -229,6 +236,9 @@ class RunConfig:
             )
         if not t.weight_decay >= 0:
             raise ArgonneError(f"weight_decay={t.weight_decay} is not legal; legal: 0 or more")
+        for name, globs in (("data_glob", d.data_glob), ("validation_glob", d.validation_glob)):
+            if globs is not None and not all(globs or [""]):
+                raise ArgonneError(f"{name}={' '.join(globs)!r} is empty; legal: a glob, or leave the flag out")
         if not d.streaming:
             raise ArgonneError("no_streaming=True is not built yet; leave the flag out to stream")
 
@@ -247,6 +257,8 @@ class ResumeFlags:
     """Steps of that warm-up."""
     force_from_scratch: bool = False
     """Take the saved configuration but start at step 0, in an --output-dir that holds no run."""
+    given: Annotated[frozenset[str], tyro.conf.Suppress] = frozenset()
+    """The flags that this command names: what they say counts even where it equals a default."""
 
 
 @dataclass(frozen=True, kw_only=True)

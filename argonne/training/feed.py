@@ -66,17 +66,20 @@ class BatchFeed:
         tokens = message[:-1].view(self.shape)
         if batch is None:
             return Fed(tokens, None, {}, 0)
-        return Fed(tokens, self._digest(batch.tokens), batch.states, batch.step_sample)
+        return Fed(tokens, self._digest(batch), batch.states, batch.step_sample)
 
     def close(self) -> None:
         """Stop reading ahead."""
         if self.prefetcher is not None:
             self.prefetcher.close()
 
-    def _digest(self, tokens: np.ndarray) -> str:
-        samples = rearrange(tokens, "accumulation batch token -> (accumulation batch) token").astype("<i8")
+    def _digest(self, batch: Batch) -> str:
+        data = self.groups.data
+        samples = rearrange(batch.tokens, "accumulation batch token -> (accumulation batch) token").astype("<i8")
         hashes = [hashlib.blake2b(sample.tobytes(), digest_size=16).digest() for sample in samples]
         mine = torch.from_numpy(np.frombuffer(b"".join(hashes), dtype=np.uint8).copy())
-        everyone = all_gather(mine.to(self.groups.device), self.groups.data).view(self.groups.data.size, -1, 16)
-        ordered = rearrange(everyone, "rank sample byte -> sample rank byte").contiguous().cpu().numpy()
-        return hashlib.blake2b(ordered.tobytes(), digest_size=16).hexdigest()
+        everyone = all_gather(mine.to(self.groups.device), data).view(data.size, -1, 16)
+        # Rank d has the samples k with k % ranks == d: the first sample of the batch need not be rank 0's.
+        first = (batch.step_sample - data.size * len(hashes)) % data.size
+        ordered = rearrange(everyone.roll(-first, dims=0), "rank sample byte -> sample rank byte").contiguous()
+        return hashlib.blake2b(ordered.cpu().numpy().tobytes(), digest_size=16).hexdigest()

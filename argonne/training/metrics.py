@@ -115,15 +115,15 @@ class Progress:
     def _line(self, record: dict[str, Any]) -> str:
         step = record["step"]
         seconds = (time.monotonic() - self.began) / max(1, step - self.first) * (self.last - step)
-        position = record["data_position"]
+        at = record["data_position"]
         if record["validation_loss"] is not None:
             self.held_out = f" (held-out {record['validation_loss']:.4f})"
         mfu = "" if record["mfu"] is None else f" | MFU {record['mfu']:.1%}"
         return (
             f"step {step:,}/{self.last:,} | loss {record['loss']:.4f}{self.held_out} | {record['tokens']:,} tokens | "
             f"lr {record['learning_rate']:.2e} | {record['tokens_per_second']:,.0f} tokens/s{mfu} | "
-            f"{record['memory_gib']:.1f} GiB | {position['shard']} row {position['row']} "
-            f"token {position['token']} | ETA {_duration(seconds)}"
+            f"{record['memory_gib']:.1f} GiB | "
+            f"sample {at['sample']:,}, {at['shard']} row {at['row']} token {at['token']} | ETA {_duration(seconds)}"
         )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from argonne.checkpoint.format import write_json
+from argonne.data import LaneState
 from argonne.training.config import RunConfig
 from argonne.training.plot import plot_loss
 from argonne.training.setup import Workload
@@ -16,27 +18,39 @@ def write_report(
     config: RunConfig,
     workload: Workload,
     state: TrainingState,
+    lanes: Mapping[int, LaneState],
     records: list[dict[str, Any]],
     global_batch: int,
     text: str,
 ) -> None:
-    """Bring the reports of the run's directory up to the state's step; on one rank."""
+    """Bring the reports of the run's directory up to the state's step; on one rank.
+
+    ``lanes`` are all lanes of the run, ``records`` the lines of ``metrics.jsonl``.
+    """
     directory = config.run.output_dir
     with (directory / "samples.md").open("a") as file:
         loss = records[-1]["loss"] if records else float("nan")
         file.write(f"## Step {state.step} ({state.tokens:,} tokens, loss {loss:.3f})\n\n{_quote(text)}\n\n")
     (directory / "stats").mkdir(exist_ok=True)
-    write_json(directory / "stats" / f"step_{state.step:08d}.json", _stats(config, workload, state, global_batch))
+    write_json(
+        directory / "stats" / f"step_{state.step:08d}.json", _stats(config, workload, state, lanes, global_batch)
+    )
     model, layout = workload.model, state.model.groups.layout
     title = f"{model.parameter_count / 1e6:,.1f}M parameters, {layout}, {state.tokens / 1e6:.2f}M tokens"
     plot_loss(records, directory / "loss.png", title)
 
 
-def _stats(config: RunConfig, workload: Workload, state: TrainingState, global_batch: int) -> dict[str, Any]:
-    t, model = config.training, workload.model
-    positions = [lane.position for lane in state.lanes.values()]
+def _stats(
+    config: RunConfig,
+    workload: Workload,
+    state: TrainingState,
+    lanes: Mapping[int, LaneState],
+    global_batch: int,
+) -> dict[str, Any]:
+    t, model, layout = config.training, workload.model, state.model.groups.layout
+    positions = [lane.position for lane in lanes.values()]
     dropped: Counter[str] = Counter()
-    for lane in state.lanes.values():
+    for lane in lanes.values():
         dropped.update(lane.dropped)
     whole = any(position.epoch > 0 for position in positions)
     return {
@@ -48,17 +62,17 @@ def _stats(config: RunConfig, workload: Workload, state: TrainingState, global_b
         "hidden_size": model.hidden_size,
         "model_params": model.parameter_count,
         "data_shards_seen": len(workload.shards) if whole else 1 + max((p.shard for p in positions), default=-1),
-        "documents_seen": sum(lane.documents for lane in state.lanes.values()),
+        "documents_seen": sum(lane.documents for lane in lanes.values()),
         "documents_dropped": dict(dropped),
         "base_learning_rate": t.learning_rate,
         "min_learning_rate": t.min_learning_rate,
         "warmup_steps": t.warmup_steps,
         "max_steps": t.total_steps,
-        "gradient_accumulation_steps": t.gradient_accumulation_steps,
+        "gradient_accumulation_steps": global_batch // (t.initial_batch_size * layout.data),
         "effective_tokens_per_step": global_batch * config.data.block_size,
         "amp_dtype": str(workload.precision.compute).removeprefix("torch."),
         "fused_adamw": True,
-        "parallelism": str(state.model.groups.layout),
+        "parallelism": str(layout),
     }
 
 

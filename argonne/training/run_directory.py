@@ -57,17 +57,25 @@ def read_run(directory: Path) -> dict[str, Any] | None:
             )
         return None
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ArgonneError(f"{str(path)!r} is not readable: {error}") from error
+        run = json.loads(path.read_text())
+        missing = {"identity", "global_batch", "first_layout"} - set(run)
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        return run
+    except (OSError, ValueError, TypeError) as error:
+        raise ArgonneError(f"{str(path)!r} does not tell what the run is: {error}") from error
 
 
 def flags_to_json(config: RunConfig) -> dict[str, Any]:
-    """The flags as JSON values."""
-    return {
+    """The flags as JSON values; paths and globs are made absolute, so that they hold from any directory."""
+    flags = {
         name: {field: _plain(value) for field, value in dataclasses.asdict(getattr(config, name)).items()}
         for name in ("model", "data", "training", "parallel", "run")
     }
+    for name in ("data_glob", "validation_glob"):
+        if flags["data"][name] is not None:
+            flags["data"][name] = [os.path.abspath(glob) for glob in flags["data"][name]]
+    return flags
 
 
 def flags_from_json(saved: Mapping[str, Any]) -> RunConfig:
@@ -87,14 +95,10 @@ def continue_at(directory: Path, step: int) -> list[str]:
     Lines of ``metrics.jsonl`` and sections of ``samples.md`` past ``step`` are dropped: they are written
     again. Checkpoints past it are renamed, not deleted.
     """
-    MetricsLog(directory / "metrics.jsonl").drop_after(step)
-    samples = directory / "samples.md"
-    if samples.exists():
-        sections = re.split(r"(?m)^(?=## Step )", samples.read_text())
-        kept = [s for s in sections if (m := re.match(r"## Step (\d+)", s)) is None or int(m.group(1)) <= step]
-        samples.write_text("".join(kept))
+    # Checkpoints first, newest first: if this is interrupted, the next start still begins at `step` or later
+    # with every line up to there.
     moved = []
-    for path in checkpoints(directory):
+    for path in reversed(checkpoints(directory)):
         if (step_of(path) or 0) > step:
             aside = path.with_name(path.name + ".set-aside")
             number = 1
@@ -103,6 +107,14 @@ def continue_at(directory: Path, step: int) -> list[str]:
                 aside = path.with_name(f"{path.name}.set-aside-{number}")
             os.replace(path, aside)
             moved.append(f"checkpoint {path.name} lies past step {step} and was set aside as {aside.name}")
+    samples = directory / "samples.md"
+    if samples.exists():
+        sections = re.split(r"(?m)^(?=## Step )", samples.read_text())
+        kept = [s for s in sections if (m := re.match(r"## Step (\d+)", s)) is None or int(m.group(1)) <= step]
+        temporary = samples.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(samples)
+    MetricsLog(directory / "metrics.jsonl").drop_after(step)
     return moved
 
 
@@ -162,7 +174,7 @@ def _group(kind: type[Flags], saved: Mapping[str, Any]) -> Flags:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
-        return str(value)
+        return os.path.abspath(value)
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -33,9 +34,9 @@ from argonne.parallel import Precision, ProcessGroups, choose_device
 from argonne.parallel.collectives import collectively, gather_objects
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import RunConfig
-from argonne.training.run_directory import schedule_identity
+from argonne.training.run_directory import require_same, schedule_identity
 
-TOKENIZER_TRAINING_BYTES = 64 << 20
+TOKENIZER_TRAINING_BYTES = 16 << 20
 """The fallback tokenizer is trained on this much text at most, from the beginning of the data."""
 
 PRECISIONS = {
@@ -76,7 +77,7 @@ def check(config: RunConfig, world_size: int) -> None:
         raise DataError(
             f"tokenizer_path={str(path)!r} does not exist; legal: the directory of a Hugging Face tokenizer"
         )
-    shards = open_shards(find_shards(config.data.data_glob))
+    shards = open_shards(find_shards(config.data.data_glob or ()))
     if config.data.validation_glob:
         open_shards(find_shards(config.data.validation_glob))
     rows = sum(sum(shard.rows) for shard in shards)
@@ -84,26 +85,50 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_output(config.run.output_dir)
 
 
-def prepare(config: RunConfig, groups: ProcessGroups, kept_tokenizer: Path | None = None) -> Workload:
+def prepare(
+    config: RunConfig,
+    groups: ProcessGroups,
+    saved_identity: dict[str, Any] | None = None,
+    kept_tokenizer: Path | None = None,
+) -> Workload:
     """Settle the workload (collective).
 
     Args:
         config: the flags.
         groups: the processes.
+        saved_identity: that of the run which the output directory holds; anything else is refused.
         kept_tokenizer: the tokenizer that the run already has, used when the flags name none.
 
     Raises:
         ArgonneError: on every rank, what is wrong.
     """
-    shards = open_shards(find_shards(config.data.data_glob))
+    directory = config.run.output_dir
+    shards = open_shards(find_shards(config.data.data_glob or ()))
     validation_shards = open_shards(find_shards(config.data.validation_glob)) if config.data.validation_glob else ()
     lanes = config.data.data_lanes or default_lanes(sum(sum(shard.rows) for shard in shards))
-    kept = config.run.output_dir / "tokenizer"
-    source = config.data.tokenizer_path or (kept if kept.is_dir() else kept_tokenizer)
-    trained_here = config.data.tokenizer_path is None
-    if source is None:
-        source = kept
-        collectively(lambda: _train_tokenizer(shards, kept, groups), groups.world)
+    identity: dict[str, Any] = {
+        "data": {
+            "fingerprint": fingerprint(shards),
+            "lanes": lanes,
+            "block_size": config.data.block_size,
+            "document_boundary_tokens": config.data.add_document_boundary_tokens,
+        },
+        "seed": config.training.seed,
+        "schedule": schedule_identity(config),
+    }
+    if saved_identity is not None:  # before a tokenizer is trained into another run's directory
+        require_same({name: saved_identity.get(name) for name in identity}, identity, directory)
+
+    def find_tokenizer() -> Path:
+        if config.data.tokenizer_path is not None:
+            return config.data.tokenizer_path
+        if kept_tokenizer is not None:
+            return kept_tokenizer
+        if groups.is_first:
+            train_kept_tokenizer(shards, directory / "tokenizer")
+        return directory / "tokenizer"
+
+    source = collectively(find_tokenizer, groups.world)
     reads_data = groups.tensor.rank == 0
     tokenizer = collectively(
         lambda: load_tokenizer(source, config.data.trust_remote_code) if reads_data else None, groups.world
@@ -111,40 +136,26 @@ def prepare(config: RunConfig, groups: ProcessGroups, kept_tokenizer: Path | Non
     boundary = None
     if config.data.add_document_boundary_tokens:
         boundary = collectively(lambda: boundary_tokens(tokenizer) if tokenizer else None, groups.world)
-    if groups.is_first:
-        assert tokenizer is not None
-        told = (tokenizer_fingerprint(tokenizer), len(tokenizer))
-    else:
-        told = ("", 0)
-    tokenizer_hash, tokenizer_size = gather_objects(told, groups.world)[0]
 
     def enough() -> None:
         if groups.is_first:
             check_block_size(shards, tokenizer, config.data.block_size, boundary)
 
     collectively(enough, groups.world)
-    model = _model(config, tokenizer_size, trained_here)
-    return Workload(
-        model=model,
-        precision=resolve_precision(config.training.precision, groups.device),
-        shards=shards,
-        validation_shards=validation_shards,
-        lanes=lanes,
-        tokenizer=tokenizer,
-        boundary=boundary,
-        identity={
-            "model": dataclasses.asdict(model),
-            "data": {
-                "fingerprint": fingerprint(shards),
-                "lanes": lanes,
-                "block_size": config.data.block_size,
-                "document_boundary_tokens": config.data.add_document_boundary_tokens,
-            },
-            "tokenizer": {"fingerprint": tokenizer_hash, "size": tokenizer_size},
-            "seed": config.training.seed,
-            "schedule": schedule_identity(config),
-        },
-    )
+    told = ("", 0)
+    if groups.is_first:
+        assert tokenizer is not None
+        told = (tokenizer_fingerprint(tokenizer), _token_count(tokenizer))
+    tokenizer_hash, tokenizer_size = gather_objects(told, groups.world)[0]
+    model = _model(config, tokenizer_size)
+    identity |= {
+        "model": dataclasses.asdict(model),
+        "tokenizer": {"fingerprint": tokenizer_hash, "size": tokenizer_size},
+    }
+    if saved_identity is not None:
+        require_same(saved_identity, identity, directory)
+    precision = resolve_precision(config.training.precision, groups.device)
+    return Workload(model, precision, shards, validation_shards, lanes, tokenizer, boundary, identity)
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:
@@ -157,6 +168,8 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
 def accumulation_for(config: RunConfig, data_parallel: int, saved: dict[str, Any] | None) -> int:
     """Micro-batches per step: the flag's, or what keeps the saved run's global batch in a new layout.
 
+    The flags mean the same run when their product with this layout, or with the run's first, is its batch.
+
     Raises:
         ArgonneError: the global batch cannot be kept, or is asked to be another.
     """
@@ -164,39 +177,55 @@ def accumulation_for(config: RunConfig, data_parallel: int, saved: dict[str, Any
     if saved is None:
         return asked
     kept = saved["global_batch"]
-    if micro * asked * data_parallel == kept:
-        return asked
-    if micro * asked * saved["layout"]["data"] != kept:
+    if kept not in (micro * asked * data_parallel, micro * asked * saved["first_layout"]["data"]):
         raise ArgonneError(
             f"global batch {micro * asked * data_parallel} (initial_batch_size={micro} x gradient_accumulation_steps="
             f"{asked} x data_parallel={data_parallel}) is not the run's {kept}; legal: a product of {kept}"
         )
-    if kept % (micro * data_parallel):
+    return accumulation_that_keeps(kept, micro, data_parallel)
+
+
+def accumulation_that_keeps(global_batch: int, micro: int, data_parallel: int) -> int:
+    """Micro-batches per step that make ``global_batch``. Raises ``ArgonneError`` when none do."""
+    if global_batch % (micro * data_parallel):
         raise ArgonneError(
-            f"initial_batch_size={micro} x data_parallel={data_parallel} does not divide the run's global batch of "
-            f"{kept}; legal: a product that does"
+            f"micro-batch {micro} x data_parallel={data_parallel} does not divide the run's global batch of "
+            f"{global_batch}; legal: a product that does (resume.py may change the batch: say "
+            "--gradient-accumulation-steps too)"
         )
-    return kept // (micro * data_parallel)
+    return global_batch // (micro * data_parallel)
 
 
-def _model(config: RunConfig, tokenizer_size: int, trained_here: bool) -> ArgonneConfig:
+def _model(config: RunConfig, tokenizer_size: int) -> ArgonneConfig:
     model = config.model.resolve(config.data.block_size)
-    if trained_here and config.model.vocab_size is None:
+    if config.data.tokenizer_path is None and config.model.vocab_size is None:
         return replace(model, vocab_size=tokenizer_size)
     if model.vocab_size < tokenizer_size:
-        raise ArgonneError(f"vocab_size={model.vocab_size} is less than the tokenizer's {tokenizer_size} tokens")
+        raise ArgonneError(
+            f"vocab_size={model.vocab_size} is less than the tokenizer's {tokenizer_size}; "
+            f"legal: --vocab-size {tokenizer_size} or more"
+        )
     return model
 
 
-def _train_tokenizer(shards: tuple[Shard, ...], path: Path, groups: ProcessGroups) -> None:
-    """The fallback: a byte-level BPE of the data's own text, kept with the run."""
-    if not groups.is_first:
+def _token_count(tokenizer: PreTrainedTokenizerFast) -> int:
+    """One more than the largest id: some tokenizers leave ids out."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+
+
+def train_kept_tokenizer(shards: tuple[Shard, ...], path: Path) -> None:
+    """The fallback: a byte-level BPE of the data's own text, kept at ``path`` with what it was trained on."""
+    origin = {"data": fingerprint(shards)}
+    record = path / "trained_on.json"
+    if record.exists() and json.loads(record.read_text()) == origin:
         return
     print("no --tokenizer-path: training a byte-level BPE of 12,000 on the data", flush=True)
     tokenizer = train_tokenizer(_some_text(shards))
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     tokenizer.save_pretrained(temporary)
+    (temporary / record.name).write_text(json.dumps(origin))
+    shutil.rmtree(path, ignore_errors=True)
     os.replace(temporary, path)
 
 
@@ -207,7 +236,7 @@ def _some_text(shards: tuple[Shard, ...]) -> Iterator[str]:
             for text in read_texts(shard, row_group):
                 if isinstance(text, str):
                     yield text
-                    left -= len(text)
+                    left -= len(text.encode(errors="replace"))
                 if left <= 0:
                     return
 

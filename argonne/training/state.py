@@ -77,12 +77,16 @@ class TrainingState:
                 self.optimizer.state[sharded.parameter]["step"].fill_(saved["optimizer_step"])
         self.schedule = replace(self.schedule, **rewarmup)
 
-    def save(self, config: RunConfig, workload: Workload, global_batch: int) -> Path:
+    def all_lanes(self) -> dict[int, LaneState]:
+        """The state of every lane, whichever rank reads it (collective)."""
+        lanes: dict[int, LaneState] = {}
+        for part in gather_objects(self.lanes, self.model.groups.world):
+            lanes |= part
+        return {lane: lanes[lane] for lane in sorted(lanes)}
+
+    def save(self, config: RunConfig, workload: Workload, lanes: dict[int, LaneState], global_batch: int) -> Path:
         """Write the checkpoint of this step (collective), and return its directory."""
         groups = self.model.groups
-        lanes: dict[int, LaneState] = {}
-        for part in gather_objects(self.lanes, groups.world):
-            lanes |= part
 
         def write_rest(directory: Path) -> None:
             assert workload.tokenizer is not None
@@ -118,7 +122,7 @@ class TrainingState:
             "data": {
                 "next_sample": self.next_sample,
                 "shards": [shard.path.name for shard in workload.shards],
-                "lanes": {str(lane): lanes[lane].to_dict() for lane in sorted(lanes)},
+                "lanes": {str(lane): state.to_dict() for lane, state in lanes.items()},
             },
             # Nothing random is carried from step to step: initial weights and samples are drawn by seed and step.
             "rng": {"seed": config.training.seed},

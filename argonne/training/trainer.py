@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from typing import Any
 
@@ -47,7 +48,9 @@ class Trainer:
                 groups,
             )
         self.metrics = MetricsLog(config.run.output_dir / "metrics.jsonl")
-        self.save_seconds = 0.0
+        self.step_seconds = 0.0
+        # Until a save has been timed: weights and moments at 200 MB/s.
+        self.save_seconds = sum(3 * s.parameter.nbytes for s in state.parameters) / 200e6
 
     def run(self) -> None:
         """Train to ``--total-steps``, ``--stop-at-step`` or ``--wall-time``; save on the way and at the end."""
@@ -61,7 +64,11 @@ class Trainer:
             loss = self._forward_backward(batch)
             norm = self._update()
             self._advance(batch)
-            record = self._record(batch, loss, norm, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            record = self._record(batch, loss, norm, seconds)
+            if not self.step_seconds:  # every rank is up: from now on a slow collective is a lost peer
+                self.groups.set_timeout(TRAINING_TIMEOUT)
+            self.step_seconds = max(self.step_seconds, seconds)
 
             save_now = state.step % flags.save_interval == 0 or state.step == last
             if save_now and self.held_out is not None:
@@ -72,7 +79,9 @@ class Trainer:
             if save_now:
                 self._save(progress)
                 saved_at = state.step
-        if saved_at != state.step:  # out of time between two saves
+        if state.step < last and progress:
+            progress.say(f"leaving at step {state.step:,}: --wall-time is near. The same command continues the run.")
+        if saved_at != state.step:
             self._save(progress)
         self.feed.close()
         if progress:
@@ -87,11 +96,7 @@ class Trainer:
             loss.backward()
             total += loss.detach()
         loss_of_step = all_reduce(total, self.groups.data).item()
-        if not torch.isfinite(total):
-            raise ArgonneError(
-                f"the loss of step {self.state.step + 1} is {loss_of_step}; the step was not taken. Continue from the "
-                "last checkpoint with a lower --learning-rate, or look at the data of this step"
-            )
+        self._require_finite("loss", loss_of_step)
         return loss_of_step
 
     def _update(self) -> float:
@@ -99,11 +104,20 @@ class Trainer:
         state = self.state
         complete_gradients(state.parameters, self.groups)
         norm = global_gradient_norm(state.parameters, self.groups)
+        self._require_finite("gradient norm", norm.item())
         clip_gradients(state.parameters, norm, self.config.training.gradient_clip)
         set_learning_rate(state.optimizer, state.schedule.learning_rate(state.step + 1))
         state.optimizer.step()
         state.optimizer.zero_grad()
         return norm.item()
+
+    def _require_finite(self, what: str, value: float) -> None:
+        """Stop, on every rank alike, before a step that would spoil the weights."""
+        if not math.isfinite(value):
+            raise ArgonneError(
+                f"the {what} of step {self.state.step + 1} is {value}; the step was not taken. Continue from the last "
+                "checkpoint with a lower --learning-rate, or look at the data of this step"
+            )
 
     def _advance(self, batch: Fed) -> None:
         """Count the step, and the data of this batch as consumed."""
@@ -111,8 +125,6 @@ class Trainer:
         self.state.tokens += self.tokens_per_step
         self.state.next_sample = batch.next_sample
         self.state.lanes = dict(batch.states)
-        if self.state.step == 1:  # every rank is up: from now on a slow collective is a lost peer
-            self.groups.set_timeout(TRAINING_TIMEOUT)
 
     def _save(self, progress: Progress | None) -> None:
         """Show what the model has learnt, write the checkpoint, then let old checkpoints go.
@@ -122,9 +134,11 @@ class Trainer:
         """
         began = time.monotonic()
         text = sample_text(self.state.model, self.workload.tokenizer, self.config.training.seed + self.state.step)
+        lanes = self.state.all_lanes()
         if progress:
-            write_report(self.config, self.workload, self.state, self.metrics.read(), self.global_batch, text or "")
-        path = self.state.save(self.config, self.workload, self.global_batch)
+            records = self.metrics.read()
+            write_report(self.config, self.workload, self.state, lanes, records, self.global_batch, text or "")
+        path = self.state.save(self.config, self.workload, lanes, self.global_batch)
         if progress:
             pruned = prune(self.config.run.output_dir, self.config.run.keep_checkpoints)
             gone = f"; {len(pruned)} older pruned" if pruned else ""
@@ -136,7 +150,7 @@ class Trainer:
         limit = self.config.run.wall_time
         if limit is None:
             return False
-        margin = max(3 * self.save_seconds, 0.02 * limit, 10.0)
+        margin = 1.5 * self.step_seconds + max(2 * self.save_seconds, 0.02 * limit, 10.0)
         late = torch.tensor(float(seconds_since_start() + margin > limit), device=self.groups.device)
         return bool(broadcast(late, self.groups.world).item())
 

@@ -1,0 +1,128 @@
+"""Resuming: a named checkpoint, the flags it was saved with, and those that this command changes on purpose."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from argonne.checkpoint import CheckpointError, load_trainer, newest_valid, resolve
+from argonne.parallel.collectives import collectively
+from argonne.parallel.errors import ArgonneError
+from argonne.training.command_line import parse
+from argonne.training.config import DataFlags, ResumeConfig, RunConfig
+from argonne.training.run_directory import differences, read_run, require_same, saved_flags
+from argonne.training.setup import accumulation_that_keeps, check, prepare
+from argonne.training.state import TrainingState
+from argonne.training.workflow import joined, say, train
+
+Flags = TypeVar("Flags")
+
+# Changing these changes what the weights or the lanes mean; resume.py refuses it. The rest it announces.
+_FIXED = ("model", "data", "tokenizer")
+
+
+def parse_resume(arguments: Sequence[str]) -> ResumeConfig:
+    """The flags of ``resume.py``: those left out are as the checkpoint's run had them."""
+    told = parse(ResumeConfig, arguments)
+    given = frozenset(_names(arguments))
+    directory, saved = _newest_flags(told.resume.checkpoint_path)
+    config = ResumeConfig(
+        model=_overlay(saved.model, told.model, given),
+        data=_data_flags(saved.data, told.data, given, directory),
+        training=_overlay(saved.training, told.training, given),
+        parallel=told.parallel,  # the layout is that of the processes this command is given
+        run=_overlay(
+            replace(saved.run, output_dir=directory.resolve().parent, stop_at_step=None, wall_time=None),
+            told.run,
+            given,
+        ),
+        resume=replace(told.resume, given=given),
+    )
+    if config.resume.batch_size is not None:
+        config = replace(config, training=replace(config.training, initial_batch_size=config.resume.batch_size))
+    return config
+
+
+def check_resume(config: ResumeConfig, world_size: int) -> None:
+    """Refuse what a resume cannot use; needs no peers."""
+    flags, output = config.resume, config.run.output_dir
+    if flags.rewarmup_steps < 0:
+        raise ArgonneError(f"rewarmup_steps={flags.rewarmup_steps} is not legal; legal: 0 or more")
+    found = resolve(flags.checkpoint_path)
+    elsewhere = output.resolve() != found[-1].resolve().parent
+    if (elsewhere or flags.force_from_scratch) and read_run(output) is not None:
+        raise ArgonneError(
+            f"output_dir={str(output)!r} holds a different run; legal: the checkpoint's own run, or a new directory"
+        )
+    check(config, world_size)
+
+
+def resume(config: ResumeConfig) -> None:
+    """Continue from a checkpoint; one rank of it."""
+    flags = config.resume
+    with joined(config) as groups:
+        checkpoint, reports = newest_valid(resolve(flags.checkpoint_path), groups)
+        say(groups, *reports)
+        if checkpoint is None:
+            path = str(flags.checkpoint_path)
+            raise CheckpointError(f"checkpoint path {path!r} holds no valid checkpoint: {reports[0]}")
+        workload = prepare(config, groups, kept_tokenizer=checkpoint)
+        saved = collectively(lambda: _saved_run(checkpoint), groups.world)
+        fixed = {name: workload.identity[name] for name in _FIXED}
+        require_same({name: saved["identity"][name] for name in _FIXED}, fixed, checkpoint)
+        changed = differences(saved["identity"], workload.identity)
+        say(groups, *(f"changed from here on: {line}" for line in changed))
+
+        accumulation = config.training.gradient_accumulation_steps
+        if "gradient_accumulation_steps" not in flags.given:
+            micro = config.training.initial_batch_size
+            accumulation = accumulation_that_keeps(saved["global_batch"], micro, groups.data.size)
+        state = TrainingState.build(config, workload, groups)
+        if flags.force_from_scratch:
+            state.model.initialise(config.training.seed)
+            train(config, workload, state, accumulation, None)
+        else:
+            state.restore(checkpoint, flags.reset_optimizer, flags.rewarmup_steps)
+            train(config, workload, state, accumulation, checkpoint)
+
+
+def _names(arguments: Sequence[str]) -> list[str]:
+    """The fields that a command line names: ``--no-streaming`` and ``--save-interval=5`` as their fields."""
+    words = [word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")]
+    return [word.removeprefix("no_") for word in words]
+
+
+def _overlay(saved: Flags, told: Flags, given: frozenset[str]) -> Flags:
+    named = {f.name: getattr(told, f.name) for f in dataclasses.fields(told) if f.name in given}  # type: ignore[arg-type]
+    return replace(saved, **named)  # type: ignore[type-var]
+
+
+def _data_flags(saved: DataFlags, told: DataFlags, given: frozenset[str], checkpoint: Path) -> DataFlags:
+    flags = _overlay(saved, told, given)
+    path = flags.tokenizer_path
+    if path is not None and "tokenizer_path" not in given and not path.is_dir():
+        return replace(flags, tokenizer_path=checkpoint)  # the original is gone; every checkpoint has a copy
+    return flags
+
+
+def _newest_flags(path: Path) -> tuple[Path, RunConfig]:
+    """The newest checkpoint at ``path`` that tells its run's flags, and those."""
+    problem: CheckpointError | None = None
+    for directory in reversed(resolve(path)):
+        try:
+            return directory, saved_flags(directory)
+        except CheckpointError as error:
+            problem = problem or error
+    assert problem is not None
+    raise problem
+
+
+def _saved_run(checkpoint: Path) -> dict[str, Any]:
+    saved = load_trainer(checkpoint)
+    missing = {"identity", "global_batch"} - set(saved)
+    if missing:
+        raise CheckpointError(f"{str(checkpoint / 'trainer.json')!r} lacks {', '.join(sorted(missing))}")
+    return saved
