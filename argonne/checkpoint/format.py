@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -107,10 +108,23 @@ def sync(path: Path) -> None:
 
 def commit(temporary: Path, final: Path, manifest: Manifest) -> None:
     """Make a complete temporary directory the checkpoint ``final``."""
-    write_json(temporary / MANIFEST, {"format": 1, **asdict(manifest)})
+    listed = asdict(manifest)
+    write_json(temporary / MANIFEST, {"format": 1, "sha256": _fingerprint(listed), **listed})
     sync(temporary)
-    os.replace(temporary, final)
+    if final.exists():  # saved again: the one before makes way only for one that is complete
+        replaced = final.with_name(final.name + ".replaced" + TEMPORARY)
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(final, replaced)
+        os.replace(temporary, final)
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        os.replace(temporary, final)
     sync(final.parent)
+
+
+def _fingerprint(listed: dict[str, Any]) -> str:
+    """SHA-256 of what a manifest says of a checkpoint."""
+    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -118,6 +132,8 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     try:
         found = json.loads(path.read_text())
+        if found["sha256"] != _fingerprint({name: found[name] for name in ("step", "files", "tensors")}):
+            raise ValueError("it has changed since it was written (SHA-256 differs)")
         return Manifest(
             step=found["step"],
             files={name: FileRecord(**record) for name, record in found["files"].items()},
@@ -126,7 +142,7 @@ def read_manifest(directory: Path) -> Manifest:
                 for name, record in found["tensors"].items()
             },
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{str(path)!r} is not a readable manifest: {error}") from error
 
 

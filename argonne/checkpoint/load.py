@@ -63,10 +63,16 @@ def _tensor_files(directory: Path) -> dict[str, str]:
     """The file of each tensor: from the manifest, or as Hugging Face keeps them."""
     if (directory / "manifest.json").exists():
         return {name: record.file for name, record in read_manifest(directory).tensors.items()}
-    if (directory / INDEX).exists():
-        return json.loads((directory / INDEX).read_text())["weight_map"]
-    single = directory / "model.safetensors"
-    if single.exists():
-        with safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), single.name)
+    index, single = directory / INDEX, directory / "model.safetensors"
+    try:
+        if index.exists():
+            return dict(json.loads(index.read_text())["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{str(index)!r} cannot be read: {error}") from error
+    try:
+        if single.exists():
+            with safe_open(single, framework="pt") as file:
+                return dict.fromkeys(file.keys(), single.name)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{str(single)!r} cannot be read: {error}") from error
     raise CheckpointError(f"{str(directory)!r} holds no safetensors weights")

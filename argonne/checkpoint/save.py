@@ -84,13 +84,18 @@ def save_checkpoint(
     """
     final = step_directory(root, step)
     temporary = final.with_name(final.name + TEMPORARY)
-    if groups.is_first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    groups.barrier()
     files: dict[str, FileRecord] = {}
     tensors: dict[str, TensorRecord] = {}
     problems: list[str] = []
+    if groups.is_first:
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            problems.append(str(error))
+    problems = gather_objects(problems, groups.world)[0]
+    if problems:
+        raise CheckpointError(f"the checkpoint of step {step} could not be written: {problems[0]}")
     for kind, pieces in (("model", model), ("optimizer", optimizer)):
         for written in gather_objects(_write_tensors(temporary, kind, pieces, groups), groups.world):
             files |= written.files
@@ -105,9 +110,8 @@ def save_checkpoint(
                 if name not in files:
                     sync(path)
                     files[name] = record_file(path)
-            shutil.rmtree(final, ignore_errors=True)
-            commit(temporary, final, Manifest(step, files, tensors))
-        except OSError as error:
+            commit(temporary, final, Manifest(step, dict(sorted(files.items())), dict(sorted(tensors.items()))))
+        except Exception as error:  # whatever it is, the other ranks wait for the outcome
             problems.append(str(error))
     problems = gather_objects(problems, groups.world)[0]
     if problems:

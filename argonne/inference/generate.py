@@ -74,7 +74,7 @@ def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Ten
     values, order = logits.sort(descending=True, stable=True)
     if sampling.top_k:
         values, order = values[: sampling.top_k], order[: sampling.top_k]
-    probabilities = (values / sampling.temperature).softmax(0)
+    probabilities = ((values - values[0]) / sampling.temperature).softmax(0)
     # A token stays while those before it have less than top_p together; the first always stays.
     before = probabilities.cumsum(0) - probabilities
     probabilities = torch.where(before < sampling.top_p, probabilities, 0.0)

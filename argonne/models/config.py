@@ -47,12 +47,13 @@ class ArgonneConfig:
             "num_attention_heads",
             "num_key_value_heads",
             "vocab_size",
+            "max_position_embeddings",
         ):
-            _require(self, field, lambda value: isinstance(value, int) and value >= 1, "whole numbers from 1")
+            _require(self, field, lambda value: isinstance(value, int) and value >= 1, "1 or more")
         for field in ("intermediate_size", "head_dim"):
-            _require(self, field, lambda value: isinstance(value, int) and value >= 0, "whole numbers, 0 to derive it")
+            _require(self, field, lambda value: isinstance(value, int) and value >= 0, "0 or more")
         for field in ("rms_norm_eps", "rope_theta"):
-            _require(self, field, lambda value: isinstance(value, int | float) and value > 0, "above 0")
+            _require(self, field, lambda value: isinstance(value, int | float) and value > 0, "more than 0")
         _require(self, "initializer_range", lambda value: isinstance(value, int | float) and value >= 0, "0 or more")
         require_divisible(
             "num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads

@@ -77,5 +77,7 @@ def from_huggingface(path: Path) -> ArgonneConfig:
     # What LlamaConfig assumes when the file is silent.
     known.setdefault("num_key_value_heads", known["num_attention_heads"])
     known.setdefault("tie_word_embeddings", False)
+    known.setdefault("max_position_embeddings", 2048)
+    known.setdefault("initializer_range", 0.02)
     theta = rope.get("rope_theta") or found.get("rope_theta") or 10_000.0
     return ArgonneConfig(**known, rope_theta=float(theta))

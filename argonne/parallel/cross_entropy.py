@@ -26,7 +26,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         accurate = torch.promote_types(logits.dtype, torch.float32)
         # Each rank's maximum, sum of exponentials above it, and logit of the target: one message.
         statistics = torch.zeros(3, len(targets), dtype=accurate, device=logits.device)
-        statistics[0] = -torch.inf
+        statistics[0] = statistics[2] = -torch.inf
         if vocabulary.tokens:
             for chunk in _chunks(logits):
                 values = logits[chunk].to(accurate)
@@ -34,13 +34,13 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
                 highest = values.amax(1)
                 statistics[0, chunk] = highest
                 statistics[1, chunk] = (values - highest[:, None]).exp_().sum(1)
-                statistics[2, chunk] = torch.where(mine[chunk], picked, 0.0)
+                statistics[2, chunk] = torch.where(mine[chunk], picked, -torch.inf)
         highest, total, target_logit = all_gather(statistics, axis).unbind(1)
         top = highest.amax(0)
         log_sum = top + ((highest - top).exp() * total).sum(0).log()
         counted = targets != IGNORE_INDEX
         ctx.save_for_backward(logits, log_sum, rows, mine, counted)
-        return torch.where(counted, log_sum - target_logit.sum(0), 0.0)
+        return torch.where(counted, log_sum - target_logit.amax(0), 0.0)  # of a target that is no token: infinite
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:

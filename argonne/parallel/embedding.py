@@ -105,8 +105,6 @@ class VocabParallelEmbedding(_VocabParallel):
         """Integer ids ``[...]`` -> ``[..., hidden]`` in the compute dtype, the same on every rank."""
         rows, mine = self.range.localise(ids)
         vectors = F.embedding(rows, self.weight).to(self.precision.compute)
-        if self.axis.group is None:
-            return vectors
         return reduce_from_region(vectors.masked_fill(~mine.unsqueeze(-1), 0), self.axis)
 
 

@@ -17,21 +17,21 @@ def complete_gradients(parameters: Sequence[ShardedParameter], groups: ProcessGr
 
     Over the data axis every gradient is a partial sum (the loss is divided by the global number of
     target tokens, so nothing is averaged here). Over the tensor axis only those are that their
-    ``ShardSpec`` calls partial.
+    ``Region`` calls partial.
     """
     for sharded in parameters:
         if sharded.parameter.grad is not None:
             all_reduce(sharded.parameter.grad, groups.data)
     if groups.tensor.size > 1:
-        _sum_over_holders([s for s in parameters if s.spec.partial_gradient], groups)
+        _sum_over_holders(parameters, groups)
 
 
 def _sum_over_holders(parameters: Sequence[ShardedParameter], groups: ProcessGroups) -> None:
     """One all-reduce of the whole tensors that have several holders, each rank adding what it has."""
-    shared = [(s, r) for s in parameters for r in s.spec.regions if len(r.holders) > 1]
+    shared = [(s, r) for s in parameters for r in s.spec.regions if r.partial_gradient]
     if not shared:
         return
-    # A tensor that one rank shares is shared by all of them, so every rank lays out the same buffer.
+    # Every rank has some region of each, so that all lay out the same buffer.
     shapes = {region.name: region.whole_shape for _, region in shared}
     buffer = parameters[0].parameter.new_zeros(sum(torch.Size(shape).numel() for shape in shapes.values()))
     pieces = buffer.split([torch.Size(shape).numel() for shape in shapes.values()])

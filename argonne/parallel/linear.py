@@ -151,10 +151,9 @@ class ColumnParallelLinear(nn.Module):
         return gather_from_region(y, self.axis) if self.gather_output else y
 
     def shard_specs(self) -> dict[str, ShardSpec]:
-        shared = any(part.is_shared for part in self.parts)
-        specs = {"weight": ShardSpec(self._regions("weight", (self.in_features,)), self.initialiser, shared)}
+        specs = {"weight": ShardSpec(self._regions("weight", (self.in_features,)), self.initialiser)}
         if self.bias is not None:
-            specs["bias"] = ShardSpec(self._regions("bias", ()), Constant(0.0), shared)
+            specs["bias"] = ShardSpec(self._regions("bias", ()), Constant(0.0))
         return specs
 
     def _regions(self, kind: str, tail: tuple[int, ...]) -> tuple[Region, ...]:
@@ -174,6 +173,7 @@ class ColumnParallelLinear(nn.Module):
                         shape=(features, *tail),
                         local_start=(local, *zeros),
                         holders=holders,
+                        partial_gradient=part.is_shared,
                     )
                 )
                 local += features

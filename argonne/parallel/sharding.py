@@ -34,6 +34,9 @@ class Region:
     """The first index of the box in the parameter; the rest of the parameter is padding, kept at zero."""
     holders: tuple[int, ...]
     """The tensor-parallel ranks with this same region. The first speaks for it: it is counted once."""
+    partial_gradient: bool = False
+    """Each holder has only a part of the gradient: the parts are summed over the holders. The same on every
+    rank for all regions of a whole tensor, also for those with one holder."""
 
     @property
     def whole_index(self) -> tuple[slice, ...]:
@@ -46,13 +49,11 @@ class Region:
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """What one parameter holds, how it begins, and whether its gradient is complete after backward."""
+    """What one parameter holds, and how it begins."""
 
     regions: tuple[Region, ...]
     initialiser: Initialiser | None = None
     """``None``: the module has initialised the parameter itself."""
-    partial_gradient: bool = False
-    """Each holder of a region has only a part of its gradient: the parts are summed over the holders."""
 
 
 @runtime_checkable
@@ -108,8 +109,8 @@ def replicated(
     """The spec of a parameter that every tensor-parallel rank holds whole."""
     shape = tuple(shape)
     start = (0,) * len(shape)
-    region = Region(name, shape, start, shape, start, holders=tuple(range(tensor_parallel)))
-    return ShardSpec((region,), initialiser, partial_gradient)
+    region = Region(name, shape, start, shape, start, tuple(range(tensor_parallel)), partial_gradient)
+    return ShardSpec((region,), initialiser)
 
 
 def _box(start: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:

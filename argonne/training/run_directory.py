@@ -155,7 +155,7 @@ def saved_flags(checkpoint: Path) -> RunConfig:
     """The flags of the run that wrote ``checkpoint``."""
     try:
         return flags_from_json(json.loads((checkpoint / "trainer.json").read_text())["flags"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{str(checkpoint / 'trainer.json')!r} does not tell the run's flags: {error!r}"
         ) from error

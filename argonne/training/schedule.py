@@ -30,6 +30,6 @@ class CosineSchedule:
             progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
             height = 0.5 * (1 + math.cos(math.pi * progress))
         since_reset = step - self.rewarmup_after
-        if since_reset < self.rewarmup_steps:
+        if 0 < since_reset < self.rewarmup_steps:
             height *= since_reset / self.rewarmup_steps
         return self.minimum + (self.peak - self.minimum) * height

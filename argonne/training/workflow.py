@@ -74,6 +74,8 @@ def train(
         f"continuing from {checkpoint}" if checkpoint else "from scratch",
     ]
     say(groups, " | ".join(facts))
+    if workload.model.hidden_size % workload.model.num_attention_heads:
+        say(groups, "note: transformers opens no Llama whose hidden_size is not divisible by num_attention_heads")
     trainer.run()
 
 

@@ -103,6 +103,17 @@ def test_resume_from_a_step_in_the_middle_drops_what_came_after(
     assert (tmp_path / "samples.md").read_text() == (uninterrupted / "samples.md").read_text()
 
 
+def test_resume_changes_on_purpose_only_what_it_is_told(flags: dict[str, Any], tmp_path: Path) -> None:
+    boolean = {"--disable-gradient-checkpointing": None}
+    succeed("pretrain", {**flags, **boolean, "--output-dir": tmp_path, "--stop-at-step": 4})
+    told = {"--checkpoint-path": tmp_path, "--stop-at-step": 6, "--batch-size": 4, "--learning-rate": 1e-3, **boolean}
+    output = succeed("resume", {**told, "--reset-optimizer": None, "--rewarmup-steps": 2})
+    assert "changed from here on: schedule.learning_rate: 0.003 -> 0.001" in output
+    lines = metrics(tmp_path)
+    assert [line["tokens"] for line in lines] == [128 * step for step in range(1, 7)]
+    assert lines[4]["learning_rate"] < lines[5]["learning_rate"] < lines[3]["learning_rate"]
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over(flags: dict[str, Any], uninterrupted: Path, tmp_path: Path) -> None:
     succeed("pretrain", {**flags, "--output-dir": tmp_path, "--stop-at-step": 8})
     file = next((tmp_path / "step_00000008").glob("optimizer-*.safetensors"))
@@ -128,6 +139,18 @@ def test_a_killed_rank_brings_the_job_down_with_a_message_that_names_it(
     assert str(victim) in done.output
     assert "rank 1" in done.output or "rank      : 1" in done.output, done.output
     assert "SIGKILL" in done.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_job_in_one_line(flags: dict[str, Any], tmp_path: Path, number: signal.Signals) -> None:
+    long = {**flags, "--output-dir": tmp_path, "--total-steps": 100_000, "--save-interval": 100_000}
+    job = start(command("pretrain", long))
+    wait_for_steps(job, tmp_path, 2)
+    job.send_signal(number)
+    done = finish(job, timeout=30)
+    assert done.status == 128 + number
+    assert "Traceback" not in done.output
+    assert f"argonne: stopped by {number.name}. The same command continues the run." in done.output
 
 
 def test_wall_time_saves_and_leaves_cleanly(flags: dict[str, Any], tmp_path: Path) -> None:

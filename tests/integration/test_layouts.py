@@ -59,7 +59,9 @@ def test_a_run_goes_on_in_another_layout_with_the_same_data_and_loss(
     flags: dict[str, Any], uninterrupted: Path, tmp_path: Path, nproc: int, layout: dict[str, Any]
 ) -> None:
     succeed("pretrain", {**flags, "--output-dir": tmp_path, "--stop-at-step": 8})
-    succeed("pretrain", {**flags, "--output-dir": tmp_path, **layout}, nproc=nproc)
+    # Twice: what the first start in the new layout records must not get in the way of the second.
+    for more in ({"--stop-at-step": 10}, {}):
+        succeed("pretrain", {**flags, "--output-dir": tmp_path, **layout, **more}, nproc=nproc)
     found, expected = metrics(tmp_path), metrics(uninterrupted)
     assert found[8]["layout"] != expected[8]["layout"]
     assert [line["batch_hash"] for line in found] == [line["batch_hash"] for line in expected]

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.integration.runs import Finished, run
+from tests.integration.runs import Finished, run, succeed
 
 BEFORE_LAUNCH = {
     "heads": ({"--num-attention-heads": 3, "--num-key-value-heads": 1}, "num_attention_heads=3 is not divisible by"),
@@ -17,11 +17,13 @@ BEFORE_LAUNCH = {
     "tokenizer": ({"--tokenizer-path": "nowhere"}, "tokenizer_path='nowhere' does not exist"),
     "world size": ({"--tensor-parallel": 4}, "world size 2 does not match the layout tensor=4"),
     "preset": ({"--preset": "gpt-9"}, "preset='gpt-9' is not known; legal: demo, argonne-2.0-4.9b"),
-    "model config": ({"--model-config": "nowhere"}, "model config 'nowhere' cannot be read"),
     "unknown flag": ({"--frobnicate": 1}, "--frobnicate"),
     "no number": ({"--total-steps": "many"}, "--total-steps"),
     "no steps": ({"--total-steps": 0}, "total_steps=0 is not legal; legal: 1 or more"),
     "lanes": ({"--data-parallel": 2, "--data-lanes": 3}, "data_parallel=2 does not divide lanes=3"),
+    "empty glob": ({"--data-glob": ""}, "data_glob='' is empty"),
+    "conflict": ({"--model-config": "x.json"}, "preset='demo' conflicts with model_config='x.json'"),
+    "negative width": ({"--intermediate-size": -8}, "intermediate_size=-8 is not legal"),
     "unbuilt axis": ({"--pipeline-parallel": 2}, "pipeline_parallel=2 is not built yet; legal: 1"),
     "output file": ({"--output-dir": "/dev/null/x"}, "output_dir='/dev/null/x' cannot be made"),
 }
@@ -75,6 +77,39 @@ def test_a_directory_of_a_different_run_is_refused_naming_what_differs(
     done = run("pretrain", {**flags, "--learning-rate": 1e-3, "--seed": 5, "--output-dir": uninterrupted})
     assert_refused(done, "holds a different run (schedule.learning_rate: 0.003 -> 0.001; seed: 0 -> 5)")
     assert sorted(path.name for path in uninterrupted.iterdir()) == before
+
+
+def test_a_resume_into_the_directory_of_another_run_is_refused(
+    flags: dict[str, Any], uninterrupted: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run.json").write_text('{"identity": {}, "global_batch": 1, "first_layout": {}}')
+    done = run("resume", {"--checkpoint-path": uninterrupted / "step_00000004", "--output-dir": tmp_path})
+    assert_refused(done, "holds a different run")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_global_batch_other_than_the_runs_is_refused(flags: dict[str, Any], uninterrupted: Path) -> None:
+    done = run("pretrain", {**flags, "--output-dir": uninterrupted, "--gradient-accumulation-steps": 3})
+    assert_refused(done, "global batch 6 (initial_batch_size=2 x gradient_accumulation_steps=3 x data_parallel=1)")
+
+
+def test_a_run_that_diverges_stops_in_one_line_before_the_step_is_taken(flags: dict[str, Any], tmp_path: Path) -> None:
+    wild = {"--learning-rate": 1e30, "--warmup-steps": 0, "--output-dir": tmp_path}
+    done = run("pretrain", {**flags, **wild})
+    assert_refused(done, "the step was not taken. Continue from the last checkpoint with a lower --learning-rate")
+    assert "Traceback" not in done.output
+
+
+@pytest.mark.slow
+def test_a_directory_whose_every_checkpoint_is_damaged_is_refused_and_left_alone(
+    flags: dict[str, Any], tmp_path: Path
+) -> None:
+    succeed("pretrain", {**flags, "--output-dir": tmp_path, "--stop-at-step": 4})
+    (tmp_path / "step_00000004" / "config.json").write_text("{}")
+    lines = (tmp_path / "metrics.jsonl").read_text()
+    done = run("pretrain", {**flags, "--output-dir": tmp_path})
+    assert_refused(done, "none of the 1 checkpoints in output_dir=")
+    assert (tmp_path / "metrics.jsonl").read_text() == lines
 
 
 def test_under_torchrun_one_rank_refuses_for_all(flags: dict[str, Any], tmp_path: Path) -> None:

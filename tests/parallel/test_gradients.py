@@ -53,7 +53,7 @@ def set_gradients(model: nn.Module, groups: ProcessGroups, kind: str) -> None:
         gradient = torch.zeros_like(sharded.parameter)
         for i, region in enumerate(sharded.spec.regions):
             seed = sum(map(ord, region.name)) + 1000 * replica
-            if sharded.spec.partial_gradient and len(region.holders) > 1:
+            if region.partial_gradient and len(region.holders) > 1:
                 seed += 10_000 * (rank + 1) + 7 * i
                 gradient[region.local_index] = values(*region.shape, kind=kind, seed=seed)
             else:

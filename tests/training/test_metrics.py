@@ -104,7 +104,7 @@ def record(step: int, **changed: Any) -> dict[str, Any]:
         "memory_gib": 1.25,
         "mfu": None,
         "validation_loss": None,
-        "data_position": {"shard": "train-00002.parquet", "row": 17, "token": 5},
+        "data_position": {"shard": "train-00002.parquet", "row": 17, "token": 5, "sample": 24},
         **changed,
     }
 

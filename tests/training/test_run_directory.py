@@ -26,7 +26,7 @@ from argonne.training.run_directory import (
     schedule_identity,
 )
 
-PATHS = st.from_regex(r"[a-z]{1,5}(/[a-z]{1,5}){0,2}", fullmatch=True).map(Path)
+PATHS = st.from_regex(r"(/[a-z]{1,5}){1,3}", fullmatch=True).map(Path)
 
 CONFIGS = st.builds(
     RunConfig,
@@ -39,7 +39,7 @@ CONFIGS = st.builds(
     ),
     data=st.builds(
         DataFlags,
-        data_glob=st.lists(st.text(max_size=9), max_size=3).map(tuple),
+        data_glob=st.none() | st.lists(PATHS.map(lambda path: f"{path}/*.parquet"), max_size=3).map(tuple),
         tokenizer_path=st.none() | PATHS,
         data_lanes=st.none() | st.integers(1, 64),
         streaming=st.booleans(),
@@ -53,6 +53,15 @@ CONFIGS = st.builds(
 @given(CONFIGS)
 def test_flags_round_trip_through_json(config: RunConfig) -> None:
     assert flags_from_json(json.loads(json.dumps(flags_to_json(config)))) == config
+
+
+def test_paths_are_saved_so_that_they_hold_from_any_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = RunConfig(data=DataFlags(data_glob=("a/*.parquet",), tokenizer_path=Path("t")), run=RunFlags(Path("o")))
+    saved = flags_from_json(flags_to_json(config))
+    assert saved.data.data_glob == (f"{tmp_path}/a/*.parquet",)
+    assert saved.data.tokenizer_path == tmp_path / "t"
+    assert saved.run.output_dir == tmp_path / "o"
 
 
 def test_flags_of_another_version_are_left_out_and_missing_ones_take_their_default() -> None:
@@ -131,11 +140,13 @@ def fake_checkpoint(root: Path, step: int) -> Path:
 def test_run_json_is_read_where_there_is_a_run(tmp_path: Path) -> None:
     assert read_run(tmp_path / "nowhere") is None
     assert read_run(tmp_path) is None
-    (tmp_path / "run.json").write_text('{"identity": {"seed": 3}}')
-    assert read_run(tmp_path) == {"identity": {"seed": 3}}
-    (tmp_path / "run.json").write_text('{"identity": ')
-    with pytest.raises(ArgonneError, match="run.json' is not readable"):
-        read_run(tmp_path)
+    run = {"identity": {"seed": 3}, "global_batch": 4, "first_layout": {"data": 1}}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    assert read_run(tmp_path) == run
+    for damaged in ('{"identity": ', "{}", "[]", "3"):
+        (tmp_path / "run.json").write_text(damaged)
+        with pytest.raises(ArgonneError, match="run.json' does not tell what the run is"):
+            read_run(tmp_path)
 
 
 def test_checkpoints_without_run_json_are_refused(tmp_path: Path) -> None:
@@ -178,7 +189,7 @@ def test_continuing_in_a_directory_with_nothing_to_tidy_changes_nothing(tmp_path
 
 
 def test_a_checkpoint_tells_the_flags_of_its_run(tmp_path: Path) -> None:
-    config = RunConfig(data=DataFlags(block_size=64, data_glob=("a*.parquet",)))
+    config = RunConfig(data=DataFlags(block_size=64, data_glob=("/a*.parquet",)), run=RunFlags(Path("/o")))
     (tmp_path / "trainer.json").write_text(json.dumps({"flags": flags_to_json(config)}))
     assert saved_flags(tmp_path) == config
 
