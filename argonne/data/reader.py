@@ -17,6 +17,8 @@ from argonne.data.units import LanePlan, Place, Unit
 
 # Lanes that share a split row group start on its parts at about the same time; each keeps its own part.
 RECENT_ROW_GROUPS = 4
+# Text tokenised at a time: some documents are megabytes, and their encodings many times as large.
+BATCH_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,24 @@ class DocumentReader:
 
     def _outcomes(self, unit: Unit, first: int) -> Iterator[tuple[int, TokenIds | str]]:
         rows = self._texts(unit.shard, unit.row_group)[first : unit.end]
-        for start in range(0, len(rows), self._batch_rows):
-            batch = rows[start : start + self._batch_rows]
-            yield from enumerate(tokenise_rows(batch, self._encode, self._boundary), first + start)
+        row = first
+        for batch in cut_batches(rows, self._batch_rows):
+            yield from enumerate(tokenise_rows(batch, self._encode, self._boundary), row)
+            row += len(batch)
+
+
+def cut_batches(rows: Sequence[object], most_rows: int) -> Iterator[list[object]]:
+    """Consecutive runs of at most `most_rows` rows; a run ends with the row that fills `BATCH_CHARACTERS`."""
+    batch: list[object] = []
+    characters = 0
+    for row in rows:
+        batch.append(row)
+        characters += len(row) if isinstance(row, str) else 0
+        if len(batch) == most_rows or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def check_block_size(

@@ -22,6 +22,7 @@ from argonne.data import (
     reader,
 )
 from argonne.data.documents import rejection
+from argonne.data.reader import cut_batches
 
 run = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 shapes = st.lists(st.lists(st.integers(0, 8), min_size=1, max_size=4), min_size=1, max_size=3).filter(
@@ -285,3 +286,16 @@ def test_the_block_size_check_stops_reading_when_it_has_seen_enough(shards_of, t
     check_block_size(shards, tokenizer, 20)
     with pytest.raises(DataError, match="cannot be read"):
         check_block_size(shards, tokenizer, 1000)
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(0, 12).map(lambda n: "x" * n)), max_size=30), st.integers(1, 6))
+def test_batches_to_tokenise_are_bounded_in_rows_and_characters_and_lose_nothing(
+    rows: list[str | None], most_rows: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("argonne.data.reader.BATCH_CHARACTERS", 10)
+        batches = list(cut_batches(rows, most_rows))
+    assert [row for batch in batches for row in batch] == rows
+    for batch in batches:
+        assert 1 <= len(batch) <= most_rows
+        assert sum(len(row or "") for row in batch[:-1]) < 10
