@@ -26,7 +26,7 @@ from argonne.parallel import (
     ShardSpec,
     VocabParallelEmbedding,
     VocabParallelHead,
-    regions_of,
+    initialise,
     replicated,
     sharded_parameters,
     vocab_parallel_cross_entropy,
@@ -227,14 +227,9 @@ class ArgonneModel(nn.Module):
         """Every parameter with the whole tensors that it holds regions of."""
         return sharded_parameters(self, self.groups.tensor.size)
 
-    @torch.no_grad()
     def initialise(self, seed: int) -> None:
         """Fill every parameter with values that depend on the seed and the whole tensor's name only."""
-        for sharded in self.sharded_parameters():
-            sharded.parameter.zero_()
-            for region, part in regions_of([sharded]):
-                if sharded.spec.initialiser is not None:
-                    sharded.spec.initialiser.fill(part, seed, region.name, region.whole_shape, region.start)
+        initialise(self.sharded_parameters(), seed)
 
 
 def _initial(config: ArgonneConfig) -> Normal:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from argonne.parallel.random import Initialiser
@@ -97,6 +98,20 @@ def regions_of(parameters: Sequence[ShardedParameter]) -> Iterator[tuple[Region,
     for sharded in parameters:
         for region in sharded.spec.regions:
             yield region, sharded.parameter.data[region.local_index]
+
+
+@torch.no_grad()
+def initialise(parameters: Sequence[ShardedParameter], seed: int) -> None:
+    """Fill each parameter with values that depend on the seed and the whole tensors' names only.
+
+    Padding becomes zero; a parameter without an initialiser is left as its module made it.
+    """
+    for sharded in parameters:
+        if sharded.spec.initialiser is None:
+            continue
+        sharded.parameter.zero_()
+        for region, part in regions_of([sharded]):
+            sharded.spec.initialiser.fill(part, seed, region.name, region.whole_shape, region.start)
 
 
 def replicated(
