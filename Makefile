@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/demo
-# Processes of `make pretrain`: every GPU where there are several, otherwise two on the CPU.
+# Tokenise in threads; without a word here the library warns at every fork.
 export TOKENIZERS_PARALLELISM ?= true
 
 .PHONY: setup pretrain test fast check clean

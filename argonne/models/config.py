@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from argonne.parallel.errors import ArgonneError, LayoutError
@@ -129,9 +129,3 @@ def preset(name: str) -> ArgonneConfig:
     if name not in PRESETS:
         raise ArgonneError(f"preset={name!r} is not known; legal: {', '.join(PRESETS)}")
     return PRESETS[name]
-
-
-def differences(one: ArgonneConfig, other: ArgonneConfig) -> list[str]:
-    """``field: a -> b`` for each field that differs."""
-    values = [(f.name, getattr(one, f.name), getattr(other, f.name)) for f in fields(one)]
-    return [f"{name}: {a} -> {b}" for name, a, b in values if a != b]

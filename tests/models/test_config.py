@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from argonne.models import ArgonneConfig, ArgonneModel
-from argonne.models.config import PRESETS, differences, feed_forward_size, preset
+from argonne.models.config import PRESETS, feed_forward_size, preset
 from argonne.parallel import ArgonneError, Layout, LayoutError, ProcessGroups
 
 SMALL = ArgonneConfig(24, 2, 6, 3, 50)
@@ -203,12 +203,3 @@ def test_an_unknown_preset_is_refused_with_the_names() -> None:
     with pytest.raises(ArgonneError) as refusal:
         preset("argonne-3")
     assert str(refusal.value) == f"preset='argonne-3' is not known; legal: {', '.join(PRESETS)}"
-
-
-@pytest.mark.parametrize("field", [f.name for f in fields(ArgonneConfig)])
-def test_differences_name_each_field_that_differs(field: str) -> None:
-    value = getattr(SMALL, field)
-    other = replace(SMALL)
-    object.__setattr__(other, field, not value if isinstance(value, bool) else 2 * value)
-    assert differences(SMALL, SMALL) == []
-    assert differences(SMALL, other) == [f"{field}: {value} -> {getattr(other, field)}"]
