@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from argonne.parallel import Region, sharded_parameters
+from argonne.parallel import ProcessGroups, Region, sharded_parameters
 
 Parts = list[tuple[Region, Tensor]]
 
 
-def parts_of(model: nn.Module, ranks: int, value: Callable[[nn.Parameter], Tensor]) -> Parts:
+def parts_of(model: nn.Module, groups: ProcessGroups, value: Callable[[nn.Parameter], Tensor]) -> Parts:
     """Each region of each parameter with that part of ``value(parameter)``: what a rank sends back."""
     return [
         (region, value(sharded.parameter).detach()[region.local_index].clone())
-        for sharded in sharded_parameters(model, ranks)
+        for sharded in sharded_parameters(model, groups)
         for region in sharded.spec.regions
     ]
 

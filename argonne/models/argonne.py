@@ -6,6 +6,8 @@ the whole tensors it holds under their Llama names.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -18,7 +20,8 @@ from argonne.parallel import (
     ColumnParallelLinear,
     Constant,
     Normal,
-    OutputPart,
+    Objective,
+    Partition,
     Precision,
     ProcessGroups,
     RowParallelLinear,
@@ -26,10 +29,13 @@ from argonne.parallel import (
     ShardSpec,
     VocabParallelEmbedding,
     VocabParallelHead,
+    column_parallel_linear,
+    gather_from_sequence_region,
     initialise,
     replicated,
     sharded_parameters,
-    vocab_parallel_cross_entropy,
+    share,
+    vocab_parallel_linear_cross_entropy,
     vocab_parallel_logits,
 )
 from argonne.parallel.collectives import all_gather
@@ -41,14 +47,14 @@ class RMSNorm(nn.Module):
     def __init__(self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision) -> None:
         super().__init__()
         self.eps = config.rms_norm_eps
-        self.ranks = groups.tensor.size
+        self.groups = groups
         self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=precision.parameters))
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
     def shard_specs(self) -> dict[str, ShardSpec]:
-        return {"weight": replicated("weight", self.weight.shape, self.ranks, Constant(1.0))}
+        return {"weight": replicated("weight", self.weight.shape, self.groups, Constant(1.0))}
 
 
 class Attention(nn.Module):
@@ -58,23 +64,23 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         ranks = groups.tensor.size
-        heads = config.num_attention_heads // ranks
         group = config.num_attention_heads // config.num_key_value_heads
-        query_heads = tuple(range(rank * heads, (rank + 1) * heads) for rank in range(ranks))
+        query_heads = tuple(share(config.num_attention_heads, ranks, rank) for rank in range(ranks))
         key_value_heads = tuple(range(own[0] // group, own[-1] // group + 1) for own in query_heads)
+        queries = Partition("q_proj", self.head_dim, query_heads)
         self.qkv_proj = ColumnParallelLinear(
             config.hidden_size,
             [
-                OutputPart("q_proj", self.head_dim, query_heads),
-                OutputPart("k_proj", self.head_dim, key_value_heads),
-                OutputPart("v_proj", self.head_dim, key_value_heads),
+                queries,
+                Partition("k_proj", self.head_dim, key_value_heads),
+                Partition("v_proj", self.head_dim, key_value_heads),
             ],
             groups,
             initialiser=_initial(config),
             precision=precision,
         )
         self.o_proj = RowParallelLinear(
-            config.num_attention_heads * self.head_dim,
+            queries,
             config.hidden_size,
             groups,
             initialiser=_residual_initial(config),
@@ -86,19 +92,25 @@ class Attention(nn.Module):
         self.is_grouped = len(own) % len(shared) == 0 and self.head_of_query == regular
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """``[batch, sequence, hidden]`` -> the same; causal."""
+        """``[batch * sequence, hidden]``, or this rank's share of the rows -> the same; causal.
+
+        ``cos`` and ``sin`` are ``[sequence, head_dim]``.
+        """
+        sequence = len(cos)
         query, key, value = self.qkv_proj(x).split(self.qkv_proj.splits, dim=-1)
-        query = apply_rope(self._heads(query), cos, sin)
-        key = apply_rope(self._heads(key), cos, sin)
-        value = self._heads(value)
+        query = apply_rope(self._heads(query, sequence), cos, sin)
+        key = apply_rope(self._heads(key, sequence), cos, sin)
+        value = self._heads(value, sequence)
         if not self.is_grouped:  # the rank's query heads begin or end within a group
             key, value = key[:, self.head_of_query], value[:, self.head_of_query]
         grouped = key.shape[1] != query.shape[1]
         context = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
-        return self.o_proj(rearrange(context, "batch head sequence dim -> batch sequence (head dim)"))
+        return self.o_proj(rearrange(context, "batch head sequence dim -> (batch sequence) (head dim)"))
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return rearrange(x, "batch sequence (head dim) -> batch head sequence dim", dim=self.head_dim)
+    def _heads(self, x: Tensor, sequence: int) -> Tensor:
+        return rearrange(
+            x, "(batch sequence) (head dim) -> batch head sequence dim", sequence=sequence, dim=self.head_dim
+        )
 
 
 class FeedForward(nn.Module):
@@ -107,15 +119,17 @@ class FeedForward(nn.Module):
     def __init__(self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision) -> None:
         super().__init__()
         ranks = groups.tensor.size
+        uneven = groups.layout.uneven_shards
+        gate, up = (Partition.split(n, config.intermediate_size, ranks, uneven) for n in ("gate_proj", "up_proj"))
         self.gate_up_proj = ColumnParallelLinear(
             config.hidden_size,
-            [OutputPart.split(name, config.intermediate_size, ranks) for name in ("gate_proj", "up_proj")],
+            [gate, up],
             groups,
             initialiser=_initial(config),
             precision=precision,
         )
         self.down_proj = RowParallelLinear(
-            config.intermediate_size,
+            up,
             config.hidden_size,
             groups,
             initialiser=_residual_initial(config),
@@ -123,7 +137,7 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, sequence, hidden]`` -> the same."""
+        """``[tokens, hidden]``, or this rank's share of the tokens -> the same."""
         gate, up = self.gate_up_proj(x).split(self.gate_up_proj.splits, dim=-1)
         return self.down_proj(swiglu(gate, up))
 
@@ -154,7 +168,9 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, groups, precision) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config, groups, precision)
         table_dtype = torch.promote_types(precision.compute, torch.float32)
-        cos, sin = rope_tables(config.max_position_embeddings, config.head_dim, config.rope_theta, table_dtype)
+        # A little further than the longest sequence: ids may be padded to share them out (next_token_logits).
+        positions = config.max_position_embeddings + groups.tensor.size - 1
+        cos, sin = rope_tables(positions, config.head_dim, config.rope_theta, table_dtype)
         self.cos: Tensor
         self.sin: Tensor
         self.register_buffer("cos", cos, persistent=False)
@@ -162,9 +178,9 @@ class Decoder(nn.Module):
         self.recompute = False
 
     def forward(self, ids: Tensor) -> Tensor:
-        """``[batch, sequence]`` ids -> ``[batch, sequence, hidden]``."""
+        """``[batch, sequence]`` ids -> ``[batch * sequence, hidden]``, or this rank's share of the rows."""
         cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
-        x = self.embed_tokens(ids)
+        x = self.embed_tokens(ids.flatten())
         for block in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
@@ -174,7 +190,7 @@ class Decoder(nn.Module):
 
 
 class ArgonneModel(nn.Module):
-    """A causal language model over any tensor-parallel layout.
+    """A causal language model over any tensor-parallel layout, with or without sequence parallelism.
 
     Construct it under ``with torch.device(...)``: the parameters are empty there until ``initialise`` or a
     checkpoint fills them, and cost nothing on ``meta``.
@@ -208,24 +224,40 @@ class ArgonneModel(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """``[batch, sequence]`` ids -> this rank's logits ``[batch, sequence, its tokens]``."""
-        return vocab_parallel_logits(self.model(ids), self.head)
+        return vocab_parallel_logits(self.model(ids), self.head).unflatten(0, ids.shape)
 
-    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """The loss of each position ``[batch, sequence]`` in nats, 0 where the target is ``IGNORE_INDEX``."""
-        return vocab_parallel_cross_entropy(self(ids), targets, self.head.range, self.groups.tensor)
+    def loss(
+        self,
+        ids: Tensor,
+        targets: Tensor,
+        reduction: Literal["sum", "none"] = "none",
+        objective: Objective = Objective(),
+    ) -> Tensor:
+        """The loss in nats of each position ``[batch, sequence]``, or (cheaper to train on) their sum.
+
+        Positions whose target is ``objective.ignore_index`` have none. The logits never exist whole.
+        """
+        x = self.model(ids)
+        losses = vocab_parallel_linear_cross_entropy(x, self.head, targets.flatten(), objective, reduction)
+        return losses if reduction == "sum" else losses.view(targets.shape)
 
     @torch.no_grad()
     def next_token_logits(self, ids: Tensor) -> Tensor:
         """``[batch, sequence]`` ids -> the last position's logits ``[batch, vocabulary]``, on every rank."""
-        local = vocab_parallel_logits(self.model(ids)[:, -1], self.head)
-        padded = F.pad(local, (0, self.head.range.rows - local.shape[-1]))
-        whole = rearrange(all_gather(padded, self.groups.tensor), "rank batch token -> batch (rank token)")
+        batch, sequence = ids.shape
+        axis, head = self.groups.tensor, self.head
+        x = self.model(F.pad(ids, (0, -sequence % axis.size if self.groups.sequence_parallel else 0)))
+        if self.groups.sequence_parallel:  # what was added comes last, and no earlier position sees it
+            x = gather_from_sequence_region(x, axis)
+        last = x.unflatten(0, (batch, -1))[:, sequence - 1]
+        local = column_parallel_linear(last, head.weight, None, axis, head.precision)
+        whole = rearrange(all_gather(local, axis), "rank batch token -> batch (rank token)")
         # Only the last ranks have padding, so that it lies behind every real token.
         return whole[:, : self.config.vocab_size]
 
     def sharded_parameters(self) -> list[ShardedParameter]:
         """Every parameter with the whole tensors that it holds regions of."""
-        return sharded_parameters(self, self.groups.tensor.size)
+        return sharded_parameters(self, self.groups)
 
     def initialise(self, seed: int) -> None:
         """Fill every parameter with values that depend on the seed and the whole tensor's name only."""

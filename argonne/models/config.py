@@ -71,12 +71,21 @@ class ArgonneConfig:
     def check_layout(self, layout: Layout) -> None:
         """Raise ``LayoutError`` unless every part of the model can be shared out as ``layout`` asks."""
         tensor = layout.tensor
+        shared = {"num_attention_heads": self.num_attention_heads, "intermediate_size": self.intermediate_size}
+        if layout.uneven_shards:
+            for field, value in shared.items():
+                if value < tensor:
+                    raise LayoutError(
+                        f"{field}={value} is less than tensor_parallel={tensor}; legal sizes: 1 to {value}"
+                    )
+            return
         legal = [t for t in divisors(self.num_attention_heads) if self.intermediate_size % t == 0]
         if tensor not in legal:
-            field = "num_attention_heads" if self.num_attention_heads % tensor else "intermediate_size"
+            field = next(field for field, value in shared.items() if value % tensor)
             listed = ", ".join(str(size) for size in legal)
             raise LayoutError(
-                f"{field}={getattr(self, field)} is not divisible by tensor_parallel={tensor}; legal sizes: {listed}"
+                f"{field}={shared[field]} is not divisible by tensor_parallel={tensor}; legal sizes: {listed} "
+                "(or uneven_shards, which gives some ranks one more than others)"
             )
 
     @property

@@ -3,31 +3,32 @@
 Needs torch and einops only, and nothing else of argonne.
 """
 
-from argonne.parallel.collectives import (
-    copy_to_region,
-    gather_from_region,
-    reduce_from_region,
-    scatter_to_region,
-)
-from argonne.parallel.cross_entropy import IGNORE_INDEX, vocab_parallel_cross_entropy
+from argonne.parallel.cross_entropy import IGNORE_INDEX, Objective, vocab_parallel_cross_entropy
 from argonne.parallel.embedding import (
     VocabParallelEmbedding,
     VocabParallelHead,
     VocabularyRange,
     vocab_parallel_logits,
 )
-from argonne.parallel.errors import ArgonneError, LayoutError
+from argonne.parallel.errors import ArgonneError, CollectiveMismatch, LayoutError
 from argonne.parallel.gradients import clip_gradients, complete_gradients, global_gradient_norm
 from argonne.parallel.groups import Axis, ProcessGroups, choose_device, process_groups
 from argonne.parallel.layout import AXES, Layout
-from argonne.parallel.linear import (
-    ColumnParallelLinear,
-    OutputPart,
-    RowParallelLinear,
-    column_parallel_linear,
-)
+from argonne.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from argonne.parallel.linear_cross_entropy import vocab_parallel_linear_cross_entropy
+from argonne.parallel.partition import Partition, share
 from argonne.parallel.precision import Precision
+from argonne.parallel.products import column_parallel_linear
 from argonne.parallel.random import Constant, Initialiser, Normal
+from argonne.parallel.recording import Collective, Log, record
+from argonne.parallel.regions import (
+    copy_to_region,
+    gather_from_region,
+    gather_from_sequence_region,
+    reduce_from_region,
+    reduce_scatter_to_sequence_region,
+    scatter_to_region,
+)
 from argonne.parallel.sharding import (
     Region,
     Sharded,
@@ -44,13 +45,17 @@ __all__ = [
     "IGNORE_INDEX",
     "ArgonneError",
     "Axis",
+    "Collective",
+    "CollectiveMismatch",
     "ColumnParallelLinear",
     "Constant",
     "Initialiser",
     "Layout",
     "LayoutError",
+    "Log",
     "Normal",
-    "OutputPart",
+    "Objective",
+    "Partition",
     "Precision",
     "ProcessGroups",
     "Region",
@@ -67,14 +72,19 @@ __all__ = [
     "complete_gradients",
     "copy_to_region",
     "gather_from_region",
+    "gather_from_sequence_region",
     "global_gradient_norm",
     "initialise",
     "process_groups",
+    "record",
     "reduce_from_region",
+    "reduce_scatter_to_sequence_region",
     "regions_of",
     "replicated",
     "scatter_to_region",
     "sharded_parameters",
+    "share",
     "vocab_parallel_cross_entropy",
+    "vocab_parallel_linear_cross_entropy",
     "vocab_parallel_logits",
 ]

@@ -1,18 +1,20 @@
-"""The conjugate region functions: each collective is one autograd Function whose backward is its dual.
+"""The collectives, wrapped once: over an axis of one process each returns what it is given.
 
-In the notation of Megatron-LM (arXiv 1909.08053, figure 3): ``copy_to_region`` is *f* and
-``reduce_from_region`` is *g*. Over an axis of one process every function returns its input.
+They are not differentiable; ``regions.py`` pairs each with its dual. Every one announces itself to
+``recording.py``. Under ``torch.compile`` those on tensors become nodes of the graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from argonne.parallel import recording
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.groups import Axis
 
@@ -23,35 +25,99 @@ _all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather
 _reduce_scatter_tensor = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def all_reduce(tensor: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
-    """Reduce ``tensor`` over ``axis`` in place, and return it. Not differentiable."""
-    if axis.group is not None:
-        dist.all_reduce(tensor, op=op, group=axis.group)
-    return tensor
+@dataclass
+class Pending:
+    """A collective in flight."""
+
+    result: Tensor
+    work: Any = None
+    entry: recording.Collective | None = None
+    in_graph: bool = False
+
+    def wait(self) -> Tensor:
+        """The result, once it may be read."""
+        if self.in_graph:
+            return torch.ops._c10d_functional.wait_tensor(self.result)
+        if self.work is not None:
+            self.work.wait()
+        recording.complete(self.entry)
+        return self.result
 
 
-def all_gather(tensor: Tensor, axis: Axis) -> Tensor:
-    """Every rank's ``tensor`` (equal shapes), stacked: ``[axis.size, *tensor.shape]``. Not differentiable."""
+def start_all_reduce(tensor: Tensor, axis: Axis, site: str | None = None, *, wait: bool = False) -> Pending:
+    """Begin to sum ``tensor`` (contiguous) over ``axis``; it may be overwritten and must be left alone until waited.
+
+    ``site`` is that of the forward when a backward calls. With ``wait`` nothing is meant to run beside it.
+    """
     if axis.group is None:
-        return tensor.unsqueeze(0)
-    gathered = tensor.new_empty((axis.size * tensor.numel(),))
-    _all_gather_tensor(gathered, tensor.contiguous().view(-1), group=axis.group)
-    return gathered.view(axis.size, *tensor.shape)
+        return Pending(tensor)
+    if torch.compiler.is_compiling():
+        result = torch.ops._c10d_functional.all_reduce(tensor, "sum", axis.group.group_name)
+        return Pending(result, in_graph=True)
+    entry = recording.announce("all_reduce", axis, tensor, site, is_async=not wait)
+    work = dist.all_reduce(tensor, group=axis.group, async_op=not wait)
+    return Pending(tensor, work, entry)
 
 
-def reduce_scatter(tensor: Tensor, axis: Axis) -> Tensor:
-    """The sum over ``axis`` of part ``axis.rank`` of ``tensor``, cut along dimension 0. Not differentiable."""
+def start_all_gather(tensor: Tensor, axis: Axis, site: str | None = None, *, wait: bool = False) -> Pending:
+    """Begin to join every rank's ``tensor`` (equal shapes) along dimension 0, in rank order."""
     if axis.group is None:
-        return tensor
-    part = tensor.new_empty((tensor.shape[0] // axis.size, *tensor.shape[1:]))
-    _reduce_scatter_tensor(part, tensor.contiguous(), group=axis.group)
-    return part
+        return Pending(tensor)
+    tensor = tensor.contiguous()
+    if torch.compiler.is_compiling():
+        result = torch.ops._c10d_functional.all_gather_into_tensor(tensor, axis.size, axis.group.group_name)
+        return Pending(result, in_graph=True)
+    result = tensor.new_empty((axis.size * tensor.shape[0], *tensor.shape[1:]))
+    entry = recording.announce("all_gather", axis, tensor, site, is_async=not wait)
+    work = _all_gather_tensor(result, tensor, group=axis.group, async_op=not wait)
+    return Pending(result, work, entry)
+
+
+def start_reduce_scatter(tensor: Tensor, axis: Axis, site: str | None = None, *, wait: bool = False) -> Pending:
+    """Begin to sum ``tensor`` over ``axis``, each rank keeping its equal part of dimension 0.
+
+    Raises:
+        ArgonneError: dimension 0 cannot be cut into equal parts.
+    """
+    if axis.group is None:
+        return Pending(tensor)
+    if tensor.shape[0] % axis.size:
+        raise ArgonneError(
+            f"dimension 0 of {list(tensor.shape)} cannot be shared out over {axis.name} in equal parts; "
+            f"legal: a multiple of {axis.size}"
+        )
+    tensor = tensor.contiguous()
+    if torch.compiler.is_compiling():
+        name = axis.group.group_name
+        result = torch.ops._c10d_functional.reduce_scatter_tensor(tensor, "sum", axis.size, name)
+        return Pending(result, in_graph=True)
+    result = tensor.new_empty((tensor.shape[0] // axis.size, *tensor.shape[1:]))
+    entry = recording.announce("reduce_scatter", axis, tensor, site, is_async=not wait)
+    work = _reduce_scatter_tensor(result, tensor, group=axis.group, async_op=not wait)
+    return Pending(result, work, entry)
+
+
+def all_reduce(tensor: Tensor, axis: Axis, site: str | None = None) -> Tensor:
+    """The sum of ``tensor`` (contiguous) over ``axis``, computed in place outside ``torch.compile``."""
+    return start_all_reduce(tensor, axis, site, wait=True).wait()
+
+
+def all_gather(tensor: Tensor, axis: Axis, site: str | None = None) -> Tensor:
+    """Every rank's ``tensor`` (equal shapes), stacked: ``[axis.size, *tensor.shape]``."""
+    return start_all_gather(tensor.unsqueeze(0), axis, site, wait=True).wait()
+
+
+def reduce_scatter(tensor: Tensor, axis: Axis, site: str | None = None) -> Tensor:
+    """The sum over ``axis`` of part ``axis.rank`` of ``tensor``, cut along dimension 0."""
+    return start_reduce_scatter(tensor, axis, site, wait=True).wait()
 
 
 def broadcast(tensor: Tensor, axis: Axis, source: int = 0) -> Tensor:
-    """Overwrite ``tensor`` with that of rank ``source`` of ``axis``, and return it. Not differentiable."""
+    """Overwrite ``tensor`` with that of rank ``source`` of ``axis``, and return it."""
     if axis.group is not None:
+        entry = recording.announce("broadcast", axis, tensor)
         dist.broadcast(tensor, src=axis.ranks[source], group=axis.group)
+        recording.complete(entry)
     return tensor
 
 
@@ -60,7 +126,9 @@ def gather_objects(value: T, axis: Axis) -> list[T]:
     if axis.group is None:
         return [value]
     gathered: list[Any] = [None] * axis.size
+    entry = recording.announce("gather_objects", axis)
     dist.all_gather_object(gathered, value, group=axis.group)
+    recording.complete(entry)
     return gathered
 
 
@@ -78,66 +146,3 @@ def collectively(action: Callable[[], T], axis: Axis) -> T:
         if found is not None:
             raise ArgonneError(found)
     return result
-
-
-class _CopyToRegion(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return all_reduce(gradient.clone(memory_format=torch.contiguous_format), ctx.axis), None
-
-
-class _ReduceFromRegion(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
-        return all_reduce(tensor.clone(memory_format=torch.contiguous_format), axis)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient, None
-
-
-class _GatherFromRegion(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return torch.cat(all_gather(tensor, axis).unbind(0), dim=-1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient.chunk(ctx.axis.size, dim=-1)[ctx.axis.rank].contiguous(), None
-
-
-class _ScatterToRegion(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return tensor.chunk(axis.size, dim=-1)[axis.rank].contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return torch.cat(all_gather(gradient, ctx.axis).unbind(0), dim=-1), None
-
-
-def copy_to_region(tensor: Tensor, axis: Axis) -> Tensor:
-    """Enter a parallel region: the identity forward, the sum of the ranks' gradients backward (*f*)."""
-    return tensor if axis.group is None else _CopyToRegion.apply(tensor, axis)
-
-
-def reduce_from_region(tensor: Tensor, axis: Axis) -> Tensor:
-    """Leave a parallel region: the sum of the ranks' partial results forward, the identity backward (*g*)."""
-    return tensor if axis.group is None else _ReduceFromRegion.apply(tensor, axis)
-
-
-def gather_from_region(tensor: Tensor, axis: Axis) -> Tensor:
-    """Join equal parts of the last dimension forward; take this rank's part of the gradient backward."""
-    return tensor if axis.group is None else _GatherFromRegion.apply(tensor, axis)
-
-
-def scatter_to_region(tensor: Tensor, axis: Axis) -> Tensor:
-    """Take this rank's equal part of the last dimension forward; join the parts' gradients backward."""
-    return tensor if axis.group is None else _ScatterToRegion.apply(tensor, axis)

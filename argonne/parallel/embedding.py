@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from argonne.parallel.collectives import reduce_from_region
 from argonne.parallel.groups import ProcessGroups
-from argonne.parallel.linear import column_parallel_linear
 from argonne.parallel.precision import Precision
+from argonne.parallel.products import column_parallel_linear
 from argonne.parallel.random import Initialiser, Normal
+from argonne.parallel.regions import reduce_from_region, reduce_scatter_to_sequence_region
 from argonne.parallel.sharding import Region, ShardSpec
 
 ROW_MULTIPLE = 8
@@ -77,6 +77,7 @@ class _VocabParallel(nn.Module):
     ) -> None:
         super().__init__()
         self.axis = groups.tensor
+        self.sequence_parallel = groups.sequence_parallel
         self.range = VocabularyRange.of_rank(vocabulary, self.axis.size, self.axis.rank)
         self.initialiser = initialiser or Normal(hidden**-0.5)
         self.precision = precision
@@ -102,24 +103,31 @@ class VocabParallelEmbedding(_VocabParallel):
     """
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Integer ids ``[...]`` -> ``[..., hidden]`` in the compute dtype, the same on every rank."""
+        """Integer ids ``[...]`` -> ``[..., hidden]`` in the compute dtype, the same on every rank.
+
+        Under sequence parallelism ``[tokens, ...]`` -> ``[tokens / ranks, ..., hidden]``.
+        """
         rows, mine = self.range.localise(ids)
         vectors = F.embedding(rows, self.weight).to(self.precision.compute)
-        return reduce_from_region(vectors.masked_fill(~mine.unsqueeze(-1), 0), self.axis)
+        leave = reduce_scatter_to_sequence_region if self.sequence_parallel else reduce_from_region
+        return leave(vectors.masked_fill(~mine.unsqueeze(-1), 0), self.axis)
 
 
 class VocabParallelHead(_VocabParallel):
     """Vectors to logits, column parallel by vocabulary; arguments as for ``VocabParallelEmbedding``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., hidden]`` (the same on every rank) -> this rank's logits ``[..., range.tokens]``."""
+        """``[..., hidden]`` (the same on every rank) -> this rank's logits ``[..., range.tokens]``.
+
+        Under sequence parallelism ``[tokens / ranks, ..., hidden]`` -> ``[tokens, ..., range.tokens]``.
+        """
         return vocab_parallel_logits(x, self)
 
 
-def vocab_parallel_logits(x: Tensor, holder: _VocabParallel) -> Tensor:
-    """This rank's logits ``[..., range.tokens]`` of ``x`` ``[..., hidden]``.
+def vocab_parallel_logits(x: Tensor, holder: VocabParallelEmbedding | VocabParallelHead) -> Tensor:
+    """This rank's logits of ``x``, as of ``VocabParallelHead.forward``.
 
     ``holder`` is the head, or the embedding when the two are tied.
     """
-    weight = holder.weight.to(holder.precision.compute)
-    return column_parallel_linear(x, weight, None, holder.axis)[..., : holder.range.tokens]
+    logits = column_parallel_linear(x, holder.weight, None, holder.axis, holder.precision, holder.sequence_parallel)
+    return logits[..., : holder.range.tokens]

@@ -12,3 +12,7 @@ class ArgonneError(ValueError):
 
 class LayoutError(ArgonneError):
     """A parallel layout that the model, the data or the number of processes does not allow."""
+
+
+class CollectiveMismatch(ArgonneError):
+    """Ranks that are about to issue different collectives, as the checking mode of ``record`` found."""

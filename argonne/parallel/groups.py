@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from argonne.parallel import recording
 from argonne.parallel.errors import LayoutError
 from argonne.parallel.layout import AXES, Layout
 
@@ -76,6 +77,11 @@ class ProcessGroups:
         return self.world.rank == 0
 
     @property
+    def sequence_parallel(self) -> bool:
+        """Whether the tensor-parallel ranks share out the tokens between their layers."""
+        return self.layout.sequence_parallel and self.tensor.size > 1
+
+    @property
     def coordinates(self) -> dict[str, int]:
         """This process's rank along each axis."""
         return {axis: getattr(self, axis).rank for axis in AXES}
@@ -89,7 +95,9 @@ class ProcessGroups:
     def barrier(self) -> None:
         """Wait for every process of the job."""
         if self.world.group is not None:
+            entry = recording.announce("barrier", self.world)
             dist.barrier(self.world.group)
+            recording.complete(entry)
 
 
 def _axis(mesh: DeviceMesh, name: str) -> Axis:

@@ -24,6 +24,12 @@ class Layout:
     """Replicas of the model, each with its own part of the global batch (data parallelism)."""
     context: int = 1
     """Processes that share each sequence (context parallelism)."""
+    sequence_parallel: bool = False
+    """Between the tensor-parallel layers, each tensor-parallel rank has its share of the tokens (arXiv
+    2205.05198); without effect when ``tensor`` is 1."""
+    uneven_shards: bool = False
+    """Allow models whose heads or feed-forward features do not divide by ``tensor``: some ranks then have
+    one more than others, and the others wait for them."""
 
     def __post_init__(self) -> None:
         for axis in AXES:
@@ -59,7 +65,8 @@ class Layout:
 
     def __str__(self) -> str:
         shared = [f"{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True) if size > 1]
-        return " x ".join(shared) or "tensor=1"
+        text = " x ".join(shared) or "tensor=1"
+        return text + (" + sequence" if self.sequence_parallel and self.tensor > 1 else "")
 
 
 def divisors(number: int) -> list[int]:

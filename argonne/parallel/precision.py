@@ -15,3 +15,8 @@ class Precision:
     """Master weights, their gradients and the optimizer's moments."""
     compute: torch.dtype = torch.float32
     """Activations, and the copies of the weights that matrix products see."""
+    accumulate_in_product: bool = False
+    """Linear layers add the product for the weight gradient straight to ``weight.grad``, in float32 or more,
+    instead of rounding it to the compute dtype, casting and adding it. ``weight.grad`` of a bfloat16
+    parameter is then float32. Autograd sees no gradient of the weight: hooks on it do not run, and
+    ``torch.compile`` falls back to eager at each such layer."""

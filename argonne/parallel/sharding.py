@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from argonne.parallel.groups import ProcessGroups
 from argonne.parallel.random import Initialiser
 
 
@@ -73,10 +74,10 @@ class ShardedParameter:
     spec: ShardSpec
 
 
-def sharded_parameters(model: nn.Module, tensor_parallel: int = 1) -> list[ShardedParameter]:
+def sharded_parameters(model: nn.Module, groups: ProcessGroups) -> list[ShardedParameter]:
     """Every distinct parameter of ``model`` with its spec, in module order.
 
-    A parameter whose module declares nothing (``nn.LayerNorm``, say) counts as replicated.
+    A parameter whose module declares nothing (``nn.LayerNorm``, say) counts as ``replicated``.
     """
     found: list[ShardedParameter] = []
     seen: set[int] = set()
@@ -86,7 +87,7 @@ def sharded_parameters(model: nn.Module, tensor_parallel: int = 1) -> list[Shard
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            spec = declared.get(name) or replicated(name, parameter.shape, tensor_parallel)
+            spec = declared.get(name) or replicated(name, parameter.shape, groups)
             regions = tuple(replace(r, name=_absolute(prefix, r.name)) for r in spec.regions)
             qualified = f"{prefix}.{name}" if prefix else name
             found.append(ShardedParameter(qualified, parameter, replace(spec, regions=regions)))
@@ -117,14 +118,20 @@ def initialise(parameters: Sequence[ShardedParameter], seed: int) -> None:
 def replicated(
     name: str,
     shape: Sequence[int],
-    tensor_parallel: int,
+    groups: ProcessGroups,
     initialiser: Initialiser | None = None,
-    partial_gradient: bool = False,
+    partial_gradient: bool | None = None,
 ) -> ShardSpec:
-    """The spec of a parameter that every tensor-parallel rank holds whole."""
+    """The spec of a parameter that every tensor-parallel rank holds whole.
+
+    ``partial_gradient`` says whether each rank sees only a part of its uses, so that the gradients are summed:
+    some of the heads (a norm of queries), or some of the tokens. Left out, it is taken to work between the
+    tensor-parallel layers, where every rank sees all tokens, or its share under sequence parallelism.
+    """
     shape = tuple(shape)
     start = (0,) * len(shape)
-    region = Region(name, shape, start, shape, start, tuple(range(tensor_parallel)), partial_gradient)
+    partial = groups.sequence_parallel if partial_gradient is None else partial_gradient
+    region = Region(name, shape, start, shape, start, tuple(range(groups.tensor.size)), partial)
     return ShardSpec((region,), initialiser)
 
 

@@ -141,7 +141,9 @@ class ParallelFlags:
     context_parallel: int = 1
     """Processes that share each sequence (not built yet: 1)."""
     sequence_parallel: bool = False
-    """Shard activations between the tensor-parallel layers by sequence (not built yet)."""
+    """Share out the tokens between the tensor-parallel layers: less memory for activations, the same bytes sent."""
+    uneven_shards: bool = False
+    """Allow heads and a feed-forward width that do not divide by --tensor-parallel: some ranks get one more."""
     fsdp: bool = False
     """Shard parameters over the data-parallel ranks (not built yet)."""
     reproducible: bool = False
@@ -161,10 +163,17 @@ class ParallelFlags:
         ):
             if value != 1:
                 raise ArgonneError(f"{name}={value} is not built yet; legal: 1")
-        for name in ("sequence_parallel", "fsdp", "reproducible"):
+        for name in ("fsdp", "reproducible"):
             if getattr(self, name):
                 raise ArgonneError(f"{name}=True is not built yet; leave the flag out")
-        rest = Layout(1, self.pipeline_parallel, self.data_parallel, self.context_parallel)
+        rest = Layout(
+            1,
+            self.pipeline_parallel,
+            self.data_parallel,
+            self.context_parallel,
+            self.sequence_parallel,
+            self.uneven_shards,
+        )
         tensor = self.tensor_parallel
         if tensor is None:
             tensor = max(1, world_size // rest.world_size)

@@ -70,7 +70,7 @@ def held_out_loss(model: ArgonneModel, sequences: Tensor, micro_batch: int) -> f
     data = model.groups.data
     total = torch.zeros((), dtype=torch.float64, device=sequences.device)
     for batch in sequences[data.rank :: data.size].split(micro_batch):
-        total += model.loss(batch[:, :-1], batch[:, 1:]).sum(dtype=torch.float64)
+        total += model.loss(batch[:, :-1], batch[:, 1:], reduction="sum").double()
     all_reduce(total, data)
     return total.item() / sequences[:, 1:].numel()
 

@@ -33,6 +33,7 @@ from argonne.models import ArgonneConfig
 from argonne.parallel import Precision, ProcessGroups, choose_device
 from argonne.parallel.collectives import collectively, gather_objects
 from argonne.parallel.errors import ArgonneError
+from argonne.parallel.layout import require_divisible
 from argonne.training.config import RunConfig
 from argonne.training.run_directory import require_same, schedule_identity
 
@@ -72,6 +73,8 @@ def check(config: RunConfig, world_size: int) -> None:
     layout = config.parallel.layout(world_size)
     choose_device(config.parallel.device)
     config.model.resolve(config.data.block_size).check_layout(layout)
+    if layout.sequence_parallel:
+        require_divisible("block_size", config.data.block_size, "tensor_parallel", layout.tensor)
     path = config.data.tokenizer_path
     if path is not None and not path.is_dir():
         raise DataError(

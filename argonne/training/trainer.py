@@ -91,8 +91,8 @@ class Trainer:
         """Gradients of the mean loss per target token of the global batch; returns that loss."""
         total = torch.zeros((), dtype=self.workload.precision.parameters, device=self.groups.device)
         for micro_batch in batch.tokens:
-            losses = self.state.model.loss(micro_batch[:, :-1], micro_batch[:, 1:])
-            loss = losses.sum() / self.tokens_per_step
+            total_loss = self.state.model.loss(micro_batch[:, :-1], micro_batch[:, 1:], reduction="sum")
+            loss = total_loss / self.tokens_per_step
             loss.backward()
             total += loss.detach()
         loss_of_step = all_reduce(total, self.groups.data).item()

@@ -29,7 +29,7 @@ def continue_prompt(
     model = ArgonneModel(config, groups, Precision(torch.float64, torch.float64))
     model.initialise(seed=2)
     tokens = generate(model, prompt, sampling, seed, stop)
-    return tokens, parts_of(model, groups.tensor.size, lambda p: p)
+    return tokens, parts_of(model, groups, lambda p: p)
 
 
 def dense_greedy(weights: dict[str, Tensor], config: ArgonneConfig, prompt: list[int], count: int) -> list[int]:

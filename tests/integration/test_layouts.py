@@ -30,9 +30,8 @@ def loaded(groups: ProcessGroups, directory: Path) -> tuple[Parts, Parts, torch.
     optimizer = build_optimizer(parameters, weight_decay=0.0)
     with torch.no_grad():
         load_pieces(directory, [*weight_pieces(parameters), *moment_pieces(optimizer, parameters)])
-    ranks = groups.tensor.size
-    moments = parts_of(model, ranks, lambda parameter: optimizer.state[parameter]["exp_avg_sq"])
-    return parts_of(model, ranks, lambda parameter: parameter), moments, model.next_token_logits(IDS)
+    moments = parts_of(model, groups, lambda parameter: optimizer.state[parameter]["exp_avg_sq"])
+    return parts_of(model, groups, lambda parameter: parameter), moments, model.next_token_logits(IDS)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -180,7 +180,8 @@ def test_a_layout_that_cannot_share_the_model_is_refused_with_the_legal_sizes(
 ) -> None:
     with pytest.raises(LayoutError) as refusal:
         preset(name).check_layout(Layout(tensor=tensor))
-    assert str(refusal.value) == message
+    assert str(refusal.value) == f"{message} (or uneven_shards, which gives some ranks one more than others)"
+
     with pytest.raises(LayoutError), torch.device("meta"):
         ArgonneModel(preset(name), replace(ProcessGroups.single(), layout=Layout(tensor=tensor)))
 
@@ -203,3 +204,11 @@ def test_an_unknown_preset_is_refused_with_the_names() -> None:
     with pytest.raises(ArgonneError) as refusal:
         preset("argonne-3")
     assert str(refusal.value) == f"preset='argonne-3' is not known; legal: {', '.join(PRESETS)}"
+
+
+def test_uneven_shards_allow_any_number_of_ranks_up_to_the_heads() -> None:
+    for tensor in (3, 5, 23, 24):
+        preset("argonne-2.0-4.9b").check_layout(Layout(tensor=tensor, uneven_shards=True))
+    with pytest.raises(LayoutError) as refusal:
+        preset("argonne-2.0-4.9b").check_layout(Layout(tensor=25, uneven_shards=True))
+    assert str(refusal.value) == "num_attention_heads=24 is less than tensor_parallel=25; legal sizes: 1 to 24"

@@ -39,26 +39,28 @@ def perturbed(config: ArgonneConfig, groups: ProcessGroups, precision: Precision
 
 
 def forward_backward(
-    groups: ProcessGroups, config: ArgonneConfig, ids: torch.Tensor, recompute: bool
+    groups: ProcessGroups, config: ArgonneConfig, ids: torch.Tensor, recompute: bool, reduction: str
 ) -> tuple[torch.Tensor, torch.Tensor, Parts, Parts, float]:
     model = perturbed(config, groups, DOUBLE)
     model.model.recompute = recompute
     local = model(ids[:, :-1]).detach()
-    loss = model.loss(ids[:, :-1], ids[:, 1:]).mean()
+    losses = model.loss(ids[:, :-1], ids[:, 1:], reduction=reduction)
+    loss = losses.sum() / ids[:, 1:].numel()
     loss.backward()
     parameters = model.sharded_parameters()
     complete_gradients(parameters, groups)
     norm = global_gradient_norm(parameters, groups)
-    ranks = groups.tensor.size
-    weights = parts_of(model, ranks, lambda parameter: parameter)
-    gradients = parts_of(model, ranks, lambda parameter: parameter.grad)
+    weights = parts_of(model, groups, lambda parameter: parameter)
+    gradients = parts_of(model, groups, lambda parameter: parameter.grad)
     return local, loss.detach(), weights, gradients, norm.item()
 
 
 @st.composite
-def shapes(draw: st.DrawFn, ranks: int) -> tuple[ArgonneConfig, torch.Tensor, bool]:
+def shapes(draw: st.DrawFn, ranks: int) -> tuple[ArgonneConfig, Layout, torch.Tensor, bool, str]:
+    uneven, sequence = draw(st.booleans()), draw(st.booleans())
     kv = draw(st.integers(1, 6))
-    group = draw(st.integers(1, 6).filter(lambda g: kv * g % ranks == 0 and kv * g <= 12))
+    fits = (lambda g: ranks <= kv * g <= 12) if uneven else (lambda g: kv * g % ranks == 0 and kv * g <= 24)
+    group = draw(st.integers(1, 12).filter(fits))
     config = ArgonneConfig(
         hidden_size=draw(st.integers(5, 33)),
         num_hidden_layers=draw(st.integers(1, 2)),
@@ -66,24 +68,27 @@ def shapes(draw: st.DrawFn, ranks: int) -> tuple[ArgonneConfig, torch.Tensor, bo
         num_key_value_heads=kv,
         head_dim=2 * draw(st.integers(1, 5)),
         vocab_size=draw(st.integers(2, 90)),
-        intermediate_size=ranks * draw(st.integers(1, 9)),
+        intermediate_size=draw(st.integers(ranks, 9 * ranks)) if uneven else ranks * draw(st.integers(1, 9)),
         rope_theta=draw(st.sampled_from([100.0, 10_000.0])),
         tie_word_embeddings=draw(st.booleans()),
         max_position_embeddings=16,
     )
     batch, length = draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    if sequence and batch * length % ranks:
+        batch = ranks  # any number of tokens that divides will do; it need not be the sequence that does
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     ids = torch.randint(0, config.vocab_size, (batch, length + 1), generator=generator)
-    return config, ids, draw(st.booleans())
+    layout = Layout(tensor=ranks, sequence_parallel=sequence, uneven_shards=uneven)
+    return config, layout, ids, draw(st.booleans()), draw(st.sampled_from(["sum", "none"]))
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_logits_loss_and_every_gradient_equal_dense_float64(ranks: RankPool, size: int) -> None:
     @given(shapes(size))
     @settings(max_examples=40)
-    def claim(drawn: tuple[ArgonneConfig, torch.Tensor, bool]) -> None:
-        config, ids, recompute = drawn
-        results = ranks.run(Layout(tensor=size), forward_backward, config, ids, recompute)
+    def claim(drawn: tuple[ArgonneConfig, Layout, torch.Tensor, bool, str]) -> None:
+        config, layout, ids, recompute, reduction = drawn
+        results = ranks.run(layout, forward_backward, config, ids, recompute, reduction)
         weights = assemble(parts for _, _, parts, _, _ in results)
         gradients = assemble(parts for _, _, _, parts, _ in results)
         for value in weights.values():
@@ -127,9 +132,8 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    ranks = groups.tensor.size
-    moments = parts_of(model, ranks, lambda parameter: optimizer.state[parameter]["exp_avg"])
-    return losses, parts_of(model, ranks, lambda parameter: parameter), moments
+    moments = parts_of(model, groups, lambda parameter: optimizer.state[parameter]["exp_avg"])
+    return losses, parts_of(model, groups, lambda parameter: parameter), moments
 
 
 TRAINED = ArgonneConfig(
@@ -172,11 +176,16 @@ def next_token(groups: ProcessGroups, config: ArgonneConfig, ids: torch.Tensor) 
     return perturbed(config, groups, DOUBLE).next_token_logits(ids)
 
 
+@pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("vocabulary", [5, 97])
-def test_gathered_next_token_logits_are_those_of_the_last_position(ranks: RankPool, size: int, vocabulary: int) -> None:
-    config = ArgonneConfig(36, 1, 4, 2, vocabulary, intermediate_size=8, head_dim=4, max_position_embeddings=16)
-    ids = torch.tensor([[1, 4, 2, 3], [0, 1, 1, 2]])
-    alone = ranks.run(Layout(), forward_backward, config, ids[:, [0, 1, 2, 3, 3]], False)[0][0][:, -1]
-    for logits in ranks.run(Layout(tensor=size), next_token, config, ids):
+def test_gathered_next_token_logits_are_those_of_the_last_position(
+    ranks: RankPool, size: int, vocabulary: int, sequence: bool
+) -> None:
+    # As long as the longest sequence, and no number of tokens that 2 or 4 ranks can share out.
+    config = ArgonneConfig(36, 1, 4, 2, vocabulary, intermediate_size=8, head_dim=4, max_position_embeddings=5)
+    ids = torch.tensor([[1, 4, 2, 3, 0], [0, 1, 1, 2, 4], [2, 2, 3, 1, 0]])
+    padded = torch.nn.functional.pad(ids, (0, 1))
+    alone = ranks.run(Layout(), forward_backward, config, padded, False, "none")[0][0][:, -1]
+    for logits in ranks.run(Layout(tensor=size, sequence_parallel=sequence), next_token, config, ids):
         assert_close(logits, alone, 1e-12, "next-token logits")

@@ -70,7 +70,7 @@ def embed(
     assert layer.weight.grad is not None
     tokens = layer.range.tokens
     padding = layer.weight.detach()[tokens:].abs().sum().item(), layer.weight.grad[tokens:].abs().sum().item()
-    parts = parts_of(layer, size, lambda p: p), parts_of(layer, size, lambda p: p.grad)
+    parts = parts_of(layer, groups, lambda p: p), parts_of(layer, groups, lambda p: p.grad)
     return vectors.detach(), *parts, *padding
 
 
@@ -110,7 +110,7 @@ def head(
     assert layer.weight.grad is not None
     padding = layer.weight.grad[layer.range.tokens :].abs().sum().item()
     held = (layer.range.start, layer.range.stop)
-    return logits.detach().clone(), x.grad, parts_of(layer, size, lambda p: p.grad), padding, held
+    return logits.detach().clone(), x.grad, parts_of(layer, groups, lambda p: p.grad), padding, held
 
 
 @pytest.mark.parametrize("size", SIZES, scope="module")
@@ -152,11 +152,11 @@ def test_embedding_rounds_each_vector_once_to_the_compute_dtype(ranks: RankPool,
 
 def begin(groups: ProcessGroups, kind: type[VocabParallelEmbedding]) -> Parts:
     layer = kind(37, 3, groups)
-    for sharded in sharded_parameters(layer, groups.tensor.size):
+    for sharded in sharded_parameters(layer, groups):
         for region, part in regions_of([sharded]):
             assert sharded.spec.initialiser is not None
             sharded.spec.initialiser.fill(part, 5, region.name, region.whole_shape, region.start)
-    return parts_of(layer, groups.tensor.size, lambda p: p)
+    return parts_of(layer, groups, lambda p: p)
 
 
 @pytest.mark.parametrize("kind", [VocabParallelEmbedding, VocabParallelHead])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from argonne.parallel import (
     ColumnParallelLinear,
     Layout,
-    OutputPart,
+    Partition,
     Precision,
     ProcessGroups,
     RowParallelLinear,
@@ -49,7 +49,7 @@ def build(groups: ProcessGroups) -> nn.ModuleDict:
 def set_gradients(model: nn.Module, groups: ProcessGroups, kind: str) -> None:
     """Gradients as after backward: each rank's share of a partial one differs, every other is the whole's."""
     rank, replica = groups.tensor.rank, groups.data.rank
-    for sharded in sharded_parameters(model, groups.tensor.size):
+    for sharded in sharded_parameters(model, groups):
         gradient = torch.zeros_like(sharded.parameter)
         for i, region in enumerate(sharded.spec.regions):
             seed = sum(map(ord, region.name)) + 1000 * replica
@@ -64,15 +64,14 @@ def set_gradients(model: nn.Module, groups: ProcessGroups, kind: str) -> None:
 
 def complete(groups: ProcessGroups, kind: str, limit: float) -> tuple[Parts, Parts, float, Parts]:
     model = build(groups)
-    size = groups.tensor.size
     set_gradients(model, groups, kind)
-    before = parts_of(model, size, lambda p: p.grad)
-    parameters = sharded_parameters(model, size)
+    before = parts_of(model, groups, lambda p: p.grad)
+    parameters = sharded_parameters(model, groups)
     complete_gradients(parameters, groups)
-    after = parts_of(model, size, lambda p: p.grad)
+    after = parts_of(model, groups, lambda p: p.grad)
     norm = global_gradient_norm(parameters, groups)
     clip_gradients(parameters, norm, limit)
-    return before, after, norm.item(), parts_of(model, size, lambda p: p.grad)
+    return before, after, norm.item(), parts_of(model, groups, lambda p: p.grad)
 
 
 LAYOUTS = [Layout(), Layout(tensor=2), Layout(tensor=4), Layout(data=2), Layout(data=2, tensor=2)]
@@ -114,7 +113,7 @@ def test_global_norm_is_that_of_the_whole_tensors_and_clipping_scales_them(ranks
 @given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
 def test_clipping_never_enlarges_and_bounds_the_norm(size: float, limit: float) -> None:
     layer = nn.Linear(3, 2)
-    parameters = sharded_parameters(layer)
+    parameters = sharded_parameters(layer, ProcessGroups.single())
     groups = ProcessGroups.single()
     for i, parameter in enumerate(layer.parameters()):
         parameter.grad = size * values(*parameter.shape, kind="normal", seed=i).float()
@@ -129,14 +128,14 @@ def test_clipping_never_enlarges_and_bounds_the_norm(size: float, limit: float) 
 def test_norm_is_float64_however_small_the_gradients() -> None:
     layer = nn.Linear(1000, 1000, bias=False)
     layer.weight.grad = torch.full((1000, 1000), 1e-30)  # squares vanish in float32
-    norm = global_gradient_norm(sharded_parameters(layer), ProcessGroups.single())
+    norm = global_gradient_norm(sharded_parameters(layer, ProcessGroups.single()), ProcessGroups.single())
     assert norm.dtype == torch.float64
     assert norm.item() == pytest.approx(1e-27, rel=1e-6)
 
 
 def test_parameters_without_gradient_are_passed_over() -> None:
     layer = nn.Linear(3, 2)
-    parameters = sharded_parameters(layer)
+    parameters = sharded_parameters(layer, ProcessGroups.single())
     groups = ProcessGroups.single()
     complete_gradients(parameters, groups)
     assert global_gradient_norm(parameters, groups) == 0
@@ -147,7 +146,7 @@ def test_parameters_without_gradient_are_passed_over() -> None:
 def train_padding(groups: ProcessGroups) -> tuple[float, Parts]:
     """A few AdamW steps with weight decay on an embedding that has padding rows."""
     layer = VocabParallelEmbedding(VOCABULARY, HIDDEN, groups, precision=DOUBLE)
-    for region, part in regions_of(sharded_parameters(layer, groups.tensor.size)):
+    for region, part in regions_of(sharded_parameters(layer, groups)):
         part.copy_(values(*region.whole_shape, kind="normal", seed=1)[region.whole_index])
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1)
     for step in range(3):
@@ -155,7 +154,7 @@ def train_padding(groups: ProcessGroups) -> tuple[float, Parts]:
         optimizer.step()
         optimizer.zero_grad()
     padding = layer.weight.detach()[layer.range.tokens :].abs().sum().item()
-    return padding, parts_of(layer, groups.tensor.size, lambda p: p)
+    return padding, parts_of(layer, groups, lambda p: p)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -170,16 +169,16 @@ def test_padding_rows_stay_zero_through_optimizer_steps(ranks: RankPool, size: i
 
 def complete_uneven(groups: ProcessGroups) -> Parts:
     # Ranks 0 and 1 share block 1; ranks 2 and 3 share nothing, and must still take part.
-    part = OutputPart("", 2, (range(0, 2), range(1, 2), range(2, 3), range(3, 5)))
+    part = Partition("", 2, (range(0, 2), range(1, 2), range(2, 3), range(3, 5)))
     layer = ColumnParallelLinear(3, [part], groups)
     layer.weight.grad = torch.full_like(layer.weight, 10.0**groups.tensor.rank)
     groups.set_timeout(timedelta(seconds=3))
     try:
-        complete_gradients(sharded_parameters(layer, 4), groups)
+        complete_gradients(sharded_parameters(layer, groups), groups)
         groups.barrier()
     finally:
         groups.set_timeout(TRAINING_TIMEOUT)
-    return parts_of(layer, 4, lambda p: p.grad)
+    return parts_of(layer, groups, lambda p: p.grad)
 
 
 def test_a_block_shared_by_some_ranks_only_is_summed_over_those(ranks: RankPool) -> None:

@@ -16,7 +16,7 @@ from argonne.parallel import (
     ColumnParallelLinear,
     Layout,
     LayoutError,
-    OutputPart,
+    Partition,
     Precision,
     ProcessGroups,
     Region,
@@ -46,25 +46,25 @@ def assert_same(found: Tensor, expected: Tensor, kind: str, what: str) -> None:
         assert_close(found, expected, 1e-12, what)
 
 
-def fill(layer: nn.Module, ranks: int, wholes: dict[str, Tensor]) -> None:
+def fill(layer: nn.Module, groups: ProcessGroups, wholes: dict[str, Tensor]) -> None:
     """Overwrite this rank's parts of the named whole tensors."""
-    for region, part in regions_of(sharded_parameters(layer, ranks)):
+    for region, part in regions_of(sharded_parameters(layer, groups)):
         part.copy_(wholes[region.name][region.whole_index])
 
 
 def column(
     groups: ProcessGroups,
-    out: int | list[OutputPart],
+    out: int | list[Partition],
     gather: bool,
     wholes: dict[str, Tensor],
     x: Tensor,
     gradients: list[dict[str, Tensor]],
 ) -> tuple[Tensor, list[Region], Tensor, Parts]:
     """Forward and backward; rank r is given ``gradients[r]``, of which it uses the outputs that it holds."""
-    size, precision = groups.tensor.size, Precision(x.dtype, x.dtype)
+    precision = Precision(x.dtype, x.dtype)
     bias = any(name.endswith("bias") for name in wholes)
     layer = ColumnParallelLinear(x.shape[-1], out, groups, bias=bias, gather_output=gather, precision=precision)
-    fill(layer, size, wholes)
+    fill(layer, groups, wholes)
     x = x.clone().requires_grad_()
     y = layer(x)
     regions = list(layer.shard_specs()["weight"].regions)
@@ -75,9 +75,9 @@ def column(
         for region, whole in ((r, gradients[groups.tensor.rank][key(r)]) for r in regions):
             gradient[..., region.local_index[0]] = whole[..., region.whole_index[0]]
     y.backward(gradient)
-    complete_gradients(sharded_parameters(layer, size), groups)
+    complete_gradients(sharded_parameters(layer, groups), groups)
     assert x.grad is not None
-    return y.detach(), regions, x.grad, parts_of(layer, size, lambda p: p.grad)
+    return y.detach(), regions, x.grad, parts_of(layer, groups, lambda p: p.grad)
 
 
 def key(region: Region) -> str:
@@ -87,8 +87,8 @@ def key(region: Region) -> str:
 def check_column(
     ranks: RankPool,
     size: int,
-    parts: dict[str, OutputPart],
-    out: int | list[OutputPart],
+    parts: dict[str, Partition],
+    out: int | list[Partition],
     x: Tensor,
     kind: str,
     bias: bool,
@@ -148,7 +148,7 @@ def test_column_parallel_output_and_gradients_equal_dense(ranks: RankPool, size:
     @given(LEADING, st.integers(1, 9), st.integers(1, 5), st.booleans(), KINDS, st.integers(0, 2**31))
     def claim(leading: list[int], width: int, local: int, bias: bool, kind: str, seed: int) -> None:
         x = values(*leading, width, kind=kind, seed=seed + 7)
-        part = OutputPart.split("", size * local, size)
+        part = Partition.split("", size * local, size)
         check_column(ranks, size, {"weight": part}, size * local, x, kind, bias, gather, seed)
 
     claim()
@@ -159,19 +159,19 @@ def test_fused_column_parallel_parts_equal_separate_dense_layers(ranks: RankPool
     @given(st.lists(st.integers(1, 4), min_size=2, max_size=3), st.booleans(), KINDS, st.integers(0, 2**31))
     def claim(locals_: list[int], bias: bool, kind: str, seed: int) -> None:
         x = values(2, 3, 5, kind=kind, seed=seed + 7)
-        out = [OutputPart.split(f"part{i}_proj", size * local, size) for i, local in enumerate(locals_)]
+        out = [Partition.split(f"part{i}_proj", size * local, size) for i, local in enumerate(locals_)]
         parts = {f"{part.name}.weight": part for part in out}
         check_column(ranks, size, parts, out, x, kind, bias, False, seed)
 
     claim()
 
 
-def attention_parts(heads: int, key_value_heads: int, dim: int, size: int) -> list[OutputPart]:
+def attention_parts(heads: int, key_value_heads: int, dim: int, size: int) -> list[Partition]:
     """Query heads cut equally; each rank has the key-value heads that its query heads use."""
     own = tuple(range(r * heads // size, (r + 1) * heads // size) for r in range(size))
     group = heads // key_value_heads
     shared = tuple(range(h[0] // group, h[-1] // group + 1) for h in own)
-    return [OutputPart("q_proj", dim, own), OutputPart("k_proj", dim, shared), OutputPart("v_proj", dim, shared)]
+    return [Partition("q_proj", dim, own), Partition("k_proj", dim, shared), Partition("v_proj", dim, shared)]
 
 
 @pytest.mark.parametrize(
@@ -192,17 +192,17 @@ def test_shared_blocks_equal_dense_and_their_gradients_are_summed_over_the_holde
 def row(
     groups: ProcessGroups, wholes: dict[str, Tensor], x: Tensor, gradient: Tensor
 ) -> tuple[Tensor, slice, Tensor, Parts]:
-    size, precision = groups.tensor.size, Precision(x.dtype, x.dtype)
+    precision = Precision(x.dtype, x.dtype)
     out_features, in_features = wholes["weight"].shape
     layer = RowParallelLinear(in_features, out_features, groups, bias="bias" in wholes, precision=precision)
-    fill(layer, size, wholes)
+    fill(layer, groups, wholes)
     columns = layer.shard_specs()["weight"].regions[0].whole_index[1]
     local = x[..., columns].clone().requires_grad_()
     y = layer(local)
     y.backward(gradient)
-    complete_gradients(sharded_parameters(layer, size), groups)
+    complete_gradients(sharded_parameters(layer, groups), groups)
     assert local.grad is not None
-    return y.detach(), columns, local.grad, parts_of(layer, size, lambda p: p.grad)
+    return y.detach(), columns, local.grad, parts_of(layer, groups, lambda p: p.grad)
 
 
 @pytest.mark.parametrize("size", SIZES, scope="module")
@@ -235,8 +235,8 @@ def column_then_row(groups: ProcessGroups, wholes: dict[str, Tensor], x: Tensor)
     precision = Precision(torch.float32, x.dtype)
     up = ColumnParallelLinear(x.shape[-1], 8, groups, precision=precision)
     down = RowParallelLinear(8, 5, groups, precision=precision)
-    fill(up, groups.tensor.size, {"weight": wholes["up"]})
-    fill(down, groups.tensor.size, {"weight": wholes["down"]})
+    fill(up, groups, {"weight": wholes["up"]})
+    fill(down, groups, {"weight": wholes["down"]})
     x = x.clone().requires_grad_()
     y = down(up(x))
     y.sum().backward()
@@ -339,13 +339,13 @@ def test_column_parallel_backward_computes_only_what_is_needed(ranks: RankPool, 
 
 
 def refusals(groups: ProcessGroups) -> list[str]:
-    part = OutputPart("", 1, (range(0, 1), range(0, 1)))
-    fused = [OutputPart.split("a", 2, 2), OutputPart.split("b", 2, 2)]
+    part = Partition("", 1, (range(0, 1), range(0, 1)))
+    fused = [Partition.split("a", 2, 2), Partition.split("b", 2, 2)]
     found = []
     for make in (
         lambda: ColumnParallelLinear(4, 9, groups),
         lambda: RowParallelLinear(9, 4, groups),
-        lambda: OutputPart.split("gate_proj", 9, 2),
+        lambda: Partition.split("gate_proj", 9, 2),
         lambda: ColumnParallelLinear(4, [part], groups, gather_output=True),
         lambda: ColumnParallelLinear(4, fused, groups, gather_output=True),
     ):
@@ -361,6 +361,6 @@ def test_layers_refuse_what_cannot_be_shared_out_naming_the_legal_sizes(ranks: R
             "out_features=9 is not divisible by tensor_parallel=2; legal sizes: 1, 3, 9",
             "in_features=9 is not divisible by tensor_parallel=2; legal sizes: 1, 3, 9",
             "out_features of gate_proj=9 is not divisible by tensor_parallel=2; legal sizes: 1, 3, 9",
-            "gather_output=True is not defined for fused or shared parts; legal: False",
-            "gather_output=True is not defined for fused or shared parts; legal: False",
+            "gather_output=True is not defined for fused, shared or unequal parts; legal: False",
+            "gather_output=True is not defined for fused, shared or unequal parts; legal: False",
         ]

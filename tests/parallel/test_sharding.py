@@ -17,7 +17,7 @@ from argonne.parallel import (
     ColumnParallelLinear,
     Constant,
     Layout,
-    OutputPart,
+    Partition,
     ProcessGroups,
     Region,
     RowParallelLinear,
@@ -28,10 +28,14 @@ from argonne.parallel import (
 )
 
 
-def as_rank(rank: int, size: int) -> ProcessGroups:
+def as_rank(rank: int, size: int, sequence: bool = False, uneven: bool = False) -> ProcessGroups:
     """The groups of one of ``size`` ranks, for declarations only: nothing can be communicated."""
     axis = Axis("tensor", size, rank, None, tuple(range(size)))
-    return replace(ProcessGroups.single(), layout=Layout(tensor=size), tensor=axis)
+    return replace(
+        ProcessGroups.single(),
+        layout=Layout(tensor=size, sequence_parallel=sequence, uneven_shards=uneven),
+        tensor=axis,
+    )
 
 
 def box(index: tuple[slice, ...], shape: tuple[int, ...]) -> torch.Tensor:
@@ -66,10 +70,13 @@ def check_declarations(ranks: list[list[ShardedParameter]]) -> dict[str, tuple[i
 
 
 @st.composite
-def models(draw: st.DrawFn) -> tuple[ArgonneConfig, int]:
-    size = draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
+def models(draw: st.DrawFn) -> tuple[ArgonneConfig, int, bool]:
+    """A shape, a number of ranks, and whether the heads and features may be unequal on them."""
+    size = draw(st.sampled_from([1, 2, 3, 4, 5, 6, 8]))
+    uneven = draw(st.booleans())
     kv = draw(st.integers(1, 8))
-    group = draw(st.integers(1, 12).filter(lambda g: kv * g % size == 0 and kv * g <= 48))
+    fits = (lambda g: size <= kv * g <= 48) if uneven else (lambda g: kv * g % size == 0 and kv * g <= 48)
+    group = draw(st.integers(1, 12).filter(fits))
     config = ArgonneConfig(
         hidden_size=draw(st.integers(1, 9)),
         num_hidden_layers=1,
@@ -77,18 +84,18 @@ def models(draw: st.DrawFn) -> tuple[ArgonneConfig, int]:
         num_key_value_heads=kv,
         head_dim=2 * draw(st.integers(1, 3)),
         vocab_size=draw(st.integers(1, 120)),
-        intermediate_size=size * draw(st.integers(1, 4)),
+        intermediate_size=draw(st.integers(size, 4 * size)) if uneven else size * draw(st.integers(1, 4)),
         tie_word_embeddings=draw(st.booleans()),
         max_position_embeddings=4,
     )
-    return config, size
+    return config, size, uneven
 
 
 @given(models())
-def test_the_regions_of_any_model_at_any_size_make_up_the_llama_tensors(drawn: tuple[ArgonneConfig, int]) -> None:
-    config, size = drawn
+def test_the_regions_of_any_model_at_any_size_make_up_the_llama_tensors(drawn: tuple[ArgonneConfig, int, bool]) -> None:
+    config, size, uneven = drawn
     with torch.device("meta"):
-        built = [ArgonneModel(config, as_rank(rank, size)) for rank in range(size)]
+        built = [ArgonneModel(config, as_rank(rank, size, uneven=uneven)) for rank in range(size)]
     shapes = check_declarations([model.sharded_parameters() for model in built])
     hidden, ffn, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
     query, key_value = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
@@ -117,12 +124,14 @@ def test_the_regions_of_any_model_at_any_size_make_up_the_llama_tensors(drawn: t
 
 
 @given(models())
-def test_only_tensors_with_shared_blocks_have_partial_gradients(drawn: tuple[ArgonneConfig, int]) -> None:
-    config, size = drawn
-    shared = (config.num_attention_heads // size) % (config.num_attention_heads // config.num_key_value_heads) != 0
+def test_only_tensors_with_shared_blocks_have_partial_gradients(drawn: tuple[ArgonneConfig, int, bool]) -> None:
+    config, size, uneven = drawn
+    # A key-value head is shared where a rank's first query head is not the first of its group.
+    group = config.num_attention_heads // config.num_key_value_heads
+    shared = any((rank * config.num_attention_heads // size) % group for rank in range(size))
     for rank in range(size):
         with torch.device("meta"):
-            parameters = ArgonneModel(config, as_rank(rank, size)).sharded_parameters()
+            parameters = ArgonneModel(config, as_rank(rank, size, uneven=uneven)).sharded_parameters()
         partial = {r.name for sharded in parameters for r in sharded.spec.regions if r.partial_gradient}
         names = {f"model.layers.0.self_attn.{name}_proj.weight" for name in "kv"}
         assert partial == (names if shared else set())
@@ -139,7 +148,7 @@ def test_the_regions_of_linear_layers_with_bias_make_up_their_tensors(size: int,
         )
         for rank in range(size)
     ]
-    shapes = check_declarations([sharded_parameters(pair, size) for pair in pairs])
+    shapes = check_declarations([sharded_parameters(pair, as_rank(0, size)) for pair in pairs])
     expected = {"up.weight": (size * local, 3), "down.weight": (3, size * local)}
     if bias:
         expected |= {"up.bias": (size * local,), "down.bias": (3,)}
@@ -150,11 +159,13 @@ def test_names_are_absolute_and_those_of_siblings_climb() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            parts = [OutputPart.split(name, 2, 1) for name in ("q_proj", "k_proj")]
+            parts = [Partition.split(name, 2, 1) for name in ("q_proj", "k_proj")]
             self.qk_proj = ColumnParallelLinear(3, parts, ProcessGroups.single(), bias=True)
 
     model = nn.ModuleDict({"layers": nn.ModuleList([Attention(), Attention()])})
-    found = {s.name: [region.name for region in s.spec.regions] for s in sharded_parameters(model)}
+    found = {
+        s.name: [region.name for region in s.spec.regions] for s in sharded_parameters(model, ProcessGroups.single())
+    }
     assert found == {
         f"layers.{i}.qk_proj.{kind}": [f"layers.{i}.q_proj.{kind}", f"layers.{i}.k_proj.{kind}"]
         for i in range(2)
@@ -162,9 +173,10 @@ def test_names_are_absolute_and_those_of_siblings_climb() -> None:
     }
 
 
-def test_a_parameter_that_nothing_is_declared_of_is_replicated() -> None:
+@pytest.mark.parametrize("sequence", [False, True])
+def test_a_parameter_that_nothing_is_declared_of_is_replicated(sequence: bool) -> None:
     model = nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 2))
-    found = sharded_parameters(model, tensor_parallel=4)
+    found = sharded_parameters(model, as_rank(0, 4, sequence))
     assert [s.name for s in found] == ["0.weight", "0.bias", "1.weight", "1.bias"]
     for sharded in found:
         (region,) = sharded.spec.regions
@@ -172,25 +184,26 @@ def test_a_parameter_that_nothing_is_declared_of_is_replicated() -> None:
         assert region.whole_shape == region.shape == tuple(sharded.parameter.shape)
         assert region.holders == (0, 1, 2, 3)
         assert sharded.spec.initialiser is None
-        assert not region.partial_gradient
+        assert region.partial_gradient == sequence
 
 
 def test_a_parameter_in_two_places_is_found_once_under_its_first_name() -> None:
     one, other = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
     other.weight = one.weight
-    assert [s.name for s in sharded_parameters(nn.ModuleDict({"one": one, "other": other}))] == ["one.weight"]
+    both = nn.ModuleDict({"one": one, "other": other})
+    assert [s.name for s in sharded_parameters(both, ProcessGroups.single())] == ["one.weight"]
 
 
 def test_regions_are_views_of_the_parameter() -> None:
-    layer = ColumnParallelLinear(2, [OutputPart.split(n, 3, 1) for n in ("a", "b")], ProcessGroups.single())
-    for number, (_, part) in enumerate(regions_of(sharded_parameters(layer))):
+    layer = ColumnParallelLinear(2, [Partition.split(n, 3, 1) for n in ("a", "b")], ProcessGroups.single())
+    for number, (_, part) in enumerate(regions_of(sharded_parameters(layer, ProcessGroups.single()))):
         part.fill_(number)
     assert layer.weight.detach()[:, 0].tolist() == [0, 0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("partial", [False, True])
 def test_replicated_spec_is_one_region_held_by_all(partial: bool) -> None:
-    spec = replicated("weight", (3, 4), 2, Constant(1.0), partial)
+    spec = replicated("weight", (3, 4), as_rank(1, 2), Constant(1.0), partial)
     (region,) = spec.regions
     assert region == Region("weight", (3, 4), (0, 0), (3, 4), (0, 0), (0, 1), partial)
     assert torch.equal(box(region.whole_index, (3, 4)), torch.ones(3, 4, dtype=torch.bool))

@@ -1,0 +1,140 @@
+"""The output head and the cross-entropy in one: the logits never exist whole.
+
+At a vocabulary of 151,665 the logits would be the largest tensor of a training step. They are made for some
+tokens at a time, and turned into their part of the gradients before the next ones are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from argonne.parallel.collectives import all_gather
+from argonne.parallel.cross_entropy import Objective, Targets
+from argonne.parallel.embedding import VocabParallelEmbedding, VocabParallelHead, VocabularyRange
+from argonne.parallel.groups import Axis
+from argonne.parallel.products import add_product
+from argonne.parallel.recording import site
+from argonne.parallel.regions import copy_to_region, gather_from_sequence_region
+
+# Logits of a chunk, and its fewest tokens: enough for a good matrix product, small beside the whole.
+_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 28}
+_FEWEST = 128
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The sum of the losses, with the gradients made on the way; or each loss, with a second pass in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        vocabulary: VocabularyRange,
+        axis: Axis,
+        objective: Objective,
+        reduction: str,
+        trains: bool,
+    ) -> Tensor:
+        ctx.vocabulary, ctx.axis, ctx.objective, ctx.reduction = vocabulary, axis, objective, reduction
+        ctx.site, ctx.weight_dtype = site(), weight.dtype
+        used = weight[: vocabulary.tokens].to(x.dtype)
+        local = Targets.of(targets, vocabulary, objective)
+        accurate = torch.promote_types(x.dtype, torch.float32)
+        losses, log_sums = (x.new_empty(len(x), dtype=accurate) for _ in range(2))
+        gradients = _Gradients(ctx, x, weight, accurate) if trains and reduction == "sum" else None
+        for chunk in _chunks(x, vocabulary):
+            said, exponentials, shift = local[chunk].statistics((x[chunk] @ used.t()).to(accurate))
+            losses[chunk], log_sums[chunk] = local[chunk].losses(all_gather(said, axis))
+            if gradients is not None:
+                gradients.add(chunk, local[chunk].gradient(exponentials, shift, log_sums[chunk], None), x, used)
+        if reduction == "none":
+            ctx.save_for_backward(x, used, targets, log_sums)
+            return losses
+        ctx.save_for_backward(*gradients.result() if gradients is not None else (None, None))
+        return losses.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        if ctx.reduction == "sum":
+            # In place: the weight's is as large as the weight. A second backward is refused by autograd.
+            made = [None if g is None else g.mul_(gradient) for g in ctx.saved_tensors]
+            return *made, *(None,) * 6
+        x, used, targets, log_sums = ctx.saved_tensors
+        local = Targets.of(targets, ctx.vocabulary, ctx.objective)
+        gradients = _Gradients(ctx, x, used, log_sums.dtype, rows=ctx.vocabulary.rows)
+        for chunk in _chunks(x, ctx.vocabulary):
+            log_sum = log_sums[chunk]
+            exponentials = ((x[chunk] @ used.t()).to(log_sum.dtype) - log_sum[:, None]).exp_()
+            gradients.add(chunk, local[chunk].gradient(exponentials, log_sum, log_sum, gradient[chunk]), x, used)
+        return *gradients.result(), *(None,) * 6
+
+
+class _Gradients:
+    """Those of x and of the weight that are needed, filled chunk by chunk."""
+
+    def __init__(self, ctx: Any, x: Tensor, weight: Tensor, accurate: torch.dtype, rows: int | None = None) -> None:
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        shape = (rows or weight.shape[0], weight.shape[1])
+        self.tokens = ctx.vocabulary.tokens
+        self.weight_dtype = ctx.weight_dtype
+        self.of_x = torch.empty_like(x) if needs_x else None
+        self.of_weight = x.new_zeros(shape, dtype=accurate) if needs_weight else None
+
+    def add(self, chunk: slice, logits_gradient: Tensor, x: Tensor, used: Tensor) -> None:
+        rounded = logits_gradient.to(x.dtype)
+        if self.of_x is not None:
+            self.of_x[chunk] = rounded @ used
+        if self.of_weight is not None:
+            add_product(self.of_weight[: self.tokens], rounded, x[chunk])
+
+    def result(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.of_x, None if self.of_weight is None else self.of_weight.to(self.weight_dtype)
+
+
+def vocab_parallel_linear_cross_entropy(
+    x: Tensor,
+    holder: VocabParallelEmbedding | VocabParallelHead,
+    targets: Tensor,
+    objective: Objective = Objective(),
+    reduction: Literal["sum", "none"] = "sum",
+) -> Tensor:
+    """``vocab_parallel_cross_entropy`` of ``vocab_parallel_logits``, without ever holding all logits.
+
+    Args:
+        x: ``[tokens, hidden]`` in the compute dtype, the same on every rank; under sequence parallelism this
+            rank's ``[tokens / ranks, hidden]``.
+        holder: of the output weight: the head, or the embedding when the two are tied.
+        targets: ``[tokens]`` token ids, or ``objective.ignore_index``; of all tokens in either case.
+        objective: label smoothing, z-loss and the target that is ignored.
+        reduction: ``sum`` makes the gradients while it computes the loss (three matrix products in all);
+            ``none`` lets every position have a weight of its own, for a fourth product in backward.
+
+    Returns:
+        The sum over the positions that are not ignored, or each position's loss ``[tokens]``; in float32
+        (float64 for float64), in nats, the same on every rank.
+    """
+    enter = gather_from_sequence_region if holder.sequence_parallel else copy_to_region
+    return _LinearCrossEntropy.apply(
+        enter(x, holder.axis),
+        holder.weight,
+        targets,
+        holder.range,
+        holder.axis,
+        objective,
+        reduction,
+        torch.is_grad_enabled(),
+    )
+
+
+def _chunks(x: Tensor, vocabulary: VocabularyRange) -> Iterator[slice]:
+    """The same on every rank: each chunk has a collective."""
+    tokens = max(_FEWEST, _CHUNK.get(x.device.type, 1 << 28) // vocabulary.rows)
+    for start in range(0, len(x), tokens):
+        yield slice(start, start + tokens)
