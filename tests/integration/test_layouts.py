@@ -53,7 +53,18 @@ def test_a_checkpoint_of_tensor_2_loads_with_equal_weights_and_moments(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("nproc", "layout"), [(1, {}), (4, {}), (4, {"--data-parallel": 2})])
+@pytest.mark.parametrize(
+    ("nproc", "layout"),
+    [
+        (1, {}),
+        (4, {}),
+        (4, {"--data-parallel": 2}),
+        (2, {"--sequence-parallel": None}),
+        (4, {"--data-parallel": 2, "--sequence-parallel": None}),
+        (3, {"--uneven-shards": None}),
+    ],
+    ids=str,
+)
 def test_a_run_goes_on_in_another_layout_with_the_same_data_and_loss(
     flags: dict[str, Any], uninterrupted: Path, tmp_path: Path, nproc: int, layout: dict[str, Any]
 ) -> None:
