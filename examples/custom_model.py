@@ -41,9 +41,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config, groups: parallel.ProcessGroups, **options) -> None:
         super().__init__()
-        self.dim, ranks = config.hidden // config.heads, groups.tensor.size
-        heads = tuple(parallel.share(config.heads, ranks, rank) for rank in range(ranks))
-        parts = [parallel.Partition(name, self.dim, heads) for name in ("query", "key", "value")]
+        self.dim, names = config.hidden // config.heads, ("query", "key", "value")
+        parts = [parallel.Partition.blocks(name, self.dim, config.heads, groups.tensor.size) for name in names]
         self.query_key_value = parallel.ColumnParallelLinear(config.hidden, parts, groups, **options)
         self.dense = parallel.RowParallelLinear(parts[0], config.hidden, groups, **options)
         frequencies = 10_000.0 ** -torch.linspace(0, 1, self.dim // 8 + 1, dtype=torch.float64)[:-1]

@@ -34,7 +34,6 @@ from argonne.parallel import (
     initialise,
     replicated,
     sharded_parameters,
-    share,
     vocab_parallel_linear_cross_entropy,
     vocab_parallel_logits,
 )
@@ -65,9 +64,8 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         ranks = groups.tensor.size
         group = config.num_attention_heads // config.num_key_value_heads
-        query_heads = tuple(share(config.num_attention_heads, ranks, rank) for rank in range(ranks))
-        key_value_heads = tuple(range(own[0] // group, own[-1] // group + 1) for own in query_heads)
-        queries = Partition("q_proj", self.head_dim, query_heads)
+        queries = Partition.blocks("q_proj", self.head_dim, config.num_attention_heads, ranks)
+        key_value_heads = tuple(range(own[0] // group, own[-1] // group + 1) for own in queries.held)
         self.qkv_proj = ColumnParallelLinear(
             config.hidden_size,
             [
@@ -86,7 +84,7 @@ class Attention(nn.Module):
             initialiser=_residual_initial(config),
             precision=precision,
         )
-        own, shared = query_heads[groups.tensor.rank], key_value_heads[groups.tensor.rank]
+        own, shared = queries.held[groups.tensor.rank], key_value_heads[groups.tensor.rank]
         self.head_of_query = [head // group - shared[0] for head in own]
         regular = [i * len(shared) // len(own) for i in range(len(own))]
         self.is_grouped = len(own) % len(shared) == 0 and self.head_of_query == regular

@@ -1,6 +1,6 @@
 """The reusable layer: process groups, parallel layers and the declarations that everything else follows.
 
-Needs torch and einops only, and nothing else of argonne.
+Needs torch and numpy only, and nothing else of argonne.
 """
 
 from argonne.parallel.cross_entropy import IGNORE_INDEX, Objective, vocab_parallel_cross_entropy

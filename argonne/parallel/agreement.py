@@ -1,16 +1,15 @@
 """The checking mode of ``record``: do all ranks issue the same collectives, in the same order?
 
-Before a collective starts, its ranks tell each other through a key-value store what they are about to issue,
-and go on only when all say the same. The store has connections of its own, so that a rank which is stuck, or
-has gone another way, leaves no one hanging.
+Before a collective starts, its ranks tell each other through the job's key-value store what they are about to
+issue, and go on only when all say the same. Nothing is ever sent to a rank that is stuck or has gone another
+way, so that no one is left hanging.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
-from datetime import timedelta
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -21,87 +20,108 @@ if TYPE_CHECKING:
     from argonne.parallel.groups import ProcessGroups
     from argonne.parallel.recording import Collective
 
+_OUTSIDE = "not yet in the block"
+_START = "the start of the block"
 _END = "the end of the block"
-_POLL = 0.002  # seconds between two looks at the store
+_GONE = "left the block"
+_AGREED = "agreed"
+_POLL = 0.002  # seconds between two looks for what the others said
+_LOOK = 0.05  # seconds between two looks at what keeps them
+_EDGE_PATIENCE = 60.0  # seconds: a rank may have much to do before its first and after its last collective
 
 
 class Agreement:
-    """One rank's side of the comparison. Construction and ``finish`` are collective over all ranks.
+    """One rank's side of the comparison, inside its ``with`` block; entering and leaving it are collective.
 
-    Keys: ``said/<ranks>/<n>/<rank>`` is what a rank issues as the n-th collective of those ranks, ``at/<rank>``
-    the latest thing it said, ``left/<rank>`` that it reads no more, and ``report`` the difference once found.
+    Keys: ``said/<ranks>/<n>/<rank>`` is what a rank issues as the n-th collective of those ranks;
+    ``verdict/<ranks>/<n>`` that they agree, or why they do not; ``report`` the first such reason of all ranks;
+    ``at/<rank>`` the latest thing a rank said; ``left`` the number of ranks that are through.
     """
 
     def __init__(self, groups: ProcessGroups, patience: float) -> None:
-        self.rank, self.size, self.patience = groups.world.rank, groups.world.size, patience
-        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        timeout = timedelta(seconds=max(patience, 5.0))
-        port = [0]
-        if self.rank == 0:
-            self.store = dist.TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
-            port = [self.store.port]
-        dist.broadcast_object_list(port, src=0)
-        if self.rank != 0:
-            self.store = dist.TCPStore(host, port[0], is_master=False, timeout=timeout, wait_for_workers=False)
-        self.counts: Counter[tuple[int, ...]] = Counter()
+        self.rank, self.everyone, self.patience = groups.world.rank, groups.world.ranks, patience
+        # A connection of its own; torch's stubs lack the method.
+        store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+        # Counted in the store: processes may have been in other jobs before, but all enter the same blocks of one.
+        block = store.add(f"argonne/agreement/entered/{self.rank}", 1)
+        self.store = dist.PrefixStore(f"argonne/agreement/{block}", store)
+        self.counts = Counter({self.everyone: -1})  # the start is number 0
+
+    def __enter__(self) -> Agreement:
+        self._agree(self.everyone, _START, max(self.patience, _EDGE_PATIENCE))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is not None:
+            reason = " ".join(f"{kind.__name__}: {error}".split())[:200]
+            with suppress(RuntimeError):  # the store may be gone with the rank that hosts it
+                self.store.set(f"at/{self.rank}", f"{_GONE} with {reason}")
+            return
+        self._agree(self.everyone, _END, max(self.patience, _EDGE_PATIENCE))
+        last = self.counts.pop(self.everyone)
+        for ranks, number in self.counts.items():
+            self._forget(ranks, number)
+        if self.store.add("left", 1) == len(self.everyone):  # nobody reads any more
+            for rank in self.everyone:
+                self.store.delete_key(f"said/{self.everyone}/{last}/{rank}")
+                self.store.delete_key(f"at/{rank}")
+            self.store.delete_key(f"verdict/{self.everyone}/{last}")
+            self.store.delete_key("left")
 
     def check(self, entry: Collective) -> None:
         """Return when every rank of ``entry`` is about to issue the same; otherwise raise the report."""
-        self.counts[entry.ranks] += 1
-        number = self.counts[entry.ranks]
-        prefix = f"said/{entry.ranks}"
-        self.store.set(f"at/{self.rank}", str(entry))
-        self.store.set(f"{prefix}/{number}/{self.rank}", str(entry))
-        self._await([f"{prefix}/{number}/{rank}" for rank in entry.ranks], entry.ranks, self.patience)
-        said = {rank: self.store.get(f"{prefix}/{number}/{rank}").decode() for rank in entry.ranks}
-        if len(set(said.values())) > 1:
-            self._report(f"collective {number} of ranks {_listed(entry.ranks)} differs: {_who_says_what(said)}")
-        if number > 1:  # whoever says its n-th has read all of n - 1
-            self.store.delete_key(f"{prefix}/{number - 1}/{self.rank}")
+        self._agree(entry.ranks, str(entry), self.patience)
 
-    def finish(self) -> None:
-        """Return when every rank has reached the end of its block; otherwise raise the report."""
-        self.store.set(f"said/end/{self.rank}", _END)
-        self.store.set(f"at/{self.rank}", _END)
-        # A rank may have much to do after its last collective; one that waits for us reports it itself.
-        self._await([f"said/end/{rank}" for rank in range(self.size)], range(self.size), max(self.patience, 60.0))
+    def _agree(self, ranks: tuple[int, ...], text: str, patience: float) -> None:
+        self.counts[ranks] += 1
+        number = self.counts[ranks]
+        keys = {rank: f"said/{ranks}/{number}/{rank}" for rank in ranks}
+        self.store.set(keys[self.rank], text)
+        self.store.set(f"at/{self.rank}", text)
+        problem = self._wait(keys, patience)
+        if not problem:
+            said = dict(zip(ranks, map(bytes.decode, self.store.multi_get(list(keys.values()))), strict=True))
+            problem = _who_says_what(said) if len(set(said.values())) > 1 else None
+        # One verdict for all: a rank may give up at the very moment at which the last one comes.
+        name = f"collective {number} of rank{_listed(ranks)}"
+        verdict = self._first_said(f"verdict/{ranks}/{number}", f"{name}: {problem}" if problem else _AGREED)
+        if verdict != _AGREED:
+            raise CollectiveMismatch(self._first_said("report", f"the ranks are out of step at {verdict}"))
+        self._forget(ranks, number - 1)
 
-    def close(self) -> None:
-        """Leave; the rank that serves the store lets the others read the report first."""
-        try:
-            self.store.set(f"left/{self.rank}", "")
-            if self.rank == 0:
-                self.store.wait([f"left/{rank}" for rank in range(self.size)], timedelta(seconds=2 * self.patience))
-        except (dist.DistError, RuntimeError):
-            return  # the others are gone, or stuck: what there is to say has been said
-
-    def _await(self, keys: list[str], ranks: range | tuple[int, ...], patience: float) -> None:
-        """Wait for all ``keys``, one of each of ``ranks``, or raise the report."""
-        began = time.monotonic()
-        while not self.store.check(keys):
-            # In this order: a rank that is at the end and has not said the key will never say it.
-            places = self._places()
-            missing = [rank for rank, key in zip(ranks, keys, strict=True) if not self.store.check([key])]
-            late = time.monotonic() - began > patience
-            if missing and (late or any(places[rank] == _END for rank in missing)):
-                why = f"did not come within {patience:g} s" if late else "will not come"
-                self._report(f"rank{'s' * (len(missing) > 1)} {_listed(missing)} {why}: {_who_says_what(places)}")
-            if self.store.check(["report"]):
-                raise CollectiveMismatch(self.store.get("report").decode())
+    def _wait(self, keys: dict[int, str], patience: float) -> str | None:
+        """Wait until every rank has said its key, or return why it is in vain."""
+        began = looked = time.monotonic()
+        while not self.store.check(list(keys.values())):
             time.sleep(_POLL)
+            now = time.monotonic()
+            if now - looked < _LOOK:
+                continue
+            looked = now
+            # In this order: a rank that has left and has not said its key will never say it.
+            places = self._places()
+            missing = [rank for rank, key in keys.items() if not self.store.check([key])]
+            gone = [rank for rank in missing if places[rank].startswith((_END, _GONE))]
+            if gone:
+                return f"rank{_listed(gone)} will not come: {_who_says_what(places)}"
+            if missing and now - began > patience:
+                return f"rank{_listed(missing)} did not come within {patience:g} s: {_who_says_what(places)}"
+        return None
 
     def _places(self) -> dict[int, str]:
         """Where each rank was last."""
-        keys = [f"at/{rank}" for rank in range(self.size)]
-        return {
-            rank: self.store.get(key).decode() if self.store.check([key]) else "the start of the block"
-            for rank, key in enumerate(keys)
-        }
+        keys = {rank: f"at/{rank}" for rank in self.everyone}
+        return {r: self.store.get(key).decode() if self.store.check([key]) else _OUTSIDE for r, key in keys.items()}
 
-    def _report(self, text: str) -> None:
-        """Raise the report that all ranks raise: the first one made."""
-        agreed = self.store.compare_set("report", "", f"the ranks' collectives differ. {text}")
-        raise CollectiveMismatch(agreed.decode() if isinstance(agreed, bytes) else agreed)
+    def _first_said(self, key: str, text: str) -> str:
+        """Say ``text`` under ``key`` unless another rank was first; what was said."""
+        return self.store.compare_set(key, "", text).decode()
+
+    def _forget(self, ranks: tuple[int, ...], number: int) -> None:
+        """Delete this rank's keys of a collective that all its ranks are through with: they have said a later one."""
+        self.store.delete_key(f"said/{ranks}/{number}/{self.rank}")
+        if self.rank == ranks[0]:
+            self.store.delete_key(f"verdict/{ranks}/{number}")
 
 
 def _who_says_what(said: dict[int, str]) -> str:
@@ -109,8 +129,9 @@ def _who_says_what(said: dict[int, str]) -> str:
     groups: dict[str, list[int]] = {}
     for rank, text in said.items():
         groups.setdefault(text, []).append(rank)
-    return "; ".join(f"rank{'s' * (len(r) > 1)} {_listed(r)}: {text}" for text, r in groups.items())
+    return "; ".join(f"rank{_listed(ranks)}: {text}" for text, ranks in groups.items())
 
 
-def _listed(ranks: range | tuple[int, ...] | list[int]) -> str:
-    return ", ".join(map(str, ranks))
+def _listed(ranks: tuple[int, ...] | list[int]) -> str:
+    """`` 1`` or ``s 0, 2``."""
+    return ("s " if len(ranks) > 1 else " ") + ", ".join(map(str, ranks))

@@ -104,7 +104,8 @@ def all_reduce(tensor: Tensor, axis: Axis, site: str | None = None) -> Tensor:
 
 def all_gather(tensor: Tensor, axis: Axis, site: str | None = None) -> Tensor:
     """Every rank's ``tensor`` (equal shapes), stacked: ``[axis.size, *tensor.shape]``."""
-    return start_all_gather(tensor.unsqueeze(0), axis, site, wait=True).wait()
+    joined = start_all_gather(tensor if tensor.dim() else tensor.view(1), axis, site, wait=True).wait()
+    return joined.view(axis.size, *tensor.shape)
 
 
 def reduce_scatter(tensor: Tensor, axis: Axis, site: str | None = None) -> Tensor:

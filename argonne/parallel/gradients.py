@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -33,7 +34,11 @@ def _sum_over_holders(parameters: Sequence[ShardedParameter], groups: ProcessGro
         return
     # Every rank has some region of each, so that all lay out the same buffer.
     shapes = {region.name: region.whole_shape for _, region in shared}
-    buffer = parameters[0].parameter.new_zeros(sum(torch.Size(shape).numel() for shape in shapes.values()))
+    # In the gradients' own dtype: that of a bfloat16 parameter may be float32.
+    dtypes = {s.parameter.dtype if s.parameter.grad is None else s.parameter.grad.dtype for s, _ in shared}
+    dtype = functools.reduce(torch.promote_types, dtypes)
+    count = sum(torch.Size(shape).numel() for shape in shapes.values())
+    buffer = torch.zeros(count, dtype=dtype, device=groups.device)
     pieces = buffer.split([torch.Size(shape).numel() for shape in shapes.values()])
     wholes = {name: piece.view(shapes[name]) for name, piece in zip(shapes, pieces, strict=True)}
     for sharded, region in shared:

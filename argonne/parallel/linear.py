@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from argonne.parallel.errors import LayoutError
 from argonne.parallel.groups import ProcessGroups
 from argonne.parallel.layout import require_divisible
-from argonne.parallel.partition import Partition, require_held
+from argonne.parallel.partition import Partition, check_partition
 from argonne.parallel.precision import Precision
 from argonne.parallel.products import column_parallel_linear, local_linear
 from argonne.parallel.random import Constant, Initialiser, Normal
@@ -61,7 +61,7 @@ class ColumnParallelLinear(nn.Module):
             out_features = [Partition.split("", out_features, self.axis.size)]
         self.parts = tuple(out_features)
         for part in self.parts:
-            require_held(part)
+            check_partition(part, self.axis.size)
         if gather_output and (len(self.parts) > 1 or not self.parts[0].is_even):
             raise LayoutError("gather_output=True is not defined for fused, shared or unequal parts; legal: False")
         self.gather_output = gather_output
@@ -147,6 +147,7 @@ class RowParallelLinear(nn.Module):
         if isinstance(in_features, int):
             require_divisible("in_features", in_features, "tensor_parallel", self.axis.size)
             in_features = Partition.split("", in_features, self.axis.size)
+        check_partition(in_features, self.axis.size)
         if in_features.is_shared or not (input_is_parallel or in_features.is_even):
             raise LayoutError("in_features of RowParallelLinear are shared, or unequal and whole; legal: equal parts")
         self.part = in_features

@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 from argonne.parallel.collectives import all_gather
 from argonne.parallel.cross_entropy import Objective, Targets
 from argonne.parallel.embedding import VocabParallelEmbedding, VocabParallelHead, VocabularyRange
+from argonne.parallel.errors import ArgonneError
+from argonne.parallel.gemm import product
 from argonne.parallel.groups import Axis
 from argonne.parallel.products import add_product
 from argonne.parallel.recording import site
@@ -49,7 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses, log_sums = (x.new_empty(len(x), dtype=accurate) for _ in range(2))
         gradients = _Gradients(ctx, x, weight, accurate) if trains and reduction == "sum" else None
         for chunk in _chunks(x, vocabulary):
-            said, exponentials, shift = local[chunk].statistics((x[chunk] @ used.t()).to(accurate))
+            said, exponentials, shift = local[chunk].statistics(product(x[chunk], used).to(accurate))
             losses[chunk], log_sums[chunk] = local[chunk].losses(all_gather(said, axis))
             if gradients is not None:
                 gradients.add(chunk, local[chunk].gradient(exponentials, shift, log_sums[chunk], None), x, used)
@@ -71,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients = _Gradients(ctx, x, used, log_sums.dtype, rows=ctx.vocabulary.rows)
         for chunk in _chunks(x, ctx.vocabulary):
             log_sum = log_sums[chunk]
-            exponentials = ((x[chunk] @ used.t()).to(log_sum.dtype) - log_sum[:, None]).exp_()
+            exponentials = (product(x[chunk], used).to(log_sum.dtype) - log_sum[:, None]).exp_()
             gradients.add(chunk, local[chunk].gradient(exponentials, log_sum, log_sum, gradient[chunk]), x, used)
         return *gradients.result(), *(None,) * 6
 
@@ -90,7 +92,7 @@ class _Gradients:
     def add(self, chunk: slice, logits_gradient: Tensor, x: Tensor, used: Tensor) -> None:
         rounded = logits_gradient.to(x.dtype)
         if self.of_x is not None:
-            self.of_x[chunk] = rounded @ used
+            self.of_x[chunk] = product(rounded, used.t())
         if self.of_weight is not None:
             add_product(self.of_weight[: self.tokens], rounded, x[chunk])
 
@@ -119,7 +121,18 @@ def vocab_parallel_linear_cross_entropy(
     Returns:
         The sum over the positions that are not ignored, or each position's loss ``[tokens]``; in float32
         (float64 for float64), in nats, the same on every rank.
+
+    Raises:
+        ArgonneError: the shapes do not fit each other, or the reduction is not known.
     """
+    if reduction not in ("sum", "none"):
+        raise ArgonneError(f"reduction={reduction!r} is not known; legal: sum, none")
+    tokens = len(x) * (holder.axis.size if holder.sequence_parallel else 1)
+    if x.dim() != 2 or targets.shape != (tokens,):
+        raise ArgonneError(
+            f"x {list(x.shape)} and targets {list(targets.shape)} do not fit; legal: [tokens, hidden] (under sequence "
+            "parallelism this rank's share of the tokens) and [tokens]"
+        )
     enter = gather_from_sequence_region if holder.sequence_parallel else copy_to_region
     return _LinearCrossEntropy.apply(
         enter(x, holder.axis),

@@ -37,6 +37,11 @@ class Partition:
         require_divisible("out_features" if not name else f"out_features of {name}", features, "tensor_parallel", ranks)
         return cls(name, features // ranks, tuple(range(rank, rank + 1) for rank in range(ranks)))
 
+    @classmethod
+    def blocks(cls, name: str, block: int, count: int, ranks: int) -> Partition:
+        """``count`` blocks of ``block`` features (heads, say), shared out as evenly as they can be, none cut."""
+        return cls(name, block, tuple(share(count, ranks, rank) for rank in range(ranks)))
+
     @property
     def features(self) -> int:
         """Features of the whole tensor."""
@@ -74,9 +79,16 @@ def share(count: int, ranks: int, rank: int) -> range:
     return range(rank * count // ranks, (rank + 1) * count // ranks)
 
 
-def require_held(partition: Partition) -> None:
-    """Raise ``LayoutError`` if a block is shared while some rank holds none: gradients are then not summed right."""
-    if partition.is_shared and any(not held for held in partition.held):
-        raise LayoutError(
-            f"{partition.name or 'out_features'} has shared blocks and a rank without any; legal: one each"
-        )
+def check_partition(partition: Partition, ranks: int) -> None:
+    """Raise ``LayoutError`` unless the partition is one of ``ranks`` ranks and leaves no block out.
+
+    Where blocks are shared every rank must hold some: the ranks sum the gradients of the whole together.
+    """
+    name = partition.name or "features"
+    if len(partition.held) != ranks:
+        raise LayoutError(f"{name} is a partition for {len(partition.held)} ranks; legal: tensor_parallel={ranks}")
+    missing = set(range(max(held.stop for held in partition.held))).difference(*partition.held)
+    if missing:
+        raise LayoutError(f"no rank holds blocks {sorted(missing)} of {name}; legal: every block has a holder")
+    if partition.is_shared and not all(partition.held):
+        raise LayoutError(f"{name} has shared blocks and a rank without any; legal: at least one for each rank")

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from argonne.parallel.collectives import all_gather, start_all_gather, start_all_reduce, start_reduce_scatter
+from argonne.parallel.gemm import product, suits_onednn
 from argonne.parallel.groups import Axis
 from argonne.parallel.precision import Precision
 from argonne.parallel.recording import site
@@ -33,7 +34,7 @@ class _Product(torch.autograd.Function):
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(x, used)
         whole = all_gather(x, axis).flatten(0, 1) if shares_tokens else x
-        return F.linear(whole, used, None if bias is None else bias.to(precision.compute))
+        return product(whole, used, None if bias is None else bias.to(precision.compute))
 
     @staticmethod
     @once_differentiable
@@ -43,17 +44,17 @@ class _Product(torch.autograd.Function):
         gathering = start_all_gather(x, ctx.axis, ctx.site) if ctx.shares_tokens and needs_weight else None
         x_gradient = weight_gradient = bias_gradient = summing = None
         if needs_x:
-            x_gradient = gradient @ weight
+            x_gradient = product(gradient, weight.t())
         if gathering is not None:
             x = gathering.wait()
         if x_gradient is not None:
             start = start_reduce_scatter if ctx.shares_tokens else start_all_reduce
             summing = start(x_gradient.contiguous(), ctx.axis, ctx.site)
-        rows = gradient.reshape(-1, gradient.shape[-1])
+        rows = gradient.flatten(0, -2)  # reshape(-1, ...) is undefined for a rank without features
         if needs_weight:
-            columns = x.reshape(-1, x.shape[-1])
+            columns = x.flatten(0, -2)
             if ctx.main is None:
-                weight_gradient = (rows.t() @ columns).to(ctx.weight_dtype)
+                weight_gradient = product(rows.t(), columns.t()).to(ctx.weight_dtype)
             else:
                 add_product(_main_gradient(ctx.main), rows, columns)
         if needs_bias:
@@ -65,7 +66,8 @@ class _Product(torch.autograd.Function):
 
 def local_linear(x: Tensor, weight: Tensor, bias: Tensor | None, precision: Precision) -> Tensor:
     """``x @ weight^T + bias`` in the compute dtype, without communication: as cheap as ``F.linear``."""
-    if precision.accumulate_in_product:
+    onednn = torch.is_grad_enabled() and suits_onednn(x) and precision.compute == torch.float32
+    if precision.accumulate_in_product or onednn:
         return _Product.apply(x, weight, bias, Axis("none"), False, precision)
     compute = precision.compute
     return F.linear(x, weight.to(compute), None if bias is None else bias.to(compute))
@@ -100,7 +102,9 @@ def column_parallel_linear(
 
 def add_product(total: Tensor, rows: Tensor, columns: Tensor) -> None:
     """Add ``rows^T @ columns`` to ``total``, without rounding the product to the dtype of its factors."""
-    if rows.dtype == total.dtype:
+    if suits_onednn(rows) and total.dtype == torch.float32:
+        total.add_(product(rows.t(), columns.t()))
+    elif rows.dtype == total.dtype:
         total.addmm_(rows.t(), columns)
     elif rows.is_cuda:
         torch.addmm(total, rows.t(), columns, out_dtype=total.dtype, out=total)

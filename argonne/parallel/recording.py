@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -40,17 +40,18 @@ class Collective:
     """None for collectives without a tensor."""
     bytes: int
     """Of the whole tensor: what an all-reduce sums, an all-gather returns and a reduce-scatter takes. So an
-    all-reduce of n bytes moves as much as a reduce-scatter and an all-gather of n bytes each."""
+    all-reduce of n bytes moves as much as a reduce-scatter and an all-gather of n bytes each. 0 without one."""
     module: str
     """The innermost module at whose call the collective belongs, by its name in the model; ``""`` for none."""
     phase: str
-    """``forward``, ``backward``, or ``outside`` (gradient reduction, norms, saves)."""
+    """``forward`` (also when it is computed again during backward), ``backward``, or ``outside``: no module is
+    running (losses, gradient reduction, norms, saves)."""
     is_async: bool
     """Whether other work may run between its start and its wait."""
     started: float
     """When it was issued, in seconds of ``time.perf_counter``."""
     finished: float = float("inf")
-    """When it was waited for and complete on this process's stream; infinite until then."""
+    """When its wait returned (with NCCL: when this process's stream was told to wait); infinite until then."""
 
     def __str__(self) -> str:
         what = f"{list(self.shape)} {str(self.dtype).removeprefix('torch.')} " if self.dtype else ""
@@ -108,7 +109,7 @@ class _Recorder:
 _recorder: _Recorder | None = None  # a debugging aid of this process; no layer reads it
 
 
-def site() -> str | None:
+def site() -> str:
     """The module that is running, for a region function to hand to the collectives of its backward."""
     if torch.compiler.is_compiling() or _recorder is None:
         return ""
@@ -156,11 +157,12 @@ def record(model: nn.Module | None = None, check: ProcessGroups | None = None, p
         check: also compare the sequences of all ranks of these groups, before anything is sent: the first
             difference is reported in one line, instead of a hang or of mixed-up data. Entering and leaving
             are then collective over all ranks. Slow: for debugging.
-        patience: seconds that a rank waits in checking mode for the others to arrive at the same collective.
+        patience: seconds that a rank waits in checking mode for the others to arrive at the same collective;
+            at both ends of the block it is a minute at least.
 
     Raises:
-        CollectiveMismatch: from the collective at which the ranks differ, on every rank, or at the end of
-            the block on a rank that has left out the others' last collectives.
+        CollectiveMismatch: the same on every rank: at the collective at which the ranks differ, or where a
+            rank would next meet one of those, the end of the block at the latest.
         RuntimeError: another ``record`` block is active.
     """
     global _recorder
@@ -176,12 +178,9 @@ def record(model: nn.Module | None = None, check: ProcessGroups | None = None, p
     )
     _recorder = recorder
     try:
-        yield recorder.log
-        if agreement is not None:
-            agreement.finish()
+        with agreement or nullcontext():
+            yield recorder.log
     finally:
         _recorder = None
         for hook in hooks:
             hook.remove()
-        if agreement is not None:
-            agreement.close()

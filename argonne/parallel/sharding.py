@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from argonne.parallel.errors import LayoutError
 from argonne.parallel.groups import ProcessGroups
 from argonne.parallel.random import Initialiser
 
@@ -78,12 +79,18 @@ def sharded_parameters(model: nn.Module, groups: ProcessGroups) -> list[ShardedP
     """Every distinct parameter of ``model`` with its spec, in module order.
 
     A parameter whose module declares nothing (``nn.LayerNorm``, say) counts as ``replicated``.
+
+    Raises:
+        LayoutError: a module declares a parameter that it does not have.
     """
     found: list[ShardedParameter] = []
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         declared = module.shard_specs() if isinstance(module, Sharded) else {}
-        for name, parameter in module.named_parameters(recurse=False):
+        own = dict(module.named_parameters(recurse=False))
+        if unknown := sorted(declared.keys() - own.keys()):
+            raise LayoutError(f"shard_specs of {prefix or 'the model'} names {unknown}; legal: {sorted(own)}")
+        for name, parameter in own.items():
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))

@@ -141,7 +141,7 @@ class ParallelFlags:
     context_parallel: int = 1
     """Processes that share each sequence (not built yet: 1)."""
     sequence_parallel: bool = False
-    """Share out the tokens between the tensor-parallel layers: less memory for activations, the same bytes sent."""
+    """Share out the tokens between the tensor-parallel layers: less memory for activations, a quarter more to send."""
     uneven_shards: bool = False
     """Allow heads and a feed-forward width that do not divide by --tensor-parallel: some ranks get one more."""
     fsdp: bool = False
