@@ -25,7 +25,7 @@ BEFORE_LAUNCH = {
     "conflict": ({"--model-config": "x.json"}, "preset='demo' conflicts with model_config='x.json'"),
     "negative width": ({"--intermediate-size": -8}, "intermediate_size=-8 is not legal"),
     "unbuilt axis": ({"--pipeline-parallel": 2}, "pipeline_parallel=2 is not built yet; legal: 1"),
-    "sequence": ({"--sequence-parallel": None, "--block-size": 31}, "block_size=31 is not divisible by tensor_parallel"),
+    "sequence": ({"--sequence-parallel": None, "--block-size": 31}, "block_size=31 is not divisible by"),
     "output file": ({"--output-dir": "/dev/null/x"}, "output_dir='/dev/null/x' cannot be made"),
 }
 

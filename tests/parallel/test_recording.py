@@ -1,0 +1,417 @@
+"""``record`` sees every collective: what it moves, over which ranks, where in the model, when, and for how long."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from argonne.parallel import (
+    Collective,
+    ColumnParallelLinear,
+    Layout,
+    Precision,
+    ProcessGroups,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    complete_gradients,
+    copy_to_region,
+    gather_from_region,
+    gather_from_sequence_region,
+    global_gradient_norm,
+    record,
+    recording,
+    reduce_from_region,
+    reduce_scatter_to_sequence_region,
+    scatter_to_region,
+    sharded_parameters,
+)
+from argonne.parallel.collectives import (
+    all_gather,
+    all_reduce,
+    broadcast,
+    gather_objects,
+    reduce_scatter,
+    start_all_gather,
+    start_all_reduce,
+    start_reduce_scatter,
+)
+from tests.pool import RankPool
+
+Place = tuple[str, str, str]  # module, phase, op
+
+
+def places(collectives: list[Collective]) -> list[Place]:
+    return [(c.module, c.phase, c.op) for c in collectives]
+
+
+def each_once(groups: ProcessGroups, axis_name: str) -> list[Collective]:
+    axis = getattr(groups, axis_name)
+    with record() as log:
+        all_reduce(torch.ones(3, 4, dtype=torch.bfloat16), axis)
+        all_gather(torch.ones(3, 4), axis)
+        reduce_scatter(torch.ones(8, 4, dtype=torch.float64), axis)
+        broadcast(torch.ones(5, dtype=torch.int64), axis)
+        gather_objects({"a": 1}, axis)
+        start_all_reduce(torch.ones(2), axis).wait()
+        start_all_gather(torch.ones(3, 4), axis).wait()
+        start_reduce_scatter(torch.ones(4), axis).wait()
+    return log.collectives
+
+
+@pytest.mark.parametrize(
+    ("layout", "axis", "ranks_of"),
+    [
+        (Layout(tensor=2), "tensor", {0: (0, 1), 1: (0, 1)}),
+        (Layout(tensor=2), "world", {0: (0, 1), 1: (0, 1)}),
+        (Layout(tensor=4), "tensor", dict.fromkeys(range(4), (0, 1, 2, 3))),
+        (Layout(data=2, tensor=2), "tensor", {0: (0, 1), 1: (0, 1), 2: (2, 3), 3: (2, 3)}),
+        (Layout(data=2, tensor=2), "data", {0: (0, 2), 1: (1, 3), 2: (0, 2), 3: (1, 3)}),
+    ],
+)
+def test_every_collective_is_recorded_with_its_ranks_shape_dtype_and_whole_bytes(
+    ranks: RankPool, layout: Layout, axis: str, ranks_of: dict[int, tuple[int, ...]]
+) -> None:
+    for rank, found in enumerate(ranks.run(layout, each_once, axis)):
+        size = len(ranks_of[rank])
+        assert [(c.op, c.shape, c.dtype, c.bytes, c.is_async) for c in found] == [
+            ("all_reduce", (3, 4), torch.bfloat16, 24, False),
+            ("all_gather", (3, 4), torch.float32, size * 48, False),
+            ("reduce_scatter", (8, 4), torch.float64, 256, False),
+            ("broadcast", (5,), torch.int64, 40, False),
+            ("gather_objects", (), None, 0, False),
+            ("all_reduce", (2,), torch.float32, 8, True),
+            ("all_gather", (3, 4), torch.float32, size * 48, True),
+            ("reduce_scatter", (4,), torch.float32, 16, True),
+        ], f"rank {rank}"
+        assert {(c.axis, c.ranks) for c in found} == {(axis, ranks_of[rank])}, f"rank {rank}"
+        assert {(c.module, c.phase) for c in found} == {("", "outside")}, f"rank {rank}"
+
+
+def spans(groups: ProcessGroups) -> tuple[list[Collective], float, tuple[float, float]]:
+    before = time.perf_counter()
+    with record() as log:
+        pending = start_all_reduce(torch.ones(4), groups.tensor)
+        unfinished = log.collectives[0].finished
+        groups.barrier()
+        pending.wait()
+    return log.collectives, unfinished, (before, time.perf_counter())
+
+
+def test_a_collective_spans_from_its_start_to_its_wait(ranks: RankPool) -> None:
+    for (in_flight, barrier), unfinished, (before, after) in ranks.run(Layout(tensor=2), spans):
+        assert unfinished == float("inf")
+        assert before < in_flight.started < barrier.started < barrier.finished < in_flight.finished < after
+        assert (barrier.op, barrier.axis, barrier.shape, barrier.dtype, barrier.bytes) == (
+            "barrier",
+            "world",
+            (),
+            None,
+            0,
+        )
+        assert (in_flight.is_async, barrier.is_async) == (True, False)
+
+
+class Region(nn.Module):
+    """A region function at work in a module."""
+
+    def __init__(self, function: Callable[..., Tensor], groups: ProcessGroups) -> None:
+        super().__init__()
+        self.function, self.axis = function, groups.tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.axis)
+
+
+REGIONS = [
+    (copy_to_region, [], ["all_reduce"]),
+    (reduce_from_region, ["all_reduce"], []),
+    (gather_from_region, ["all_gather"], []),
+    (scatter_to_region, [], ["all_gather"]),
+    (gather_from_sequence_region, ["all_gather"], ["reduce_scatter"]),
+    (reduce_scatter_to_sequence_region, ["reduce_scatter"], ["all_gather"]),
+]
+
+
+def region_in_a_module(groups: ProcessGroups, function: Callable[..., Tensor]) -> list[Place]:
+    model = nn.ModuleDict({"outer": nn.Sequential(nn.Identity(), Region(function, groups))})
+    with record(model) as log:
+        model["outer"](torch.ones(4, 4, requires_grad=True)).sum().backward()
+    return places(log.collectives)
+
+
+@pytest.mark.parametrize(("function", "forward", "backward"), REGIONS)
+def test_a_regions_backward_collective_belongs_to_the_module_of_its_forward(
+    ranks: RankPool, function: Callable[..., Tensor], forward: list[str], backward: list[str]
+) -> None:
+    expected = [("outer.1", "forward", op) for op in forward] + [("outer.1", "backward", op) for op in backward]
+    assert ranks.run(Layout(tensor=2), region_in_a_module, function) == [expected] * 2
+
+
+class FeedForward(nn.Module):
+    def __init__(self, groups: ProcessGroups, precision: Precision = Precision()) -> None:
+        super().__init__()
+        self.up = ColumnParallelLinear(4, 8, groups, precision=precision)
+        self.down = RowParallelLinear(8, 4, groups, precision=precision)
+        for parameter in self.parameters():
+            nn.init.ones_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x).tanh())
+
+
+def named_and_not(groups: ProcessGroups) -> tuple[list[Place], list[Place], list[Place]]:
+    found = []
+    for named in (True, False):
+        model = nn.Sequential(VocabParallelEmbedding(16, 4, groups), nn.Sequential(FeedForward(groups)))
+        with record(model if named else None) as log:
+            model(torch.arange(4)).sum().backward()
+        found.append(places(log.collectives))
+    parameters = sharded_parameters(model, groups)
+    with record(model) as log:
+        complete_gradients(parameters, groups)
+        global_gradient_norm(parameters, groups)
+    return found[0], found[1], places(log.collectives)
+
+
+def test_modules_are_called_by_their_names_in_the_model_or_else_by_their_class(ranks: RankPool) -> None:
+    for named, unnamed, _ in ranks.run(Layout(tensor=2), named_and_not):
+        assert named == [
+            ("0", "forward", "all_reduce"),
+            ("1.0.down", "forward", "all_reduce"),
+            ("1.0.up", "backward", "all_reduce"),
+        ]
+        assert unnamed == [
+            ("VocabParallelEmbedding", "forward", "all_reduce"),
+            ("RowParallelLinear", "forward", "all_reduce"),
+            ("ColumnParallelLinear", "backward", "all_reduce"),
+        ]
+
+
+def test_the_reduction_of_gradients_and_their_norm_is_outside_of_every_module(ranks: RankPool) -> None:
+    # One all-reduce over data for each of 3 parameters; the norm's is over tensor.
+    for *_, after in ranks.run(Layout(data=2, tensor=2), named_and_not):
+        assert after == [("", "outside", "all_reduce")] * 4
+    # Without data parallelism only what a rank knows in part is reduced: here, nothing but the norm.
+    for *_, after in ranks.run(Layout(tensor=2), named_and_not):
+        assert after == [("", "outside", "all_reduce")]
+
+
+def recomputed(groups: ProcessGroups) -> list[Place]:
+    model = nn.Sequential(FeedForward(groups), FeedForward(groups))
+    with record(model) as log:
+        x = torch.ones(2, 4, requires_grad=True)
+        for block in model:
+            x = checkpoint(block, x, use_reentrant=False)
+        x.sum().backward()
+        all_reduce(torch.ones(1), groups.tensor)
+    return places(log.collectives)
+
+
+def test_recomputed_modules_keep_their_names_though_recomputation_stops_early(ranks: RankPool) -> None:
+    # The last all-reduce of a block is not repeated: its result is saved by no one.
+    for found in ranks.run(Layout(tensor=2), recomputed):
+        assert found == [
+            ("0.down", "forward", "all_reduce"),
+            ("1.down", "forward", "all_reduce"),
+            ("1.up", "backward", "all_reduce"),
+            ("0.up", "backward", "all_reduce"),
+            ("", "outside", "all_reduce"),
+        ]
+
+
+def recomputed_midway(groups: ProcessGroups) -> list[Place]:
+    model = nn.Sequential(FeedForward(groups), nn.Tanh())
+    with record(model) as log:
+        checkpoint(model, torch.ones(2, 4, requires_grad=True), use_reentrant=False).sum().backward()
+    return places(log.collectives)
+
+
+def test_a_collective_repeated_by_recomputation_is_recorded_again(ranks: RankPool) -> None:
+    for found in ranks.run(Layout(tensor=2), recomputed_midway):
+        assert found == [
+            ("0.down", "forward", "all_reduce"),
+            ("0.down", "forward", "all_reduce"),
+            ("0.up", "backward", "all_reduce"),
+        ]
+
+
+def is_off() -> bool:
+    hooks = nn.modules.module
+    return recording._recorder is None and not hooks._global_forward_hooks and not hooks._global_forward_pre_hooks
+
+
+def failing(model: FeedForward, x: Tensor) -> None:
+    """A forward that fails two modules deep."""
+
+    def fail(module: nn.Module, inputs: Any) -> None:
+        raise KeyError("in up")
+
+    with model.up.register_forward_pre_hook(fail):
+        model(x)
+
+
+def faults(groups: ProcessGroups) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    one = torch.ones(1)
+    with record() as outer:
+        with pytest.raises(RuntimeError, match="do not nest"), record():
+            pass
+        all_reduce(one, groups.tensor)
+    found["the outer block goes on"] = len(outer.collectives) == 1
+    found["off after a block"] = is_off()
+
+    model = FeedForward(groups)
+    with pytest.raises(KeyError, match="in up"), record(model):
+        failing(model, torch.ones(2, 4))
+    found["off after an exception"] = is_off()
+
+    with record(model) as log:
+        with pytest.raises(KeyError, match="in up"):
+            failing(model, torch.ones(2, 4))
+        model(torch.ones(2, 4))
+        all_reduce(one, groups.tensor)
+    found["modules left by an exception are left"] = places(log.collectives)
+
+    with record() as log:
+        pass
+    all_reduce(one, groups.tensor)
+    y = model(torch.ones(2, 4, requires_grad=True))
+    found["nothing outside of a block"] = log.collectives
+    with record(model) as log:
+        y.sum().backward()
+    found["of a forward outside of any block"] = places(log.collectives)
+    with record(model) as log:
+        y = model(torch.ones(2, 4, requires_grad=True))
+    y.sum().backward()
+    found["of a backward outside of its block"] = places(log.collectives)
+    return found
+
+
+def test_blocks_do_not_nest_and_leave_nothing_behind_even_after_an_exception(ranks: RankPool) -> None:
+    for found in ranks.run(Layout(tensor=2), faults):
+        assert found == {
+            "the outer block goes on": True,
+            "off after a block": True,
+            "off after an exception": True,
+            "modules left by an exception are left": [
+                ("down", "forward", "all_reduce"),
+                ("", "outside", "all_reduce"),
+            ],
+            "nothing outside of a block": [],
+            "of a forward outside of any block": [("", "backward", "all_reduce")],
+            "of a backward outside of its block": [("down", "forward", "all_reduce")],
+        }
+
+
+def test_an_axis_of_one_process_has_no_collectives(ranks: RankPool) -> None:
+    groups = ProcessGroups.single()
+    model = FeedForward(groups)
+    with record(model, check=groups) as log:  # nothing to agree on either
+        model(torch.ones(2, 4, requires_grad=True)).sum().backward()
+        complete_gradients(sharded_parameters(model, groups), groups)
+        groups.barrier()
+    assert log.collectives == each_once(groups, "tensor") == []
+    assert str(log) == "no collectives"
+    for found in ranks.run(Layout(tensor=2), each_once, "data"):
+        assert found == []
+
+
+def written(groups: ProcessGroups) -> tuple[str, list[int], list[int]]:
+    model = nn.ModuleDict({"block": FeedForward(groups), "block2": FeedForward(groups)})
+    with record(model) as log:
+        model["block2"](model["block"](torch.ones(2, 4, requires_grad=True))).sum().backward()
+        groups.barrier()
+        start_all_reduce(torch.ones(300, 1), groups.world)
+    counts = [len(log.select("block")), len(log.select("block", phase="forward")), len(log.select(op="all_reduce"))]
+    return str(log), counts, [log.bytes("block"), log.bytes(phase="outside"), log.bytes()]
+
+
+def test_a_log_reads_line_by_line_and_can_be_selected_from(ranks: RankPool) -> None:
+    span = r" +\d+\.\d{3} \.\. +(\d+\.\d{3}|inf) ms"
+    expected = [
+        span + r" {6,} +32 B  all_reduce \[2, 4\] float32 over tensor \(ranks 0, 1\) at block\.down \(forward\)",
+        span + r" {6,} +32 B  all_reduce \[2, 4\] float32 over tensor \(ranks 0, 1\) at block2\.down \(forward\)",
+        span + r" async +32 B  all_reduce \[2, 4\] float32 over tensor \(ranks 0, 1\) at block2\.up \(backward\)",
+        span + r" async +32 B  all_reduce \[2, 4\] float32 over tensor \(ranks 0, 1\) at block\.up \(backward\)",
+        span + r" {6,} +0 B  barrier over world \(ranks 0, 1\) \(outside\)",
+        span + r" async +1,200 B  all_reduce \[300, 1\] float32 over world \(ranks 0, 1\) \(outside\)",
+    ]
+    for text, counts, moved in ranks.run(Layout(tensor=2), written):
+        lines = text.split("\n")
+        assert len(lines) == len(expected)
+        for line, pattern in zip(lines, expected, strict=True):
+            assert re.fullmatch(pattern, line), line
+        assert lines[0].startswith("     0.000")
+        assert [" inf ms" in line for line in lines] == [False] * 5 + [True], "only the last is not waited for"
+        assert len({line.index(" B  ") for line in lines}) == 1, "the columns are not aligned"
+        assert counts == [2, 1, 5]  # block2 is not within block
+        assert moved == [64, 1200, 1328]
+
+
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "_linear_pointwise"}  # the last is oneDNN's
+
+
+class ProductStarts(TorchDispatchMode):
+    """When each matrix product began, with the shape of its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[tuple[int, ...], float]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        began = time.perf_counter()
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in PRODUCTS:
+            self.seen.append((tuple(result.shape), began))
+        return result
+
+    def within(self, entry: Collective) -> list[tuple[int, ...]]:
+        """The shapes of the products that began while ``entry`` was in flight."""
+        return [shape for shape, began in self.seen if entry.started < began < entry.finished]
+
+
+def column_backward(groups: ProcessGroups, bias: bool, accumulate: bool) -> list[tuple[str, bool, Any]]:
+    """The collectives of a backward, each with the products that began within its span."""
+    precision = Precision(accumulate_in_product=accumulate)
+    layer = ColumnParallelLinear(5, 6 * groups.tensor.size, groups, bias=bias, precision=precision)
+    for parameter in layer.parameters():
+        nn.init.ones_(parameter)
+    tokens = 8 // groups.tensor.size if groups.sequence_parallel else 8
+    with record() as log, ProductStarts() as products:
+        y = layer(torch.ones(tokens, 5, requires_grad=True))
+        products.seen.clear()
+        y.sum().backward()
+    backward = log.select(phase="backward")
+    return [(entry.op, entry.is_async, products.within(entry)) for entry in backward]
+
+
+X_GRADIENT, WEIGHT_GRADIENT = (8, 5), (6, 5)
+
+
+@pytest.mark.parametrize("size", [2, 4], scope="module")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_the_weight_gradient_is_computed_within_the_span_of_the_input_gradients_all_reduce(
+    ranks: RankPool, size: int, bias: bool, accumulate: bool
+) -> None:
+    for found in ranks.run(Layout(tensor=size), column_backward, bias, accumulate):
+        assert found == [("all_reduce", True, [WEIGHT_GRADIENT])]
+
+
+@pytest.mark.parametrize("size", [2, 4], scope="module")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_under_sequence_parallelism_each_product_is_computed_within_the_span_of_a_collective(
+    ranks: RankPool, size: int, bias: bool, accumulate: bool
+) -> None:
+    """The input gradient beside the second gathering of the input, the weight gradient beside the reduce-scatter."""
+    for found in ranks.run(Layout(tensor=size, sequence_parallel=True), column_backward, bias, accumulate):
+        assert found == [("all_gather", True, [X_GRADIENT]), ("reduce_scatter", True, [WEIGHT_GRADIENT])]
