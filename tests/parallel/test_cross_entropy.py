@@ -9,16 +9,27 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from argonne.parallel import IGNORE_INDEX, Layout, ProcessGroups, VocabularyRange, vocab_parallel_cross_entropy
+from argonne.parallel import (
+    IGNORE_INDEX,
+    Layout,
+    Objective,
+    ProcessGroups,
+    VocabularyRange,
+    vocab_parallel_cross_entropy,
+)
 from argonne.parallel import cross_entropy as module
+from tests.parallel.operands import SIZES
 from tests.pool import RankPool
 from tests.whole import assert_close
 
-SIZES = [1, 2, 4]  # at module scope: pytest then runs each size in one go, and ranks join a job once
-
 
 def run(
-    groups: ProcessGroups, logits: Tensor, targets: Tensor, weight: Tensor, chunk: int | None
+    groups: ProcessGroups,
+    logits: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    chunk: int | None = None,
+    objective: Objective = Objective(),
 ) -> tuple[Tensor, Tensor]:
     """The loss on this rank and the gradient of its logits, for the loss's gradient ``weight``."""
     axis = groups.tensor
@@ -30,7 +41,7 @@ def run(
     usual = module._CHUNK
     module._CHUNK = usual if chunk is None else {"cpu": chunk}
     try:
-        loss = vocab_parallel_cross_entropy(local, targets, vocabulary, axis)
+        loss = vocab_parallel_cross_entropy(local, targets, vocabulary, axis, objective)
         loss.backward(weight)
     finally:
         module._CHUNK = usual
@@ -39,14 +50,24 @@ def run(
     return loss.detach(), local.grad
 
 
-def dense(logits: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """-log softmax at the target in float64, written from the definition."""
+def dense(logits: Tensor, targets: Tensor, weight: Tensor, objective: Objective = Objective()) -> tuple[Tensor, Tensor]:
+    """The losses and the gradient of the logits in float64, written from the definition."""
     logits = logits.double().requires_grad_()
-    counted = targets != IGNORE_INDEX
-    at_target = logits.gather(-1, torch.where(counted, targets, 0)[..., None])[..., 0]
-    loss = torch.where(counted, logits.logsumexp(-1) - at_target, 0.0)
+    loss = dense_losses(logits, targets, objective)
     loss.backward(weight.double())
     return loss.detach(), logits.grad
+
+
+def dense_losses(logits: Tensor, targets: Tensor, objective: Objective = Objective()) -> Tensor:
+    """-log softmax expected under the smoothed target, and the square of the softmax's log normaliser."""
+    counted = targets != objective.ignore_index
+    log_sum = logits.logsumexp(-1)
+    surprise = log_sum[..., None] - logits
+    at_target = surprise.gather(-1, torch.where(counted, targets, 0)[..., None])[..., 0]
+    smoothing = objective.label_smoothing
+    # Left out rather than multiplied by zero: a logit may be -inf.
+    loss = (1 - smoothing) * at_target + smoothing * surprise.mean(-1) if smoothing else at_target
+    return torch.where(counted, loss + objective.z_loss * log_sum**2, 0.0)
 
 
 def draw(shape: tuple[int, ...], vocabulary: int, seed: int, ignored: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +79,7 @@ def draw(shape: tuple[int, ...], vocabulary: int, seed: int, ignored: float) -> 
 
 
 def check(ranks: RankPool, size: int, logits: Tensor, targets: Tensor, weight: Tensor, tolerance: float) -> None:
-    results = ranks.run(Layout(tensor=size), run, logits, targets, weight, None)
+    results = ranks.run(Layout(tensor=size), run, logits, targets, weight)
     expected, expected_gradient = dense(logits, targets, weight)
     for rank, (loss, _) in enumerate(results):
         assert loss.dtype == torch.promote_types(logits.dtype, torch.float32)
@@ -108,8 +129,8 @@ def test_a_shift_of_all_logits_changes_nothing(ranks: RankPool, size: int, shift
     logits, targets, weight = draw((4, 5), 37, 8, 0.1)
     # Multiples of 1/8 survive the shift exactly, so the two losses are of the same differences.
     logits = (logits * 8).round() / 8
-    plain = ranks.run(Layout(tensor=size), run, logits, targets, weight, None)
-    shifted = ranks.run(Layout(tensor=size), run, logits + shift, targets, weight, None)
+    plain = ranks.run(Layout(tensor=size), run, logits, targets, weight)
+    shifted = ranks.run(Layout(tensor=size), run, logits + shift, targets, weight)
     expected, expected_gradient = dense(logits, targets, weight)
     for (loss, _), (moved, _) in zip(plain, shifted, strict=True):
         assert_close(loss, expected, 1e-12, "loss")
@@ -130,7 +151,7 @@ def test_huge_float32_logits_stay_finite(ranks: RankPool, size: int) -> None:
 @pytest.mark.parametrize("chunk", [1, 20, 64])
 def test_rows_taken_at_a_time_do_not_change_a_bit(ranks: RankPool, size: int, chunk: int) -> None:
     logits, targets, weight = draw((3, 7), 41, 6, 0.2)
-    whole = ranks.run(Layout(tensor=size), run, logits, targets, weight, None)
+    whole = ranks.run(Layout(tensor=size), run, logits, targets, weight)
     chunked = ranks.run(Layout(tensor=size), run, logits, targets, weight, chunk)
     for (loss, gradient), (chunked_loss, chunked_gradient) in zip(whole, chunked, strict=True):
         assert torch.equal(chunked_loss, loss)
@@ -145,7 +166,7 @@ def test_the_mean_over_counted_positions_equals_torch(ranks: RankPool, size: int
     leaf = logits.clone().requires_grad_()
     expected = F.cross_entropy(leaf.flatten(0, 1), targets.flatten())
     expected.backward()
-    results = ranks.run(Layout(tensor=size), run, logits, targets, weight, None)
+    results = ranks.run(Layout(tensor=size), run, logits, targets, weight)
     for loss, _ in results:
         assert_close(loss.sum() / counted, expected.detach(), 1e-12, "mean loss")
     gradient = torch.cat([gradient for _, gradient in results], dim=-1)
@@ -154,7 +175,7 @@ def test_the_mean_over_counted_positions_equals_torch(ranks: RankPool, size: int
 
 def loss_or_refuse(groups: ProcessGroups, logits: Tensor, targets: Tensor) -> Tensor | str:
     try:
-        return run(groups, logits, targets, torch.ones(len(targets)), None)[0]
+        return run(groups, logits, targets, torch.ones(len(targets)))[0]
     except (ValueError, IndexError):
         return "refused"
 

@@ -25,7 +25,7 @@ from argonne.parallel import (
     sharded_parameters,
 )
 from argonne.parallel.groups import TRAINING_TIMEOUT
-from tests.parallel.test_linear import attention_parts, values
+from tests.parallel.operands import attention_parts, under, values
 from tests.pool import RankPool
 from tests.whole import Parts, assemble, parts_of
 
@@ -74,7 +74,20 @@ def complete(groups: ProcessGroups, kind: str, limit: float) -> tuple[Parts, Par
     return before, after, norm.item(), parts_of(model, groups, lambda p: p.grad)
 
 
-LAYOUTS = [Layout(), Layout(tensor=2), Layout(tensor=4), Layout(data=2), Layout(data=2, tensor=2)]
+LAYOUTS = [
+    Layout(),
+    Layout(tensor=2),
+    Layout(tensor=2, sequence_parallel=True),
+    Layout(tensor=3, sequence_parallel=True),
+    Layout(tensor=4),
+    Layout(tensor=4, sequence_parallel=True),
+    Layout(data=2),
+    Layout(data=2, tensor=2),
+    Layout(data=2, tensor=2, sequence_parallel=True),
+    pytest.param(Layout(data=2, tensor=4, sequence_parallel=True), marks=pytest.mark.slow),
+]
+# What every rank holds, but sees only its tokens of under sequence parallelism.
+BETWEEN_LAYERS = ("norm.weight", "norm.bias", "o.bias")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str, scope="module")
@@ -86,6 +99,7 @@ def test_completed_gradients_are_the_sums_of_what_the_ranks_knew(ranks: RankPool
         for region, part in before:
             name = region.name
             partial = name.split(".")[0] in ("k_proj", "v_proj") and len(region.holders) > 1
+            partial |= layout.sequence_parallel and name in BETWEEN_LAYERS
             # A whole gradient is counted once for each replica; a partial one for each rank as well.
             if partial or tensor == region.holders[0]:
                 at = (name, region.start)
@@ -184,3 +198,22 @@ def complete_uneven(groups: ProcessGroups) -> Parts:
 def test_a_block_shared_by_some_ranks_only_is_summed_over_those(ranks: RankPool) -> None:
     whole = assemble(ranks.run(Layout(tensor=4), complete_uneven))["weight"]
     assert whole[:, 0].tolist() == [1, 1, 11, 11, 100, 100, 1000, 1000, 1000, 1000]
+
+
+def complete_in_two_dtypes(groups: ProcessGroups) -> tuple[Tensor, Tensor]:
+    """The gradients of a float32 bias and a float64 norm, each rank's 1 + 2 ** -(20 or 40)."""
+    groups = under(groups, True)
+    model = nn.ModuleList([RowParallelLinear(4, 3, groups, bias=True), nn.LayerNorm(3, dtype=torch.float64)])
+    for parameter in model.parameters():
+        exponent = 40 if parameter.dtype == torch.float64 else 20
+        parameter.grad = torch.full_like(parameter, 1 + 2.0**-exponent)
+    complete_gradients(sharded_parameters(model, groups), groups)
+    return model[0].bias.grad, model[1].weight.grad
+
+
+def test_partial_gradients_of_two_dtypes_are_each_summed_in_their_own(ranks: RankPool) -> None:
+    for rank, (bias, norm) in enumerate(ranks.run(Layout(tensor=2), complete_in_two_dtypes)):
+        assert bias.dtype == torch.float32
+        assert norm.dtype == torch.float64
+        assert (bias == 2 + 2.0**-19).all(), f"float32 gradient on rank {rank}: {bias}"
+        assert (norm == 2 + 2.0**-39).all(), f"float64 gradient on rank {rank} is off by {(norm - 2 - 2.0**-39).max()}"

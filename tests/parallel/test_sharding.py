@@ -17,15 +17,19 @@ from argonne.parallel import (
     ColumnParallelLinear,
     Constant,
     Layout,
+    Normal,
     Partition,
     ProcessGroups,
     Region,
     RowParallelLinear,
     ShardedParameter,
+    initialise,
     regions_of,
     replicated,
     sharded_parameters,
 )
+from tests.parallel.operands import SEEDS, fused_parts, unshared_part
+from tests.whole import assemble, parts_of
 
 
 def as_rank(rank: int, size: int, sequence: bool = False, uneven: bool = False) -> ProcessGroups:
@@ -56,7 +60,7 @@ def check_declarations(ranks: list[list[ShardedParameter]]) -> dict[str, tuple[i
                 assert math.prod(region.shape) > 0
                 filled[region.local_index] += 1
                 boxes.setdefault(region.name, {}).setdefault((region.start, region.shape), []).append((rank, region))
-            assert filled.max() <= 1, f"regions overlap within {sharded.name} of rank {rank}"
+            assert (filled <= 1).all(), f"regions overlap within {sharded.name} of rank {rank}"
     for name, found in boxes.items():
         covered = torch.zeros(shapes[name], dtype=torch.int)
         for (start, shape), held in found.items():
@@ -153,6 +157,58 @@ def test_the_regions_of_linear_layers_with_bias_make_up_their_tensors(size: int,
     if bias:
         expected |= {"up.bias": (size * local,), "down.bias": (3,)}
     assert shapes == expected
+
+
+@st.composite
+def pairs(draw: st.DrawFn) -> tuple[int, tuple[Partition, ...], Partition, bool]:
+    """A number of ranks, what a column-parallel and a row-parallel layer share out there, and a flag."""
+    size = draw(st.integers(1, 8))
+    return size, draw(fused_parts(size)), draw(unshared_part(size)), draw(st.booleans())
+
+
+@given(pairs(), st.booleans())
+def test_the_regions_of_linear_layers_make_up_their_tensors_however_unequal(
+    drawn: tuple[int, tuple[Partition, ...], Partition, bool], sequence: bool
+) -> None:
+    size, fused, row, bias = drawn
+    ranks = []
+    for rank in range(size):
+        groups = as_rank(rank, size, sequence)
+        up, down = ColumnParallelLinear(3, fused, groups, bias=bias), RowParallelLinear(row, 3, groups, bias=bias)
+        ranks.append(sharded_parameters(nn.ModuleDict({"up": up, "down": down}), groups))
+    shapes = check_declarations(ranks)
+    expected = {f"{part.name}.weight": (part.features, 3) for part in fused} | {"down.weight": (3, row.features)}
+    if bias:
+        expected |= {f"{part.name}.bias": (part.features,) for part in fused} | {"down.bias": (3,)}
+    assert shapes == expected
+    # Of a whole tensor, every rank says the same; a shared block's uses are on several ranks, and so are the
+    # tokens that a bias is added to under sequence parallelism.
+    partial = {f"{part.name}.{kind}" for part in fused if part.is_shared for kind in ("weight", "bias")}
+    partial |= {"down.bias"} if sequence and size > 1 else set()
+    for region in (r for parameters in ranks for sharded in parameters for r in sharded.spec.regions):
+        assert region.partial_gradient == (region.name in partial), region
+
+
+@given(pairs(), SEEDS)
+def test_linear_layers_begin_as_the_same_whole_tensors_however_they_are_shared_out(
+    drawn: tuple[int, tuple[Partition, ...], Partition, bool], seed: int
+) -> None:
+    size, fused, row, _ = drawn
+    ranks = []
+    for rank in range(size):
+        groups = as_rank(rank, size)
+        pair = nn.ModuleDict({"up": ColumnParallelLinear(3, fused, groups), "down": RowParallelLinear(row, 3, groups)})
+        initialise(sharded_parameters(pair, groups), seed)
+        ranks.append(parts_of(pair, groups, lambda p: p))
+    # The standard deviation follows from the width of the whole input; neither it nor a value from the rank.
+    expected = {f"{part.name}.weight": ((part.features, 3), 3) for part in fused}
+    expected["down.weight"] = ((3, row.features), row.features)
+    found = assemble(ranks)
+    assert set(found) == set(expected)
+    for name, (shape, fan_in) in expected.items():
+        whole = torch.empty(shape)
+        Normal(fan_in**-0.5).fill(whole, seed, name, shape, (0, 0))
+        assert torch.equal(found[name], whole), f"{name} is off by {(found[name] - whole).abs().max()}"
 
 
 def test_names_are_absolute_and_those_of_siblings_climb() -> None:
