@@ -28,9 +28,14 @@ def suits_onednn(x: Tensor) -> bool:
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """``a @ b^T + bias`` of ``[..., k]``, ``[n, k]`` and ``[n]``, without autograd."""
     if suits_onednn(a) and a.numel() and b.numel():
-        rows = torch.ops.mkldnn._linear_pointwise(a.flatten(0, -2), b, bias, "none", [], "")
+        rows = torch.ops.mkldnn._linear_pointwise(as_matrix(a), b, bias, "none", [], "")
         return rows.view(*a.shape[:-1], b.shape[0])
     return F.linear(a, b, bias)
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """``[..., features]`` -> ``[rows, features]``; unlike ``reshape(-1, ...)`` also for a rank without features."""
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 
 @cache

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from argonne.parallel.collectives import all_gather, start_all_gather, start_all_reduce, start_reduce_scatter
-from argonne.parallel.gemm import product, suits_onednn
+from argonne.parallel.gemm import as_matrix, product, suits_onednn
 from argonne.parallel.groups import Axis
 from argonne.parallel.precision import Precision
 from argonne.parallel.recording import site
@@ -50,9 +50,9 @@ class _Product(torch.autograd.Function):
         if x_gradient is not None:
             start = start_reduce_scatter if ctx.shares_tokens else start_all_reduce
             summing = start(x_gradient.contiguous(), ctx.axis, ctx.site)
-        rows = gradient.flatten(0, -2)  # reshape(-1, ...) is undefined for a rank without features
+        rows = as_matrix(gradient)
         if needs_weight:
-            columns = x.flatten(0, -2)
+            columns = as_matrix(x)
             if ctx.main is None:
                 weight_gradient = product(rows.t(), columns.t()).to(ctx.weight_dtype)
             else:

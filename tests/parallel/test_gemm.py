@@ -1,0 +1,58 @@
+"""oneDNN's float32 products equal PyTorch's own: exactly for integers, and whatever the strides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from argonne.parallel import Precision, gemm
+from argonne.parallel.gemm import product, suits_onednn
+from argonne.parallel.products import local_linear
+
+
+@pytest.fixture(autouse=True)
+def _any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN is there on CPUs that MKL suits, too, and must be right there."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(gemm, "_mkl_is_slow_here", lambda: True)
+
+
+def integers(*shape: int, seed: int) -> Tensor:
+    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+@given(st.lists(st.integers(0, 5), max_size=3), st.integers(0, 9), st.integers(0, 9), st.booleans(), st.booleans())
+def test_a_product_of_integers_is_exact_for_any_shape_and_stride(
+    leading: list[int], inner: int, outer: int, transposed: bool, bias: bool
+) -> None:
+    a, b = integers(*leading, inner, seed=1), integers(outer, inner, seed=2)
+    if transposed:
+        b = b.t().contiguous().t()
+    added = integers(outer, seed=3) if bias else None
+    found = product(a, b, added)
+    expected = (a.double() @ b.double().t() + (0 if added is None else added.double())).float()
+    assert found.shape == expected.shape
+    assert torch.equal(found, expected)
+
+
+def test_a_linear_layer_without_communication_has_the_gradients_of_torch() -> None:
+    leaves = [integers(4, 7, seed=1), integers(5, 7, seed=2), integers(5, seed=3)]
+    found = [leaf.clone().requires_grad_() for leaf in leaves]
+    expected = [leaf.clone().requires_grad_() for leaf in leaves]
+    gradient = integers(4, 5, seed=4)
+    local_linear(*found, Precision()).backward(gradient)
+    torch.nn.functional.linear(*expected).backward(gradient)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_other_dtypes_and_a_switched_off_onednn_go_the_usual_way() -> None:
+    assert suits_onednn(torch.ones(1))
+    assert not suits_onednn(torch.ones(1, dtype=torch.float64))
+    assert not suits_onednn(torch.ones(1, dtype=torch.bfloat16))
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not suits_onednn(torch.ones(1))
