@@ -168,6 +168,8 @@ class RowParallelLinear(nn.Module):
         """
         if not self.input_is_parallel:
             x = scatter_to_region(x, self.axis)
+        if self.axis.group is None:
+            return local_linear(x, self.weight, self.bias, self.precision)
         partial = local_linear(x, self.weight, None, self.precision)
         leave = reduce_scatter_to_sequence_region if self.sequence_parallel else reduce_from_region
         y = leave(partial, self.axis)
