@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from argonne.parallel.collectives import all_gather
 from argonne.parallel.embedding import VocabularyRange
 from argonne.parallel.errors import ArgonneError
+from argonne.parallel.gemm import as_matrix
 from argonne.parallel.groups import Axis
 
 IGNORE_INDEX = -100
@@ -160,8 +161,7 @@ def vocab_parallel_cross_entropy(
     Returns:
         ``[...]`` in float32 (float64 for float64 logits), in nats, the same on every rank.
     """
-    flat = logits.flatten(0, -2)  # reshape(-1, ...) is undefined for a rank without tokens
-    losses = _VocabParallelCrossEntropy.apply(flat, targets.reshape(-1), vocabulary, axis, objective)
+    losses = _VocabParallelCrossEntropy.apply(as_matrix(logits), targets.reshape(-1), vocabulary, axis, objective)
     return losses.view(targets.shape)
 
 
