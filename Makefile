@@ -6,7 +6,7 @@ RUN ?= runs/demo
 # Tokenise in threads; without a word here the library warns at every fork.
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: setup pretrain test fast check clean
+.PHONY: setup pretrain test fast matrix check clean
 
 setup: .venv/ready
 
@@ -27,7 +27,10 @@ test: setup
 	$(BIN)/python -m pytest
 
 fast: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not exhaustive"
+
+matrix: setup
+	$(BIN)/python -m pytest -m exhaustive
 
 check: setup
 	$(BIN)/ruff check .

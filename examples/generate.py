@@ -11,7 +11,7 @@ from pathlib import Path
 from argonne.checkpoint import load_pieces, resolve, weight_pieces
 from argonne.data import load_tokenizer
 from argonne.inference import Sampling, generate
-from argonne.models import ArgonneModel, from_huggingface
+from argonne.models import build_model, from_huggingface
 from argonne.parallel import ArgonneError, choose_device, process_groups
 from argonne.training.command_line import drive, guarded, parse, world_size
 from argonne.training.config import ParallelFlags
@@ -50,7 +50,9 @@ def check(config: GenerateConfig, processes: int) -> None:
         legal = ", ".join(("auto", *PRECISIONS))
         raise ArgonneError(f"precision={config.generate.precision!r} is not known; legal: {legal}")
     layout = config.parallel.layout(processes)
-    from_huggingface(model_directory(config.generate.checkpoint_path)).check_layout(layout)
+    model = from_huggingface(model_directory(config.generate.checkpoint_path))
+    model.check_layout(layout)
+    config.parallel.plan(layout).check_layers(model.num_hidden_layers)
 
 
 def main(config: GenerateConfig) -> None:
@@ -58,7 +60,8 @@ def main(config: GenerateConfig) -> None:
     device = choose_device(config.parallel.device)
     with process_groups(config.parallel.layout(world_size()), device) as groups:
         with device:
-            model = ArgonneModel(from_huggingface(directory), groups, resolve_precision(flags.precision, device))
+            plan = config.parallel.plan(groups.layout)
+            model = build_model(from_huggingface(directory), groups, resolve_precision(flags.precision, device), plan)
         load_pieces(directory, weight_pieces(model.sharded_parameters()))
         tokenizer = load_tokenizer(directory)
         for number, prompt in enumerate(flags.prompt):

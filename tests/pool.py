@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -17,6 +18,8 @@ import torch.distributed as dist
 
 from argonne.parallel import Layout, ProcessGroups
 
+JOINS = 24
+"""Jobs that a rank joins before it is replaced: FSDP keeps the groups of those before, and their threads poll."""
 TIMEOUT = 300  # seconds for one call: Inductor compiles for a minute and more on a busy machine
 
 
@@ -27,6 +30,7 @@ class RankPool:
         self._context = multiprocessing.get_context("spawn")
         self._ranks: list[tuple[Any, Any]] = []
         self._joined: Layout | None = None
+        self._joins = 0
 
     def run(self, layout: Layout, body: Callable[..., Any], *arguments: Any) -> list[Any]:
         """``body(groups, *arguments)`` on each rank; the results in rank order.
@@ -39,8 +43,12 @@ class RankPool:
             process = self._context.Process(target=_serve, args=(there,), daemon=True)
             process.start()
             self._ranks.append((process, here))
+        if layout != self._joined and self._joins == JOINS:
+            self.close()
+            return self.run(layout, body, *arguments)
         # All ranks of the layout join a new job together, whichever of them were in which one before.
         port = _free_port() if layout != self._joined else None
+        self._joins += layout != self._joined
         self._joined = layout
         for rank, (_, pipe) in enumerate(self._ranks[:size]):
             pipe.send_bytes(pickle.dumps((rank, port, layout, body.__module__, body.__qualname__, arguments)))
@@ -67,12 +75,13 @@ class RankPool:
         for process, pipe in self._ranks:
             process.kill()
             pipe.close()
-        self._ranks, self._joined = [], None
+        self._ranks, self._joined, self._joins = [], None, 0
 
 
 def _serve(pipe: Any) -> None:
     torch.set_num_threads(1)
     groups: ProcessGroups | None = None
+    answer: Any = None
     while True:
         try:
             rank, port, layout, module, name, arguments = pickle.loads(pipe.recv_bytes())
@@ -80,6 +89,8 @@ def _serve(pipe: Any) -> None:
             return
         try:
             if port is not None:
+                groups = answer = None
+                gc.collect()  # models of the last job keep its groups, whose threads poll, in cycles of references
                 if dist.is_initialized():
                     dist.destroy_process_group()
                 os.environ.update(

@@ -130,7 +130,7 @@ class _Written:
 
 def _write_tensors(directory: Path, kind: str, pieces: Sequence[Piece], groups: ProcessGroups) -> _Written:
     """Gather and write every tensor of ``kind``; returns what this rank wrote."""
-    mine = [p for p in pieces if _speaks_for(p.region, groups)]
+    mine = [p for p in pieces if p.region.speaks(groups)]
     parts = {(p.name, p.region.start): p.part for p in mine}
     wholes = _wholes(gather_objects([(p.name, p.region, p.part.dtype) for p in mine], groups.world))
     writers = sorted({rank for whole in wholes.values() for rank, _ in whole.sources})
@@ -151,10 +151,6 @@ def _write_tensors(directory: Path, kind: str, pieces: Sequence[Piece], groups: 
             written.problems.append(f"{file}: {error}")
         written.tensors |= {name: record_tensor(tensor, file) for name, tensor in whole_tensors.items()}
     return written
-
-
-def _speaks_for(region: Region, groups: ProcessGroups) -> bool:
-    return region.holders[0] == groups.tensor.rank and groups.data.rank == 0 and groups.context.rank == 0
 
 
 def _wholes(held: list[list[tuple[str, Region, torch.dtype]]]) -> dict[str, _Whole]:

@@ -1,4 +1,4 @@
-"""Text from a model, under any tensor-parallel layout."""
+"""Text from a model, under any layout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from argonne.models import ArgonneModel
+from argonne.models import ArgonneModel, PipelinedModel
 from argonne.parallel.collectives import broadcast
 from argonne.parallel.errors import ArgonneError
 
@@ -37,8 +37,10 @@ class Sampling:
 
 
 @torch.no_grad()
-def generate(model: ArgonneModel, prompt: list[int], sampling: Sampling, seed: int, stop: int | None) -> list[int]:
-    """Continue ``prompt``; every tensor-parallel rank calls this and gets the same tokens.
+def generate(
+    model: ArgonneModel | PipelinedModel, prompt: list[int], sampling: Sampling, seed: int, stop: int | None
+) -> list[int]:
+    """Continue ``prompt``; every rank of the job calls this and gets the same tokens.
 
     Args:
         model: the model; the context that it sees is its longest sequence.
@@ -58,7 +60,7 @@ def generate(model: ArgonneModel, prompt: list[int], sampling: Sampling, seed: i
     for _ in range(sampling.max_new_tokens):
         logits = model.next_token_logits(ids[:, -model.config.max_position_embeddings :])[0]
         token = _draw(logits.float(), sampling, generator)
-        broadcast(token, model.groups.tensor)
+        broadcast(token, model.groups.world)
         if stop is not None and token.item() == stop:
             break
         ids = torch.cat((ids, token.view(1, 1)), dim=1)

@@ -3,5 +3,18 @@
 from argonne.models.argonne import ArgonneModel
 from argonne.models.config import PRESETS, ArgonneConfig, preset
 from argonne.models.huggingface import from_huggingface, to_huggingface
+from argonne.models.pipelined import PipelinedModel, build_model
+from argonne.models.replicas import build_replicas, replicas_of
 
-__all__ = ["PRESETS", "ArgonneConfig", "ArgonneModel", "from_huggingface", "preset", "to_huggingface"]
+__all__ = [
+    "PRESETS",
+    "ArgonneConfig",
+    "ArgonneModel",
+    "PipelinedModel",
+    "build_model",
+    "build_replicas",
+    "from_huggingface",
+    "preset",
+    "replicas_of",
+    "to_huggingface",
+]

@@ -91,12 +91,16 @@ class ArgonneConfig:
     @property
     def parameter_count(self) -> int:
         """Parameters of the whole model, a tied head counted once (closed form)."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_hidden_layers * self.block_parameter_count + self.hidden_size
+
+    @property
+    def block_parameter_count(self) -> int:
+        """Parameters of one block (closed form)."""
         query = self.num_attention_heads * self.head_dim
         key_value = self.num_key_value_heads * self.head_dim
         attention = self.hidden_size * (2 * query + 2 * key_value)
-        block = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.num_hidden_layers * block + self.hidden_size
+        return attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
 
 
 def feed_forward_size(hidden_size: int) -> int:

@@ -3,7 +3,9 @@
 Needs torch and numpy only, and nothing else of argonne.
 """
 
+from argonne.parallel.context import context_parallel_attention, context_positions, share_sequence
 from argonne.parallel.cross_entropy import IGNORE_INDEX, Objective, vocab_parallel_cross_entropy
+from argonne.parallel.data_parallel import data_parallel
 from argonne.parallel.embedding import (
     VocabParallelEmbedding,
     VocabParallelHead,
@@ -17,6 +19,7 @@ from argonne.parallel.layout import AXES, Layout
 from argonne.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from argonne.parallel.linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from argonne.parallel.partition import Partition, share
+from argonne.parallel.pipeline_plan import PipelinePlan, balance
 from argonne.parallel.precision import Precision
 from argonne.parallel.products import column_parallel_linear
 from argonne.parallel.random import Constant, Initialiser, Normal
@@ -35,20 +38,25 @@ from argonne.parallel.sharding import (
     ShardedParameter,
     ShardSpec,
     initialise,
+    narrow_rows,
     regions_of,
     replicated,
     sharded_parameters,
 )
+from argonne.parallel.stages import Activation, pipeline_forward
+from argonne.parallel.strategy import DataParallel
 
 __all__ = [
     "AXES",
     "IGNORE_INDEX",
+    "Activation",
     "ArgonneError",
     "Axis",
     "Collective",
     "CollectiveMismatch",
     "ColumnParallelLinear",
     "Constant",
+    "DataParallel",
     "Initialiser",
     "Layout",
     "LayoutError",
@@ -56,6 +64,7 @@ __all__ = [
     "Normal",
     "Objective",
     "Partition",
+    "PipelinePlan",
     "Precision",
     "ProcessGroups",
     "Region",
@@ -66,15 +75,21 @@ __all__ = [
     "VocabParallelEmbedding",
     "VocabParallelHead",
     "VocabularyRange",
+    "balance",
     "choose_device",
     "clip_gradients",
     "column_parallel_linear",
     "complete_gradients",
+    "context_parallel_attention",
+    "context_positions",
     "copy_to_region",
+    "data_parallel",
     "gather_from_region",
     "gather_from_sequence_region",
     "global_gradient_norm",
     "initialise",
+    "narrow_rows",
+    "pipeline_forward",
     "process_groups",
     "record",
     "reduce_from_region",
@@ -84,6 +99,7 @@ __all__ = [
     "scatter_to_region",
     "sharded_parameters",
     "share",
+    "share_sequence",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_linear_cross_entropy",
     "vocab_parallel_logits",

@@ -7,7 +7,7 @@ They are not differentiable; ``regions.py`` pairs each with its dual. Every one 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -119,6 +119,33 @@ def broadcast(tensor: Tensor, axis: Axis, source: int = 0) -> Tensor:
         entry = recording.announce("broadcast", axis, tensor)
         dist.broadcast(tensor, src=axis.ranks[source], group=axis.group)
         recording.complete(entry)
+    return tensor
+
+
+def exchange(tensor: Tensor, axis: Axis, first: int, second: int) -> Tensor:
+    """What the other of the two ranks ``first`` and ``second`` of ``axis`` hands in; only they call this."""
+    other = axis.ranks[second if axis.rank == first else first]
+    received = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    entry = recording.announce("exchange", replace(axis, ranks=tuple(axis.ranks[r] for r in (first, second))), tensor)
+    operations = [
+        dist.P2POp(dist.isend, tensor.contiguous(), other, axis.group),
+        dist.P2POp(dist.irecv, received, other, axis.group),
+    ]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+    recording.complete(entry)
+    return received
+
+
+def transfer(tensor: Tensor, axis: Axis, source: int, target: int) -> Tensor:
+    """Send ``tensor`` from rank ``source`` of ``axis`` to rank ``target``, which overwrites its own; only they call."""
+    pair = tuple(axis.ranks[rank] for rank in (source, target))
+    entry = recording.announce("transfer", replace(axis, ranks=pair), tensor)
+    if axis.rank == source:
+        dist.send(tensor.contiguous(), pair[1], axis.group)
+    else:
+        dist.recv(tensor, pair[0], axis.group)
+    recording.complete(entry)
     return tensor
 
 

@@ -8,28 +8,38 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from argonne.parallel.collectives import all_reduce
+from argonne.parallel.collectives import all_reduce, exchange
 from argonne.parallel.groups import ProcessGroups
 from argonne.parallel.sharding import ShardedParameter
 
 
 def complete_gradients(parameters: Sequence[ShardedParameter], groups: ProcessGroups) -> None:
-    """Add up, in place, what each rank knows only in part.
+    """Add up, in place, what each rank knows only in part: over the replicas, then ``sum_partial_gradients``.
 
-    Over the data axis every gradient is a partial sum (the loss is divided by the global number of
-    target tokens, so nothing is averaged here). Over the tensor axis only those are that their
-    ``Region`` calls partial.
+    Over the replicas (data and context) every gradient is a partial sum: the loss is divided by the global
+    number of target tokens, so nothing is averaged here.
     """
     for sharded in parameters:
         if sharded.parameter.grad is not None:
-            all_reduce(sharded.parameter.grad, groups.data)
+            all_reduce(sharded.parameter.grad, groups.replicas)
+    sum_partial_gradients(parameters, groups)
+
+
+def sum_partial_gradients(parameters: Sequence[ShardedParameter], groups: ProcessGroups) -> None:
+    """Add up what the ranks of one replica know in part: the gradients that their ``Region`` calls partial over
+    the tensor-parallel ranks, and those of parameters that two pipeline stages hold.
+    """
     if groups.tensor.size > 1:
         _sum_over_holders(parameters, groups)
+    if groups.pipeline.size > 1:
+        _sum_over_stages(parameters, groups)
 
 
 def _sum_over_holders(parameters: Sequence[ShardedParameter], groups: ProcessGroups) -> None:
     """One all-reduce of the whole tensors that have several holders, each rank adding what it has."""
     shared = [(s, r) for s in parameters for r in s.spec.regions if r.partial_gradient]
+    # Where replicas hold different rows, the holders of an element need not be at one place of the data axis.
+    axis = groups.tensor if all(r.replicated for _, r in shared) else groups.stage
     if not shared:
         return
     # Every rank has some region of each, so that all lay out the same buffer.
@@ -44,16 +54,26 @@ def _sum_over_holders(parameters: Sequence[ShardedParameter], groups: ProcessGro
     for sharded, region in shared:
         if sharded.parameter.grad is not None:
             wholes[region.name][region.whole_index] = sharded.parameter.grad[region.local_index]
-    all_reduce(buffer, groups.tensor)
+    all_reduce(buffer, axis)
     for sharded, region in shared:
         if sharded.parameter.grad is not None:
             sharded.parameter.grad[region.local_index] = wholes[region.name][region.whole_index]
 
 
+def _sum_over_stages(parameters: Sequence[ShardedParameter], groups: ProcessGroups) -> None:
+    """Each of the two stages that hold a parameter sends the other its part; both add the same two numbers."""
+    for sharded in parameters:
+        if not any(region.stages for region in sharded.spec.regions):
+            continue
+        gradient = sharded.parameter.grad
+        assert gradient is not None, f"{sharded.name} is held by two stages but used by one only"
+        gradient.add_(exchange(gradient, groups.pipeline, *sharded.spec.regions[0].stages))
+
+
 def global_gradient_norm(parameters: Sequence[ShardedParameter], groups: ProcessGroups) -> Tensor:
     """The 2-norm of the whole model's gradient: a float64 scalar, equal on all ranks.
 
-    Each element counts once, by the first holder of its region. Call after ``complete_gradients``.
+    Each element counts once, on the rank that speaks for its region. Call after ``complete_gradients``.
     """
     total = torch.zeros((), dtype=torch.float64, device=groups.device)
     for sharded in parameters:
@@ -61,16 +81,17 @@ def global_gradient_norm(parameters: Sequence[ShardedParameter], groups: Process
         if gradient is None:
             continue
         for region in sharded.spec.regions:
-            if region.holders[0] == groups.tensor.rank:
+            if region.speaks(groups):
                 total += torch.linalg.vector_norm(gradient[region.local_index], dtype=torch.float64) ** 2
-    all_reduce(total, groups.tensor)
-    all_reduce(total, groups.pipeline)
-    return total.sqrt()
+    return all_reduce(total, groups.world).sqrt()
 
 
-def clip_gradients(parameters: Sequence[ShardedParameter], norm: Tensor, limit: float) -> None:
-    """Scale every gradient so that the global norm is at most ``limit``."""
-    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+def clip_gradients(parameters: Sequence[ShardedParameter], norm: Tensor, limit: float, loss_scale: float = 1.0) -> None:
+    """Scale every gradient so that the global norm is at most ``limit``.
+
+    With a ``loss_scale`` the gradients are that many times too large, and are brought back; ``norm`` is the true one.
+    """
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0) / loss_scale
     for sharded in parameters:
         if sharded.parameter.grad is not None:
-            sharded.parameter.grad.mul_(scale.to(sharded.parameter.grad.dtype))
+            sharded.parameter.grad.mul_(factor.to(sharded.parameter.grad.dtype))

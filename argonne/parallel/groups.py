@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from argonne.parallel import recording
 from argonne.parallel.errors import LayoutError
 from argonne.parallel.layout import AXES, Layout
+from argonne.parallel.rendezvous import fresh_store
 
 STARTUP_TIMEOUT = timedelta(minutes=10)
 """Rendezvous, loading and the first batch: machines start at different times and disks are slow."""
@@ -35,6 +38,14 @@ class Axis:
     """The global rank of each member."""
 
 
+JOINT_AXES = {
+    "replicas": ("data", "context"),
+    "stage": ("data", "context", "tensor"),
+    "model": ("pipeline", "context", "tensor"),
+}
+"""Axes taken together, under the names that ``ProcessGroups`` gives them."""
+
+
 @dataclass(frozen=True)
 class ProcessGroups:
     """Every axis of a layout as this process sees it. Nothing else knows which rank it is."""
@@ -46,12 +57,33 @@ class ProcessGroups:
     pipeline: Axis
     data: Axis
     context: Axis
+    replicas: Axis
+    """Data and context together: the ranks with the same parameters, over which gradients are partial sums."""
+    stage: Axis
+    """Data, context and tensor together: all the ranks of one pipeline stage."""
+    model: Axis
+    """Pipeline, context and tensor together: the ranks that one batch of samples is for."""
+    mesh: DeviceMesh | None = None
+    """The axes of ``AXES`` and the joint ones, for PyTorch's own parallel tools; None for a lone process."""
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> ProcessGroups:
         """The groups of a lone process: no launcher and no ``torch.distributed`` needed."""
-        lone = {axis: Axis(axis) for axis in AXES}
-        return cls(Layout(), torch.device(device), world=Axis("world"), **lone)
+        axes: dict[str, Any] = {axis: Axis(axis) for axis in (*AXES, *JOINT_AXES)}
+        return cls(Layout(), torch.device(device), Axis("world"), **axes)
+
+    @classmethod
+    def of_rank(cls, layout: Layout, rank: int, device: torch.device | str = "meta") -> ProcessGroups:
+        """What ``rank`` of a job would see, without the job: to build a model and count, not to run it."""
+        place = dict(zip(AXES, layout.coordinates(rank), strict=True))
+        sizes = dict(zip(AXES, layout.sizes, strict=True))
+        for name, parts in (("world", AXES), *JOINT_AXES.items()):
+            sizes[name] = math.prod(sizes[part] for part in parts)
+            place[name] = 0
+            for part in parts:
+                place[name] = place[name] * sizes[part] + place[part]
+        axes: dict[str, Any] = {name: Axis(name, sizes[name], place[name]) for name in sizes}
+        return cls(layout, torch.device(device), **axes)
 
     @classmethod
     def from_world(cls, layout: Layout, device: torch.device | str) -> ProcessGroups:
@@ -64,12 +96,14 @@ class ProcessGroups:
         layout.require_world_size(world_size)
         device = torch.device(device)
         rank = dist.get_rank()
-        world = Axis("world", world_size, rank, dist.group.WORLD, tuple(range(world_size)))
         if world_size == 1:
-            lone = {axis: Axis(axis) for axis in AXES}
-            return cls(layout, device, world=Axis("world"), **lone)
+            return replace(cls.single(device), layout=layout)
+        world = Axis("world", world_size, rank, dist.group.WORLD, tuple(range(world_size)))
         mesh = init_device_mesh(device.type, layout.sizes, mesh_dim_names=AXES)
-        return cls(layout, device, world=world, **{axis: _axis(mesh, axis) for axis in AXES})
+        axes: dict[str, Any] = {axis: _axis(mesh, axis) for axis in AXES}
+        for name, parts in JOINT_AXES.items():
+            axes[name] = _joint(mesh, name, [axes[part] for part in parts], world)
+        return cls(layout, device, world, mesh=mesh, **axes)
 
     @property
     def is_first(self) -> bool:
@@ -88,7 +122,7 @@ class ProcessGroups:
 
     def set_timeout(self, timeout: timedelta) -> None:
         """Give every later collective ``timeout`` before it counts as a lost peer."""
-        axes = [self.world, *(getattr(self, axis) for axis in AXES)]
+        axes = [self.world, *(getattr(self, axis) for axis in (*AXES, *JOINT_AXES))]
         for group in {id(axis.group): axis.group for axis in axes if axis.group is not None}.values():
             dist.distributed_c10d._set_pg_timeout(timeout, group)
 
@@ -100,13 +134,23 @@ class ProcessGroups:
             recording.complete(entry)
 
 
-def _axis(mesh: DeviceMesh, name: str) -> Axis:
-    size = mesh[name].size()
-    if size == 1:
+def _axis(mesh: DeviceMesh, name: str, line: DeviceMesh | None = None) -> Axis:
+    line = mesh[name] if line is None else line
+    if line.size() == 1:
         return Axis(name, ranks=(dist.get_rank(),))
-    group = mesh.get_group(name)
-    ranks = tuple(dist.get_process_group_ranks(group))
-    return Axis(name, size, mesh.get_local_rank(name), group, ranks)
+    group = line.get_group()
+    return Axis(name, line.size(), line.get_local_rank(), group, tuple(dist.get_process_group_ranks(group)))
+
+
+def _joint(mesh: DeviceMesh, name: str, parts: list[Axis], world: Axis) -> Axis:
+    """The axes ``parts`` as one, the last varying fastest; without a group of its own where one fits."""
+    size = math.prod(part.size for part in parts)
+    longest = max(parts, key=lambda part: part.size)
+    if size == longest.size:
+        return replace(longest, name=name)
+    if size == world.size:
+        return replace(world, name=name)
+    return _axis(mesh, name, mesh[tuple(part.name for part in parts)]._flatten(name))
 
 
 def choose_device(kind: str) -> torch.device:
@@ -157,10 +201,16 @@ def process_groups(layout: Layout, device: torch.device) -> Iterator[ProcessGrou
         raise LayoutError(f"WORLD_SIZE={world_size} is set but RANK is not; legal: both, as a launcher sets them")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
+    options: dict[str, Any] = {"timeout": STARTUP_TIMEOUT}
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        rank, address = int(os.environ["RANK"]), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        agents = dist.TCPStore(*address, world_size, is_master=False, timeout=STARTUP_TIMEOUT)
+        store = fresh_store(agents, rank, world_size, STARTUP_TIMEOUT)
+        options |= {"store": store, "rank": rank, "world_size": world_size}
     if device.type == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=STARTUP_TIMEOUT, device_id=device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **options)
     else:
-        dist.init_process_group("gloo", timeout=STARTUP_TIMEOUT)
+        dist.init_process_group("gloo", **options)
     groups = ProcessGroups.from_world(layout, device)
     yield groups
     groups.barrier()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from argonne.parallel.collectives import all_gather, start_all_gather, start_all_reduce, start_reduce_scatter
+from argonne.parallel.deferral import accumulate, current_queue
 from argonne.parallel.gemm import as_matrix, product, suits_onednn
 from argonne.parallel.groups import Axis
 from argonne.parallel.precision import Precision
@@ -31,6 +32,7 @@ class _Product(torch.autograd.Function):
         ctx.axis, ctx.shares_tokens, ctx.site = axis, shares_tokens, site()
         used = weight.to(precision.compute)
         ctx.main = weight if precision.accumulate_in_product and weight.requires_grad else None
+        ctx.parameters = (weight, bias) if current_queue() is not None else None
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(x, used)
         whole = all_gather(x, axis).flatten(0, 1) if shares_tokens else x
@@ -50,24 +52,45 @@ class _Product(torch.autograd.Function):
         if x_gradient is not None:
             start = start_reduce_scatter if ctx.shares_tokens else start_all_reduce
             summing = start(x_gradient.contiguous(), ctx.axis, ctx.site)
-        rows = as_matrix(gradient)
-        if needs_weight:
-            columns = as_matrix(x)
-            if ctx.main is None:
-                weight_gradient = product(rows.t(), columns.t()).to(ctx.weight_dtype)
-            else:
-                add_product(_main_gradient(ctx.main), rows, columns)
-        if needs_bias:
-            bias_gradient = rows.sum(0).to(ctx.bias_dtype)
+        queue = current_queue() if ctx.parameters is not None else None
+        if queue is not None:
+            queue.append(lambda: _accumulate_later(ctx, needs_weight, needs_bias, gradient, x))
+        else:
+            weight_gradient, bias_gradient = _parameter_gradients(ctx, needs_weight, needs_bias, gradient, x)
         if summing is not None:
             x_gradient = summing.wait()
         return x_gradient, weight_gradient, bias_gradient, None, None, None
 
 
+def _parameter_gradients(
+    ctx: Any, needs_weight: bool, needs_bias: bool, gradient: Tensor, x: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those of weight and bias; None where none is needed, or where it went straight into ``.grad``."""
+    weight_gradient = bias_gradient = None
+    rows = as_matrix(gradient)
+    if needs_weight:
+        columns = as_matrix(x)
+        if ctx.main is None:
+            weight_gradient = product(rows.t(), columns.t()).to(ctx.weight_dtype)
+        else:
+            add_product(_main_gradient(ctx.main), rows, columns)
+    if needs_bias:
+        bias_gradient = rows.sum(0).to(ctx.bias_dtype)
+    return weight_gradient, bias_gradient
+
+
+@torch.no_grad()
+def _accumulate_later(ctx: Any, needs_weight: bool, needs_bias: bool, gradient: Tensor, x: Tensor) -> None:
+    gradients = _parameter_gradients(ctx, needs_weight, needs_bias, gradient, x)
+    for parameter, found in zip(ctx.parameters, gradients, strict=True):
+        if found is not None:
+            accumulate(parameter, found)
+
+
 def local_linear(x: Tensor, weight: Tensor, bias: Tensor | None, precision: Precision) -> Tensor:
     """``x @ weight^T + bias`` in the compute dtype, without communication: as cheap as ``F.linear``."""
     onednn = torch.is_grad_enabled() and suits_onednn(x) and precision.compute == torch.float32
-    if precision.accumulate_in_product or onednn:
+    if precision.accumulate_in_product or onednn or current_queue() is not None:
         return _Product.apply(x, weight, bias, Axis("none"), False, precision)
     compute = precision.compute
     return F.linear(x, weight.to(compute), None if bias is None else bias.to(compute))

@@ -29,7 +29,8 @@ class Collective:
     """One collective, as this process saw it."""
 
     op: str
-    """``all_reduce | all_gather | reduce_scatter | broadcast | gather_objects | barrier``."""
+    """``all_reduce | all_gather | reduce_scatter | broadcast | exchange | transfer | gather_objects |
+    barrier``. What ``torch.distributed.pipelining`` and FSDP send is not seen."""
     axis: str
     """The name of the axis: ``tensor``, ``data``, ``world``, ..."""
     ranks: tuple[int, ...]

@@ -36,10 +36,23 @@ class Region:
     local_start: tuple[int, ...]
     """The first index of the box in the parameter; the rest of the parameter is padding, kept at zero."""
     holders: tuple[int, ...]
-    """The tensor-parallel ranks with this same region. The first speaks for it: it is counted once."""
+    """The tensor-parallel ranks with this same region; the first speaks for it."""
     partial_gradient: bool = False
     """Each holder has only a part of the gradient: the parts are summed over the holders. The same on every
     rank for all regions of a whole tensor, also for those with one holder."""
+    stages: tuple[int, ...] = ()
+    """The pipeline ranks that hold this same region (a tied embedding); empty: this one alone. Each has a part
+    of the gradient."""
+    replicated: bool = True
+    """Every rank of ``groups.replicas`` holds this same region; False: this one alone (FSDP, ZeRO)."""
+
+    def speaks(self, groups: ProcessGroups) -> bool:
+        """Whether this rank counts the region in a norm and saves it: true on one rank of the job."""
+        return (
+            self.holders[0] == groups.tensor.rank
+            and (not self.stages or self.stages[0] == groups.pipeline.rank)
+            and (not self.replicated or groups.replicas.rank == 0)
+        )
 
     @property
     def whole_index(self) -> tuple[slice, ...]:
@@ -101,11 +114,34 @@ def sharded_parameters(model: nn.Module, groups: ProcessGroups) -> list[ShardedP
     return found
 
 
+def narrow_rows(sharded: ShardedParameter, rows: range, parameter: nn.Parameter) -> ShardedParameter:
+    """The declaration of ``parameter``, which is rows ``rows`` of ``sharded`` and held by this rank alone.
+
+    It has a region, though perhaps without rows, for each that ``sharded`` has.
+    """
+
+    def narrowed(region: Region) -> Region:
+        begin = region.local_start[0]
+        first = min(max(rows.start, begin), begin + region.shape[0])
+        last = max(first, min(rows.stop, begin + region.shape[0]))
+        return replace(
+            region,
+            start=(region.start[0] + first - begin, *region.start[1:]),
+            shape=(last - first, *region.shape[1:]),
+            local_start=(max(0, first - rows.start), *region.local_start[1:]),
+            replicated=False,
+        )
+
+    spec = replace(sharded.spec, regions=tuple(narrowed(region) for region in sharded.spec.regions))
+    return ShardedParameter(sharded.name, parameter, spec)
+
+
 def regions_of(parameters: Sequence[ShardedParameter]) -> Iterator[tuple[Region, Tensor]]:
     """Each region with the part of its parameter that holds it (a view)."""
     for sharded in parameters:
         for region in sharded.spec.regions:
-            yield region, sharded.parameter.data[region.local_index]
+            if 0 not in region.shape:
+                yield region, sharded.parameter.data[region.local_index]
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn, Protocol, TypeVar
 
 import torch
@@ -39,8 +40,11 @@ USAGE, PEER_LOST, INTERRUPTED = 2, 3, 130
 STARTED_AT = "ARGONNE_STARTED_AT"
 """Tells the ranks when their launcher began, in seconds since the epoch."""
 
+RESTARTS_LEFT = "ARGONNE_RESTARTS_LEFT"
+"""Tells the ranks that ``drive`` started how often it would still start them again."""
+
 _FIRST_RANK_SPEAKS_WITHIN = 20.0  # seconds
-_LAUNCHER_LOOKS_WITHIN = 2.0  # seconds; a launcher then names the rank that died, not one that noticed
+_LAUNCHER_LOOKS_WITHIN = 2.0  # seconds; a launcher has then acted on the rank that failed first
 _MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
 
@@ -65,9 +69,18 @@ def drive(main: Callable[[ConfigType], None], check: Callable[[ConfigType, int],
 
     ``check(config, world size)`` is what can be refused before any rank is started.
     """
+    # What is not a training run (a benchmark, an example) may have no such flag.
+    restarts = getattr(config.parallel, "max_restarts", 0)
+    if restarts < 0:
+        raise ArgonneError(f"max_restarts={restarts} is not legal; legal: 0 or more")
     if "WORLD_SIZE" in os.environ:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             _end_with_launcher()
+        if restarts and RESTARTS_LEFT not in os.environ:
+            raise ArgonneError(
+                f"max_restarts={restarts} is for ranks that this command starts itself, but a launcher did; "
+                f"legal: the launcher's own flag, torchrun --max-restarts {restarts} ..."
+            )
         check(config, world_size())
         main(config)
         return
@@ -76,10 +89,10 @@ def drive(main: Callable[[ConfigType], None], check: Callable[[ConfigType, int],
     if gpus and processes > gpus:
         raise ArgonneError(f"nproc={processes} is more than this machine's GPUs; legal: 1 to {gpus}, or --device cpu")
     check(config, processes)
-    if processes == 1:
+    if processes == 1 and not restarts:
         main(config)
     else:
-        _launch(processes)
+        _launch(processes, restarts)
 
 
 def world_size() -> int:
@@ -88,8 +101,21 @@ def world_size() -> int:
 
 
 def seconds_since_start() -> float:
-    """How long this command has been running, its launcher included."""
-    return time.time() - float(os.environ.get(STARTED_AT, argonne.STARTED))
+    """How long this command has been running, its launcher and what was before a restart included."""
+    if STARTED_AT in os.environ:
+        return time.time() - float(os.environ[STARTED_AT])
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        with contextlib.suppress(OSError, ValueError, IndexError):  # no /proc: this rank's own time must do
+            return _age(os.getppid())
+    return time.time() - argonne.STARTED
+
+
+def restarts_left() -> int:
+    """How often the launcher would still start this job's ranks again if one of them failed."""
+    if RESTARTS_LEFT in os.environ:
+        return int(os.environ[RESTARTS_LEFT])
+    done, most = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return most - done
 
 
 def guarded(body: Callable[[], None]) -> None:
@@ -109,6 +135,13 @@ def guarded(body: Callable[[], None]) -> None:
         _leave(PEER_LOST)
 
 
+def _age(pid: int) -> float:
+    """Seconds since a process was started."""
+    after_its_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    started = int(after_its_name[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5): ticks since the boot
+    return float(Path("/proc/uptime").read_text().split()[0]) - started
+
+
 def _end_with_launcher() -> None:
     """End this rank when the launcher that started it is killed: an orphan would go on writing to the run."""
     launcher = os.getppid()
@@ -121,16 +154,37 @@ def _end_with_launcher() -> None:
     threading.Thread(target=watch, name="argonne-launcher-watch", daemon=True).start()
 
 
-def _launch(processes: int) -> None:
-    """Start this same command as ``processes`` ranks, as torchrun would, and wait for them."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+def _launch(processes: int, max_restarts: int) -> None:
+    """Start this same command as ``processes`` ranks, as torchrun would, and wait for them.
 
+    When a rank fails, all are started again, at most ``max_restarts`` times. The loop is here and not in the
+    agent because the agent would also repeat what was refused, and would not say what happened.
+    """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it in one line
     os.environ.setdefault(STARTED_AT, str(argonne.STARTED))
     # Ranks that share a CPU must not each start a thread for every core.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    for left in range(max_restarts, -1, -1):
+        os.environ[RESTARTS_LEFT] = str(left)
+        failure = _attempt(processes)
+        if failure is None:
+            return
+        status, what = failure
+        if status in (USAGE, INTERRUPTED):
+            _leave(status)
+        if left:
+            again = f"{left - 1} restart{'' if left == 2 else 's'} left"
+            _say(f"{what}; starting again from the newest checkpoint, {again}")
+    _say(f"{what}; the job was stopped. The same command continues the run.")
+    _leave(status if status > 0 else 1)
+
+
+def _attempt(processes: int) -> tuple[int, str] | None:
+    """Run the ranks once. For the first that failed, its status (negative: the signal) and one clause that names it."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -145,29 +199,32 @@ def _launch(processes: int) -> None:
         elastic_launch(launch, sys.executable)(*sys.argv)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode == USAGE:
-            _leave(USAGE)
         how = f"exited with status {failure.exitcode}"
         if failure.exitcode < 0:
             how = f"was killed by {signal.Signals(-failure.exitcode).name}"
-        _say(f"rank {rank} (pid {failure.pid}) {how}; the job was stopped. The same command continues the run.")
-        _leave(failure.exitcode if failure.exitcode > 0 else 1)
+        return failure.exitcode, f"rank {rank} (pid {failure.pid}) {how}"
     except SignalException as stop:
         _say(f"stopped by {stop.sigval.name}. The same command continues the run.")
         _leave(128 + stop.sigval)
+    return None
 
 
 def _refuse(message: str) -> NoReturn:
     """Say ``message`` from the first rank only, then end with status 2.
 
     Every rank refuses the same input by itself. The others wait for the launcher to end them, so that it
-    does not end the first rank before it has spoken; if it never does, the fault was this rank's alone.
+    does not end the first rank before it has spoken; if it never does, the fault was this rank's alone, or
+    its node's, whose launcher hears nothing from the first: then the node's first rank speaks for it.
     """
     rank = int(os.environ.get("RANK", "0"))
     if rank != 0:
-        time.sleep(_FIRST_RANK_SPEAKS_WITHIN)
+        first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+        time.sleep(_FIRST_RANK_SPEAKS_WITHIN + (0.0 if first_here else _LAUNCHER_LOOKS_WITHIN))
         message = f"rank {rank}: {message}"
     _say(f"error: {message}")
+    if "TORCHELASTIC_RUN_ID" in os.environ and RESTARTS_LEFT not in os.environ and restarts_left():
+        # torchrun repeats whatever failed, whatever its status; a refusal would only be repeated with it.
+        os.kill(os.getppid(), signal.SIGTERM)
     _leave(USAGE)
 
 

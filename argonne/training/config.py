@@ -10,8 +10,10 @@ import tyro
 
 from argonne.models.config import ArgonneConfig, preset
 from argonne.models.huggingface import from_huggingface
+from argonne.parallel.data_parallel import Kind
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.layout import Layout
+from argonne.parallel.pipeline_plan import PipelinePlan, ScheduleName
 
 DEFAULT_PRESET = "argonne-2.0-4.9b"
 
@@ -120,8 +122,10 @@ class TrainingFlags:
     """Largest global gradient norm."""
     seed: int = 0
     """Seed of the initial weights and of the generated samples."""
-    precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
     """Compute dtype; weights and moments are kept in float32 (float64 for fp64) [bf16 on GPU, fp32 on CPU]."""
+    initial_loss_scale: float = 65536.0
+    """What the loss is multiplied by at first, in fp16 only; it follows the overflows from there."""
     disable_gradient_checkpointing: bool = False
     """Keep every activation instead of recomputing each block in backward: faster, more memory."""
     disable_compile: bool = False
@@ -134,50 +138,65 @@ class ParallelFlags:
 
     tensor_parallel: int | None = None
     """Processes that share each layer [all that the other axes leave]."""
-    pipeline_parallel: int = 1
-    """Processes that hold successive layers (not built yet: 1)."""
+    pipeline_parallel: int | Literal["auto"] = 1
+    """Processes that hold successive layers; auto: all that the other axes leave."""
+    pipeline_schedule: ScheduleName = "1f1b"
+    """The order of a pipeline's work: 1f1b (least memory), interleaved (several stages a process, a smaller
+    bubble), zb (zero bubble: two stages a process, weight gradients while it would wait) or gpipe."""
+    pipeline_interleave: int = 2
+    """Stages a process has when the schedule is interleaved."""
     data_parallel: int = 1
     """Replicas of the model, each with its own lanes of the data."""
     context_parallel: int = 1
-    """Processes that share each sequence (not built yet: 1)."""
+    """Processes that share each sequence: for long ones."""
     sequence_parallel: bool = False
     """Share out the tokens between the tensor-parallel layers: less memory for activations, a quarter more to send."""
     uneven_shards: bool = False
     """Allow heads and a feed-forward width that do not divide by --tensor-parallel: some ranks get one more."""
     fsdp: bool = False
-    """Shard parameters over the data-parallel ranks (not built yet)."""
+    """Share out parameters, gradients and optimizer state over the data- and context-parallel processes (FSDP2)."""
+    zero1: bool = False
+    """Share out the optimizer's state alone over them (ZeRO stage 1)."""
     reproducible: bool = False
     """The same bits at every layout (not built yet; the same bits at the same layout always hold)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run [CUDA when there is one]."""
     nproc: int | None = None
     """Processes to start when not under torchrun [every GPU, or 1 on CPU]."""
+    max_restarts: int = 0
+    """Times to start all processes again, from the newest checkpoint, when one fails. Under torchrun: its own flag."""
     local_rank: Annotated[int | None, _flag(name="local_rank")] = None
     """Set by old launchers; LOCAL_RANK is what counts."""
 
+    @property
+    def kind(self) -> Kind:
+        """The kind of data parallelism. Raises ``ArgonneError`` when the flags ask for two."""
+        if self.fsdp and self.zero1:
+            raise ArgonneError("fsdp=True conflicts with zero1=True, which shares out less; legal: one of them")
+        return "fsdp" if self.fsdp else "zero1" if self.zero1 else "replicate"
+
+    def plan(self, layout: Layout) -> PipelinePlan:
+        """The pipeline's stages. Raises ``LayoutError`` when the schedule has none such."""
+        return PipelinePlan.of(self.pipeline_schedule, layout.pipeline, self.pipeline_interleave)
+
     def layout(self, world_size: int) -> Layout:
         """The layout of ``world_size`` processes. Raises ``LayoutError`` when they do not match."""
-        for name, value in (
-            ("pipeline_parallel", self.pipeline_parallel),
-            ("context_parallel", self.context_parallel),
-        ):
-            if value != 1:
-                raise ArgonneError(f"{name}={value} is not built yet; legal: 1")
-        for name in ("fsdp", "reproducible"):
-            if getattr(self, name):
-                raise ArgonneError(f"{name}=True is not built yet; leave the flag out")
-        rest = Layout(
-            1,
-            self.pipeline_parallel,
-            self.data_parallel,
-            self.context_parallel,
-            self.sequence_parallel,
-            self.uneven_shards,
+        if self.reproducible:
+            raise ArgonneError("reproducible=True is not built yet; leave the flag out")
+        auto = self.pipeline_parallel == "auto"
+        layout = Layout(
+            tensor=1 if self.tensor_parallel is None else self.tensor_parallel,
+            pipeline=1 if isinstance(self.pipeline_parallel, str) else self.pipeline_parallel,
+            data=self.data_parallel,
+            context=self.context_parallel,
+            sequence_parallel=self.sequence_parallel,
+            uneven_shards=self.uneven_shards,
         )
-        tensor = self.tensor_parallel
-        if tensor is None:
-            tensor = max(1, world_size // rest.world_size)
-        layout = replace(rest, tensor=tensor)
+        left = max(1, world_size // layout.world_size)
+        if auto:
+            layout = replace(layout, pipeline=left)
+        elif self.tensor_parallel is None:
+            layout = replace(layout, tensor=left)
         layout.require_world_size(world_size)
         return layout
 
@@ -233,7 +252,11 @@ class RunConfig:
         for name, (value, minimum) in least.items():
             if value < minimum:
                 raise ArgonneError(f"{name}={value} is not legal; legal: {minimum} or more")
-        positive = {"learning_rate": t.learning_rate, "gradient_clip": t.gradient_clip}
+        positive = {
+            "learning_rate": t.learning_rate,
+            "gradient_clip": t.gradient_clip,
+            "initial_loss_scale": t.initial_loss_scale,
+        }
         if r.wall_time is not None:
             positive["wall_time"] = r.wall_time
         for name, number in positive.items():

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from argonne.data import DataError, SequenceStream, Shard
 from argonne.inference import Sampling, generate
-from argonne.models import ArgonneModel
+from argonne.models import ArgonneModel, PipelinedModel
 from argonne.parallel import ProcessGroups
 from argonne.parallel.collectives import all_reduce, broadcast, collectively, gather_objects
 
@@ -65,17 +65,19 @@ def held_out_sequences(
 
 
 @torch.no_grad()
-def held_out_loss(model: ArgonneModel, sequences: Tensor, micro_batch: int) -> float:
+def held_out_loss(model: ArgonneModel | PipelinedModel, sequences: Tensor, micro_batch: int) -> float:
     """The mean loss per token over ``sequences``, the data-parallel ranks sharing the work (collective)."""
     data = model.groups.data
     total = torch.zeros((), dtype=torch.float64, device=sequences.device)
     for batch in sequences[data.rank :: data.size].split(micro_batch):
         total += model.loss(batch[:, :-1], batch[:, 1:], reduction="sum").double()
-    all_reduce(total, data)
+    all_reduce(total, model.groups.replicas)
     return total.item() / sequences[:, 1:].numel()
 
 
-def sample_text(model: ArgonneModel, tokenizer: PreTrainedTokenizerFast | None, seed: int) -> str | None:
+def sample_text(
+    model: ArgonneModel | PipelinedModel, tokenizer: PreTrainedTokenizerFast | None, seed: int
+) -> str | None:
     """The model's continuation of ``PROMPT``, with the prompt, on the ranks that have a tokenizer (collective)."""
     prompt: list[int] = []
     if tokenizer is not None:

@@ -1,4 +1,4 @@
-"""From the stream on one rank to the batch on every rank: tokenised once per tensor-parallel group."""
+"""From the stream on one rank to the batch on every rank: tokenised once for the ranks that share a batch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Fed:
 
 
 class BatchFeed:
-    """Reads ahead on the first rank of each tensor-parallel group, and hands out batches to all of it.
+    """Reads ahead on the first of the ranks that share a batch (``groups.model``), and hands it out to them.
 
     What ``Fed.states`` tells belongs to the batch that was handed out, however far the reading is ahead.
     """
@@ -42,7 +42,7 @@ class BatchFeed:
         self.prefetcher = Prefetcher(stream.next_batch) if stream is not None else None
 
     def next(self) -> Fed:
-        """The next batch (collective over the tensor-parallel group).
+        """The next batch (collective over ``groups.model``).
 
         Raises:
             DataError: on every rank of the group, when the data could not be read on.
@@ -59,9 +59,9 @@ class BatchFeed:
                 message[-1] = 1
             except DataError as error:
                 problem = str(error)
-        message = broadcast(message.to(self.groups.device), self.groups.tensor)
+        message = broadcast(message.to(self.groups.device), self.groups.model)
         if message[-1] != 1:
-            told = [line for line in gather_objects(problem, self.groups.tensor) if line]
+            told = [line for line in gather_objects(problem, self.groups.model) if line]
             raise DataError(told[0])
         tokens = message[:-1].view(self.shape)
         if batch is None:

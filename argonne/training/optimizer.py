@@ -49,5 +49,6 @@ def moment_pieces(optimizer: torch.optim.AdamW, parameters: Sequence[ShardedPara
         Piece(f"{region.name}.{moment}", region, optimizer.state[sharded.parameter][moment][region.local_index])
         for sharded in parameters
         for region in sharded.spec.regions
+        if 0 not in region.shape
         for moment in MOMENTS
     ]

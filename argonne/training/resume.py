@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from argonne.checkpoint import CheckpointError, load_trainer, newest_valid, resolve
+from argonne.checkpoint import CheckpointError, checkpoints, load_trainer, newest_valid, resolve
 from argonne.parallel.collectives import collectively
 from argonne.parallel.errors import ArgonneError
-from argonne.training.command_line import parse
+from argonne.training.command_line import parse, restarts_left
 from argonne.training.config import DataFlags, ResumeConfig, RunConfig
 from argonne.training.run_directory import differences, read_run, require_same, saved_flags
 from argonne.training.setup import accumulation_that_keeps, check, prepare
@@ -57,6 +57,8 @@ def check_resume(config: ResumeConfig, world_size: int) -> None:
         raise ArgonneError(
             f"output_dir={str(output)!r} holds a different run; legal: the checkpoint's own run, or a new directory"
         )
+    if restarts_left() or config.parallel.max_restarts:
+        _check_repeatable(config, elsewhere)
     check(config, world_size)
 
 
@@ -82,11 +84,28 @@ def resume(config: ResumeConfig) -> None:
             accumulation = accumulation_that_keeps(saved["global_batch"], micro, groups.data.size)
         state = TrainingState.build(config, workload, groups)
         if flags.force_from_scratch:
-            state.model.initialise(config.training.seed)
+            state.initialise(config.training.seed)
             train(config, workload, state, accumulation, None)
         else:
             state.restore(checkpoint, flags.reset_optimizer, flags.rewarmup_steps)
             train(config, workload, state, accumulation, checkpoint)
+
+
+def _check_repeatable(config: ResumeConfig, elsewhere: bool) -> None:
+    """Refuse what a restart, which gives the same command again, would do twice instead of going on."""
+    flags = config.resume
+    once = {
+        "reset_optimizer=True": flags.reset_optimizer,
+        "force_from_scratch=True": flags.force_from_scratch,
+        f"output_dir={str(config.run.output_dir)!r}, which is not the checkpoint's run,": elsewhere,
+        f"checkpoint_path={str(flags.checkpoint_path)!r}, a single step,": not checkpoints(flags.checkpoint_path),
+    }
+    for what, told in once.items():
+        if told:
+            raise ArgonneError(
+                f"{what} cannot go with restarts, which would begin there again; legal: do it without restarts up to "
+                "a first save (--stop-at-step), then resume the run's directory with them"
+            )
 
 
 def _names(arguments: Sequence[str]) -> list[str]:

@@ -30,7 +30,8 @@ from argonne.data import (
     train_tokenizer,
 )
 from argonne.models import ArgonneConfig
-from argonne.parallel import Precision, ProcessGroups, choose_device
+from argonne.models.replicas import check_kind
+from argonne.parallel import Axis, Layout, Precision, ProcessGroups, choose_device, context_positions
 from argonne.parallel.collectives import collectively, gather_objects
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.layout import require_divisible
@@ -43,6 +44,7 @@ TOKENIZER_TRAINING_BYTES = 16 << 20
 PRECISIONS = {
     "fp32": Precision(torch.float32, torch.float32),
     "bf16": Precision(torch.float32, torch.bfloat16),
+    "fp16": Precision(torch.float32, torch.float16),
     "fp64": Precision(torch.float64, torch.float64),
 }
 
@@ -72,9 +74,14 @@ def check(config: RunConfig, world_size: int) -> None:
     config.check()
     layout = config.parallel.layout(world_size)
     choose_device(config.parallel.device)
-    config.model.resolve(config.data.block_size).check_layout(layout)
-    if layout.sequence_parallel:
-        require_divisible("block_size", config.data.block_size, "tensor_parallel", layout.tensor)
+    model = config.model.resolve(config.data.block_size)
+    model.check_layout(layout)
+    plan = config.parallel.plan(layout)
+    plan.check_layers(model.num_hidden_layers)
+    check_kind(config.parallel.kind, plan.schedule if layout.pipeline > 1 else "")
+    if not (config.run.output_dir / "run.json").exists():  # a run that is continued keeps its global batch
+        plan.check_micro_batches(config.training.gradient_accumulation_steps)
+    check_sequence(config.data.block_size, layout)
     path = config.data.tokenizer_path
     if path is not None and not path.is_dir():
         raise DataError(
@@ -86,6 +93,15 @@ def check(config: RunConfig, world_size: int) -> None:
     rows = sum(sum(shard.rows) for shard in shards)
     check_data_parallel(layout.data, config.data.data_lanes or default_lanes(rows), layout.data)
     _check_output(config.run.output_dir)
+
+
+def check_sequence(block_size: int, layout: Layout) -> None:
+    """Raise ``LayoutError`` unless a sequence of ``block_size`` can be shared out as ``layout`` asks."""
+    context_positions(block_size, Axis("context", layout.context))
+    if layout.sequence_parallel:
+        local = block_size // layout.context
+        name = "block_size / context_parallel" if layout.context > 1 else "block_size"
+        require_divisible(name, local, "tensor_parallel", layout.tensor)
 
 
 def prepare(
@@ -132,7 +148,7 @@ def prepare(
         return directory / "tokenizer"
 
     source = collectively(find_tokenizer, groups.world)
-    reads_data = groups.tensor.rank == 0
+    reads_data = groups.model.rank == 0
     tokenizer = collectively(
         lambda: load_tokenizer(source, config.data.trust_remote_code) if reads_data else None, groups.world
     )

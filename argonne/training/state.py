@@ -16,10 +16,11 @@ import argonne
 from argonne.checkpoint import CheckpointError, load_pieces, load_trainer, save_checkpoint, weight_pieces
 from argonne.checkpoint.format import TRAINER, write_json
 from argonne.data import LaneState
-from argonne.models import ArgonneModel, to_huggingface
-from argonne.parallel import ProcessGroups, ShardedParameter
+from argonne.models import ArgonneModel, PipelinedModel, build_replicas, to_huggingface
+from argonne.parallel import DataParallel, ProcessGroups, ShardedParameter, initialise
 from argonne.parallel.collectives import gather_objects
 from argonne.training.config import RunConfig
+from argonne.training.loss_scale import LossScale
 from argonne.training.optimizer import build_optimizer, moment_pieces
 from argonne.training.run_directory import flags_to_json
 from argonne.training.schedule import CosineSchedule
@@ -30,10 +31,11 @@ from argonne.training.setup import Workload
 class TrainingState:
     """Everything that changes from step to step, on one rank."""
 
-    model: ArgonneModel
-    parameters: list[ShardedParameter]
+    model: ArgonneModel | PipelinedModel
+    replicas: DataParallel
     optimizer: torch.optim.AdamW
     schedule: CosineSchedule
+    loss_scale: LossScale
     step: int = 0
     """Optimizer steps taken."""
     tokens: int = 0
@@ -47,12 +49,22 @@ class TrainingState:
     def build(cls, config: RunConfig, workload: Workload, groups: ProcessGroups) -> TrainingState:
         """Allocate the model and its optimizer; the weights are still empty."""
         t = config.training
-        with groups.device:
-            model = ArgonneModel(workload.model, groups, workload.precision)
-        model.model.recompute = not t.disable_gradient_checkpointing
-        parameters = model.sharded_parameters()
+        plan = config.parallel.plan(groups.layout)
+        model, replicas = build_replicas(workload.model, groups, workload.precision, plan, config.parallel.kind)
+        model.recompute_blocks(not t.disable_gradient_checkpointing)
         schedule = CosineSchedule(t.learning_rate, t.min_learning_rate, t.warmup_steps, t.total_steps)
-        return cls(model, parameters, build_optimizer(parameters, t.weight_decay), schedule)
+        optimizer = build_optimizer(replicas.parameters, t.weight_decay)
+        return cls(model, replicas, optimizer, schedule, LossScale.of(t.precision, t.initial_loss_scale))
+
+    @property
+    def parameters(self) -> list[ShardedParameter]:
+        """What this rank updates and saves."""
+        return self.replicas.parameters
+
+    def initialise(self, seed: int) -> None:
+        """Begin with the weights of that seed."""
+        initialise(self.parameters, seed)
+        self.replicas.publish()
 
     @torch.no_grad()
     def restore(self, checkpoint: Path, reset_optimizer: bool = False, rewarmup_steps: int = 0) -> None:
@@ -69,6 +81,7 @@ class TrainingState:
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{str(checkpoint / TRAINER)!r} is not complete: {error!r}") from error
         load_pieces(checkpoint, weight_pieces(self.parameters))
+        self.replicas.publish()
         if reset_optimizer:
             rewarmup = {"rewarmup_after": self.step, "rewarmup_steps": rewarmup_steps}
         else:
@@ -76,6 +89,8 @@ class TrainingState:
             for sharded in self.parameters:
                 self.optimizer.state[sharded.parameter]["step"].fill_(saved["optimizer_step"])
         self.schedule = replace(self.schedule, **rewarmup)
+        if self.loss_scale.is_dynamic and (kept := saved.get("loss_scale")):
+            self.loss_scale = replace(self.loss_scale, **kept)
 
     def all_lanes(self) -> dict[int, LaneState]:
         """The state of every lane, whichever rank reads it (collective)."""
@@ -110,6 +125,12 @@ class TrainingState:
             groups,
         )
 
+    def _scale(self) -> dict[str, Any]:
+        scale = self.loss_scale
+        if not scale.is_dynamic:
+            return {}
+        return {"loss_scale": {"scale": scale.scale, "steps_since_change": scale.steps_since_change}}
+
     def _trainer(
         self, config: RunConfig, workload: Workload, lanes: dict[int, LaneState], global_batch: int
     ) -> dict[str, Any]:
@@ -119,6 +140,7 @@ class TrainingState:
             "tokens": self.tokens,
             "optimizer_step": int(first.item()),
             "schedule": dataclasses.asdict(self.schedule),
+            **self._scale(),
             "data": {
                 "next_sample": self.next_sample,
                 "shards": [shard.path.name for shard in workload.shards],

@@ -11,7 +11,8 @@ import torch
 
 from argonne.checkpoint import prune
 from argonne.data import BatchStream, SequenceStream, served_lanes
-from argonne.parallel import clip_gradients, complete_gradients, global_gradient_norm
+from argonne.models import PipelinedModel
+from argonne.parallel import clip_gradients, global_gradient_norm
 from argonne.parallel.collectives import all_reduce, broadcast
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.groups import TRAINING_TIMEOUT
@@ -87,28 +88,43 @@ class Trainer:
         if progress:
             progress.close()
 
+    def pipeline_facts(self) -> list[str]:
+        """What the pipeline, if there is one, costs: for the line that a run begins with."""
+        model = self.state.model
+        if not isinstance(model, PipelinedModel):
+            return []
+        accumulation = self.global_batch // (self.micro_batch * self.groups.data.size)
+        waiting = model.pipeline(accumulation, self.micro_batch, self.config.data.block_size).bubble(model.costs)
+        return [f"{model.plan.schedule} in {model.plan.stages} stages, bubble {waiting:.0%}"]
+
     def _forward_backward(self, batch: Fed) -> float:
         """Gradients of the mean loss per target token of the global batch; returns that loss."""
-        total = torch.zeros((), dtype=self.workload.precision.parameters, device=self.groups.device)
-        for micro_batch in batch.tokens:
-            total_loss = self.state.model.loss(micro_batch[:, :-1], micro_batch[:, 1:], reduction="sum")
-            loss = total_loss / self.tokens_per_step
-            loss.backward()
-            total += loss.detach()
-        loss_of_step = all_reduce(total, self.groups.data).item()
+        ids, targets = batch.tokens[..., :-1], batch.tokens[..., 1:]
+        model, scale = self.state.model, self.state.loss_scale.scale
+        self.state.replicas.begin(len(ids), deferred=model.defers_weight_gradients)
+        loss = model.forward_backward(ids, targets, self.tokens_per_step / scale)
+        loss_of_step = all_reduce(loss, self.groups.replicas).item() / scale
         self._require_finite("loss", loss_of_step)
         return loss_of_step
 
-    def _update(self) -> float:
-        """One optimizer step from the accumulated gradients; returns their norm before clipping."""
-        state = self.state
-        complete_gradients(state.parameters, self.groups)
-        norm = global_gradient_norm(state.parameters, self.groups)
+    def _update(self) -> float | None:
+        """One optimizer step from the accumulated gradients; returns their norm before clipping.
+
+        None when they overflowed in float16: there is no optimizer step then, and a lower loss scale from here on.
+        """
+        state, scale = self.state, self.state.loss_scale.scale
+        state.replicas.complete()
+        norm = global_gradient_norm(state.parameters, self.groups) / scale
+        if not torch.isfinite(norm) and state.loss_scale.overflowed():
+            state.optimizer.zero_grad()
+            return None
         self._require_finite("gradient norm", norm.item())
-        clip_gradients(state.parameters, norm, self.config.training.gradient_clip)
+        clip_gradients(state.parameters, norm, self.config.training.gradient_clip, scale)
         set_learning_rate(state.optimizer, state.schedule.learning_rate(state.step + 1))
         state.optimizer.step()
+        state.replicas.publish()
         state.optimizer.zero_grad()
+        state.loss_scale.succeeded()
         return norm.item()
 
     def _require_finite(self, what: str, value: float) -> None:
@@ -154,7 +170,7 @@ class Trainer:
         late = torch.tensor(float(seconds_since_start() + margin > limit), device=self.groups.device)
         return bool(broadcast(late, self.groups.world).item())
 
-    def _record(self, batch: Fed, loss: float, norm: float, seconds: float) -> dict[str, Any]:
+    def _record(self, batch: Fed, loss: float, norm: float | None, seconds: float) -> dict[str, Any]:
         """The line of ``metrics.jsonl`` for this step."""
         rate = self.tokens_per_step / seconds
         peak = peak_flops(self.groups.device)
@@ -183,7 +199,7 @@ class Trainer:
         }
 
     def _stream(self, accumulation: int) -> BatchStream | None:
-        """The batches of this data-parallel rank, on the rank of its tensor-parallel group that reads them."""
+        """The batches of this data-parallel rank, on the rank that reads them for those that share it."""
         workload, data = self.workload, self.groups.data
         if workload.tokenizer is None:
             return None

@@ -36,7 +36,7 @@ def pretrain(config: RunConfig) -> None:
             )
         state = TrainingState.build(config, workload, groups)
         if checkpoint is None:
-            state.model.initialise(config.training.seed)
+            state.initialise(config.training.seed)
         else:
             state.restore(checkpoint)
         train(config, workload, state, accumulation, checkpoint)
@@ -47,6 +47,7 @@ def train(
 ) -> None:
     """Record what the run is, make its directory say what was true at the state's step, and go on from there."""
     groups, directory = state.model.groups, config.run.output_dir
+    config.parallel.plan(groups.layout).check_micro_batches(accumulation)
     trainer = Trainer(config, workload, state, accumulation)
 
     def begin() -> None:
@@ -71,6 +72,7 @@ def train(
         f"{groups.layout} on {groups.device.type}",
         f"{trainer.global_batch} x {config.data.block_size} tokens a step",
         shards,
+        *trainer.pipeline_facts(),
         f"continuing from {checkpoint}" if checkpoint else "from scratch",
     ]
     say(groups, " | ".join(facts))

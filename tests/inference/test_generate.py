@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from argonne.inference.generate import Sampling, _draw, generate
-from argonne.models import ArgonneConfig, ArgonneModel
+from argonne.models import ArgonneConfig, ArgonneModel, build_model
 from argonne.parallel import ArgonneError, Layout, Precision, ProcessGroups
+from argonne.parallel.pipeline_plan import PipelinePlan
 from tests import dense
 from tests.pool import RankPool
 from tests.whole import Parts, assemble, parts_of
@@ -175,3 +176,28 @@ def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(ArgonneError) as refusal:
         single([], GREEDY, 0, None)
     assert str(refusal.value) == "the prompt has no tokens; legal: at least one"
+
+
+def continued(groups: ProcessGroups, schedule: str) -> list[int]:
+    plan = PipelinePlan.of(schedule, groups.pipeline.size)  # type: ignore[arg-type]
+    model = build_model(CONFIG, groups, Precision(torch.float64, torch.float64), plan)
+    model.initialise(seed=2)
+    return generate(model, PROMPT, Sampling(max_new_tokens=9), seed=8, stop=None)
+
+
+@pytest.mark.parametrize(
+    ("layout", "schedule"),
+    [
+        (Layout(pipeline=2), "1f1b"),
+        (Layout(context=2), "1f1b"),
+        (Layout(pipeline=2, tensor=2, sequence_parallel=True), "1f1b"),
+        (Layout(pipeline=2, context=2), "gpipe"),
+    ],
+    ids=str,
+)
+def test_pipelines_and_shared_sequences_draw_what_one_process_draws(
+    ranks: RankPool, layout: Layout, schedule: str
+) -> None:
+    expected = continued(ProcessGroups.single(), schedule)
+    for rank, tokens in enumerate(ranks.run(layout, continued, schedule)):
+        assert tokens == expected, f"rank {rank}"

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -37,6 +38,9 @@ SCHEDULE = {
     "--save-interval": 4,
 }
 
+# What depends on the clock or the memory of the machine, not on the run.
+MEASURED = ("tokens_per_second", "step_time", "memory_gib", "mfu")
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -59,27 +63,34 @@ def write_corpus(directory: Path, documents: int = 120, shards: int = 3) -> Path
     return directory
 
 
-def command(driver: str, flags: dict[str, Any], nproc: int = 2, torchrun: bool = False) -> list[str]:
-    """The words of a driver's command line; a flag whose value is None stands alone."""
-    words = [str(word) for name, value in flags.items() for word in ([name] if value is None else [name, value])]
+def words_of(flags: dict[str, Any]) -> list[str]:
+    """Flags as the words of a command line; one whose value is None stands alone."""
+    return [str(word) for name, value in flags.items() for word in ([name] if value is None else [name, value])]
+
+
+def command(driver: str, flags: dict[str, Any], nproc: int = 2, torchrun: bool = False, restarts: int = 0) -> list[str]:
+    """The words of a driver's command line; ``restarts`` are torchrun's."""
+    words = words_of(flags)
     script = str(ROOT / "examples" / f"{driver}.py")
     if torchrun:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
-        return [*launcher, script, *words]
+        agent = {"--standalone": None, "--nproc-per-node": nproc, "--max-restarts": restarts}
+        return [sys.executable, "-m", "torch.distributed.run", *words_of(agent), script, *words]
     return [sys.executable, script, "--nproc", str(nproc), *words]
 
 
-def start(words: list[str]) -> subprocess.Popen[str]:
-    """Start a command as the leader of a process group of its own."""
+def start(words: list[str], **variables: str) -> subprocess.Popen[str]:
+    """Start a command, in the repository's root, as the leader of a process group of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
+    environment |= variables
     return subprocess.Popen(
         words,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=environment,
+        cwd=ROOT,
         start_new_session=True,
     )
 
@@ -114,6 +125,19 @@ def metrics(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def history(directory: Path) -> list[dict[str, Any]]:
+    """Everything about a run's steps that must repeat to the bit."""
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in metrics(directory)]
+
+
+def weights(directory: Path) -> dict[str, str]:
+    """The hash of every whole tensor of the newest checkpoint."""
+    newest = sorted(directory.glob("step_????????"))[-1]
+    return {
+        name: record["sha256"] for name, record in json.loads((newest / "manifest.json").read_text())["tensors"].items()
+    }
+
+
 def wait_for_steps(process: subprocess.Popen[str], directory: Path, steps: int, timeout: float = 90) -> None:
     """Wait until a run has logged ``steps`` steps."""
     deadline = time.monotonic() + timeout
@@ -137,6 +161,29 @@ def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
     found = {}
     for pid in map(int, children.stdout.split()):
-        variables = (Path("/proc") / str(pid) / "environ").read_bytes().split(b"\0")
-        found |= {int(variable[5:]): pid for variable in variables if variable.startswith(b"RANK=")}
+        with contextlib.suppress(OSError):  # it has just ended
+            variables = (Path("/proc") / str(pid) / "environ").read_bytes().split(b"\0")
+            found |= {int(variable[5:]): pid for variable in variables if variable.startswith(b"RANK=")}
     return found
+
+
+def free_port() -> int:
+    """A port that nothing listened to a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def agents(flags: dict[str, Any], each: int = 2, restarts: int = 0) -> list[subprocess.Popen[str]]:
+    """Two torchrun agents of ``each`` ranks that meet at a port of this machine."""
+    launcher = {
+        "--nnodes": 2,
+        "--nproc-per-node": each,
+        "--max-restarts": restarts,
+        "--rdzv-backend": "c10d",
+        "--rdzv-id": "nodes",
+        "--rdzv-endpoint": f"127.0.0.1:{free_port()}",
+    }
+    driver = [str(ROOT / "examples" / "pretrain.py"), *words_of(flags)]
+    words = [sys.executable, "-m", "torch.distributed.run", *words_of(launcher), *driver]
+    return [start(words) for _ in range(2)]

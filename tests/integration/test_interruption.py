@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -15,6 +14,7 @@ import pytest
 from tests.integration.runs import (
     command,
     finish,
+    history,
     kill_job,
     metrics,
     ranks_of,
@@ -22,25 +22,10 @@ from tests.integration.runs import (
     start,
     succeed,
     wait_for_steps,
+    weights,
 )
 
 pytestmark = pytest.mark.slow
-
-# What depends on the clock or the memory of the machine, not on the run.
-MEASURED = ("tokens_per_second", "step_time", "memory_gib", "mfu")
-
-
-def history(directory: Path) -> list[dict[str, Any]]:
-    """Everything about a run's steps that must repeat to the bit."""
-    return [{name: value for name, value in line.items() if name not in MEASURED} for line in metrics(directory)]
-
-
-def weights(directory: Path) -> dict[str, str]:
-    """The hash of every whole tensor of the newest checkpoint."""
-    newest = sorted(directory.glob("step_????????"))[-1]
-    return {
-        name: record["sha256"] for name, record in json.loads((newest / "manifest.json").read_text())["tensors"].items()
-    }
 
 
 def test_a_job_killed_at_random_moments_repeats_the_uninterrupted_run_to_the_bit(

@@ -24,7 +24,7 @@ BEFORE_LAUNCH = {
     "empty glob": ({"--data-glob": ""}, "data_glob='' is empty"),
     "conflict": ({"--model-config": "x.json"}, "preset='demo' conflicts with model_config='x.json'"),
     "negative width": ({"--intermediate-size": -8}, "intermediate_size=-8 is not legal"),
-    "unbuilt axis": ({"--pipeline-parallel": 2}, "pipeline_parallel=2 is not built yet; legal: 1"),
+    "unbuilt mode": ({"--reproducible": None}, "reproducible=True is not built yet; leave the flag out"),
     "sequence": ({"--sequence-parallel": None, "--block-size": 31}, "block_size=31 is not divisible by"),
     "output file": ({"--output-dir": "/dev/null/x"}, "output_dir='/dev/null/x' cannot be made"),
 }

@@ -115,7 +115,9 @@ class Step:
         itemsize = self.precision.parameters.itemsize
         sent: Sent = Counter()
         if self.layout.data > 1:
-            sent.update(("", "outside", "all_reduce", "data", False, count * itemsize) for count in local_parameters)
+            sent.update(
+                ("", "outside", "all_reduce", "replicas", False, count * itemsize) for count in local_parameters
+            )
         partial = 0
         if self.layout.sequence_parallel:  # each rank has seen its share of the tokens
             partial += (2 * config.num_hidden_layers + 1) * config.hidden_size
@@ -124,7 +126,7 @@ class Step:
             partial += 2 * config.num_hidden_layers * config.hidden_size * key_value
         if partial:
             sent["", "outside", "all_reduce", "tensor", False, partial * itemsize] += 1
-        sent["", "outside", "all_reduce", "tensor", False, 8] += 1
+        sent["", "outside", "all_reduce", "world", False, 8] += 1
         return sent
 
     def sent(self, local_parameters: list[int]) -> Sent:
@@ -284,8 +286,8 @@ def test_data_parallelism_adds_one_all_reduce_of_each_gradient_and_nothing_else(
     step = Step(tiny(), layout, 2, 5, Precision())
     for log, local_parameters, _ in ranks.run(layout, run, step):
         assert counted(log) == step.sent(local_parameters)
-        assert log.bytes(axis="data") == 4 * sum(local_parameters)
-        assert {c.phase for c in log.select(axis="data")} == {"outside"}
+        assert log.bytes(axis="replicas") == 4 * sum(local_parameters)
+        assert {c.phase for c in log.select(axis="replicas")} == {"outside"}
 
 
 def test_under_sequence_parallelism_the_norms_gradients_are_reduced_once_a_step(ranks: RankPool) -> None:

@@ -195,7 +195,7 @@ def find(log: list[Collective], place: str) -> tuple[int, Collective]:
     """The number among all all-reduces of the one at ``place``, and itself, which is what its report must say."""
     reduced = [c for c in log if c.op == "all_reduce"]
     if place == "last call":
-        at, text = len(reduced) - 1, "all_reduce [] float64 over tensor (ranks {}) (outside)"
+        at, text = len(reduced) - 1, "all_reduce [] float64 over world (ranks {}) (outside)"
     else:
         phase, layer = place.split()[0], {"forward": "self_attn.o_proj", "backward": "mlp.gate_up_proj"}
         module = f"model.layers.1.{layer[phase]}"

@@ -1,0 +1,224 @@
+"""The parts of the Argonne 2.x model: norms, attention, feed-forward, blocks, and a run of them.
+
+Module names are Hugging Face Llama's; what is fused here (``qkv_proj``, ``gate_up_proj``) still declares
+the whole tensors it holds under their Llama names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from argonne.kernels import apply_rope, rms_norm, rope_tables, swiglu
+from argonne.models.config import ArgonneConfig
+from argonne.parallel import (
+    ColumnParallelLinear,
+    Constant,
+    Normal,
+    Partition,
+    Precision,
+    ProcessGroups,
+    RowParallelLinear,
+    ShardSpec,
+    VocabParallelEmbedding,
+    context_parallel_attention,
+    replicated,
+    share_sequence,
+)
+from argonne.parallel.groups import Axis
+
+
+@dataclass(frozen=True)
+class Span:
+    """The part of the model that one pipeline stage is."""
+
+    layers: range
+    is_first: bool = True
+    """It begins with the embedding."""
+    is_last: bool = True
+    """It ends with the last norm and the head."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where in their sequences the positions are that a rank works on."""
+
+    cos: Tensor
+    """``[positions, head_dim]``, of the positions that this rank has."""
+    sin: Tensor
+    axis: Axis
+    """The ranks that share the sequences; a lone axis when this rank has them whole."""
+    documents: Tensor | None = None
+    """``[batch, sequence]`` numbers, of whole sequences: no attention between positions of different ones."""
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a weight that every rank holds."""
+
+    def __init__(self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision) -> None:
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=precision.parameters))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+    def shard_specs(self) -> dict[str, ShardSpec]:
+        return {"weight": replicated("weight", self.weight.shape, self.groups, Constant(1.0))}
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; a rank has a run of query heads and the key-value heads that they use."""
+
+    def __init__(self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        ranks = groups.tensor.size
+        group = config.num_attention_heads // config.num_key_value_heads
+        queries = Partition.blocks("q_proj", self.head_dim, config.num_attention_heads, ranks)
+        key_value_heads = tuple(range(own[0] // group, own[-1] // group + 1) for own in queries.held)
+        self.qkv_proj = ColumnParallelLinear(
+            config.hidden_size,
+            [
+                queries,
+                Partition("k_proj", self.head_dim, key_value_heads),
+                Partition("v_proj", self.head_dim, key_value_heads),
+            ],
+            groups,
+            initialiser=initial(config),
+            precision=precision,
+        )
+        self.o_proj = RowParallelLinear(
+            queries,
+            config.hidden_size,
+            groups,
+            initialiser=residual_initial(config),
+            precision=precision,
+        )
+        own, shared = queries.held[groups.tensor.rank], key_value_heads[groups.tensor.rank]
+        self.head_of_query = [head // group - shared[0] for head in own]
+        regular = [i * len(shared) // len(own) for i in range(len(own))]
+        self.is_grouped = len(own) % len(shared) == 0 and self.head_of_query == regular
+
+    def forward(self, x: Tensor, places: Places) -> Tensor:
+        """``[batch * positions, hidden]``, or this rank's share of the rows -> the same; causal."""
+        cos, sin = places.cos, places.sin
+        sequence = len(cos)
+        query, key, value = self.qkv_proj(x).split(self.qkv_proj.splits, dim=-1)
+        query = apply_rope(self._heads(query, sequence), cos, sin)
+        key = apply_rope(self._heads(key, sequence), cos, sin)
+        value = self._heads(value, sequence)
+        if not self.is_grouped:  # the rank's query heads begin or end within a group
+            key, value = key[:, self.head_of_query], value[:, self.head_of_query]
+        context = context_parallel_attention(query, key, value, places.axis, places.documents)
+        return self.o_proj(rearrange(context, "batch head sequence dim -> (batch sequence) (head dim)"))
+
+    def _heads(self, x: Tensor, sequence: int) -> Tensor:
+        return rearrange(
+            x, "(batch sequence) (head dim) -> batch head sequence dim", sequence=sequence, dim=self.head_dim
+        )
+
+
+class FeedForward(nn.Module):
+    """SwiGLU between a fused column-parallel and a row-parallel projection."""
+
+    def __init__(self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision) -> None:
+        super().__init__()
+        ranks = groups.tensor.size
+        uneven = groups.layout.uneven_shards
+        gate, up = (Partition.split(n, config.intermediate_size, ranks, uneven) for n in ("gate_proj", "up_proj"))
+        self.gate_up_proj = ColumnParallelLinear(
+            config.hidden_size,
+            [gate, up],
+            groups,
+            initialiser=initial(config),
+            precision=precision,
+        )
+        self.down_proj = RowParallelLinear(
+            up,
+            config.hidden_size,
+            groups,
+            initialiser=residual_initial(config),
+            precision=precision,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[tokens, hidden]``, or this rank's share of the tokens -> the same."""
+        gate, up = self.gate_up_proj(x).split(self.gate_up_proj.splits, dim=-1)
+        return self.down_proj(swiglu(gate, up))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config, groups, precision)
+        self.self_attn = Attention(config, groups, precision)
+        self.post_attention_layernorm = RMSNorm(config, groups, precision)
+        self.mlp = FeedForward(config, groups, precision)
+
+    def forward(self, x: Tensor, places: Places) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), places)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """The embedding, the blocks and the last norm, as far as they lie in ``span``: everything but the head."""
+
+    def __init__(self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision, span: Span) -> None:
+        super().__init__()
+        self.span, self.context = span, groups.context
+        if span.is_first or (span.is_last and config.tie_word_embeddings):
+            self.embed_tokens = VocabParallelEmbedding(
+                config.vocab_size, config.hidden_size, groups, initialiser=initial(config), precision=precision
+            )
+        self.layers = nn.ModuleList()
+        for number in span.layers:
+            self.layers.add_module(str(number), Block(config, groups, precision))
+        if span.is_last:
+            self.norm = RMSNorm(config, groups, precision)
+        table_dtype = torch.promote_types(precision.compute, torch.float32)
+        # A little further than the longest sequence: ids may be padded to share them out (next_token_logits).
+        positions = config.max_position_embeddings + groups.tensor.size - 1
+        with groups.device:  # also when the parameters are still on meta: no one would fill these
+            cos, sin = rope_tables(positions, config.head_dim, config.rope_theta, table_dtype)
+        self.cos: Tensor
+        self.sin: Tensor
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.recompute = False
+
+    def places(self, sequence: int, whole: bool = False, documents: Tensor | None = None) -> Places:
+        """Of sequences of that length: this context-parallel rank's share, or all of it."""
+        axis = Axis("context") if whole else self.context
+        cos, sin = (share_sequence(table[:sequence], axis, 0) for table in (self.cos, self.sin))
+        return Places(cos, sin, axis, documents)
+
+    def forward(self, x: Tensor, places: Places) -> Tensor:
+        """Ids ``[batch, positions]``, or what the stage before returned -> ``[batch * positions, hidden]``.
+
+        Under sequence parallelism this rank's share of those rows.
+        """
+        if self.span.is_first:
+            x = self.embed_tokens(x.flatten())
+        for block in self.layers:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, places, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, places)
+        return self.norm(x) if self.span.is_last else x
+
+
+def initial(config: ArgonneConfig) -> Normal:
+    return Normal(config.initializer_range)
+
+
+def residual_initial(config: ArgonneConfig) -> Normal:
+    """Projections into the residual stream, of which there are 2 a block, begin smaller by sqrt(2 blocks)."""
+    return Normal(config.initializer_range / (2 * config.num_hidden_layers) ** 0.5)

@@ -1,0 +1,115 @@
+"""The kinds of data parallelism, and the plain one: every replica has all parameters and all gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from argonne.parallel.buckets import BUCKET_BYTES, LateGradient, OverlappedReduction, gradient_dtype, plan_buckets
+from argonne.parallel.collectives import Pending, start_all_reduce
+from argonne.parallel.errors import ArgonneError
+from argonne.parallel.groups import ProcessGroups
+from argonne.parallel.precision import Precision
+from argonne.parallel.sharding import ShardedParameter, sharded_parameters
+from argonne.parallel.strategy import DataParallel
+from argonne.parallel.zero import ShardedOptimizer
+
+Kind = Literal["replicate", "zero1", "fsdp"]
+
+
+def data_parallel(
+    model: nn.Module,
+    groups: ProcessGroups,
+    kind: Kind = "replicate",
+    *,
+    precision: Precision = Precision(),
+    parameters: Sequence[ShardedParameter] | None = None,
+    blocks: Iterable[nn.Module] = (),
+    forward_methods: Sequence[str] = (),
+    stages: Sequence[nn.Module] = (),
+    bucket_bytes: int = BUCKET_BYTES,
+) -> DataParallel:
+    """Keep the replicas of ``model`` (data and context parallel) at one model.
+
+    Args:
+        model: this rank's part of it, on its device. Afterwards use ``.parameters`` of what is returned in place
+            of the model's own.
+        groups: the processes.
+        kind: what the replicas share out. ``replicate``: nothing but the batch. ``zero1``: the optimizer's state
+            (arXiv 1910.02054). ``fsdp``: parameters, gradients and the optimizer's state, by PyTorch's FSDP2.
+            Without replicas all are the same.
+        precision: that of the model.
+        parameters: those of the model, where ``sharded_parameters(model, groups)`` is not what they are.
+        blocks: for ``fsdp``: the modules whose parameters are gathered together, just before each is used.
+        forward_methods: for ``fsdp``: the model's methods that compute, besides ``forward``.
+        stages: for ``fsdp``: the parts of the model that a pipeline's schedule runs and tells when to reduce.
+        bucket_bytes: the most bytes of gradient in one collective of ``replicate`` and ``zero1``.
+
+    Raises:
+        ArgonneError: the kind is unknown, or does not suit the model.
+    """
+    if kind not in get_args(Kind):
+        raise ArgonneError(f"data parallel kind={kind!r} is not known; legal: {', '.join(get_args(Kind))}")
+    parameters = sharded_parameters(model, groups) if parameters is None else parameters
+    if groups.replicas.size == 1:
+        return DataParallel(parameters, groups)
+    if kind == "fsdp":
+        from argonne.parallel.fully_shard import FullyShard  # importing FSDP takes a moment
+
+        return FullyShard(model, groups, precision, parameters, blocks, forward_methods, stages)
+    if precision.accumulate_in_product:
+        # The products would widen a gradient only if there were none; a bucket has its place ready.
+        for sharded in parameters:
+            sharded.parameter.grad_dtype = torch.promote_types(sharded.parameter.dtype, torch.float32)
+    if kind == "zero1":
+        return ShardedOptimizer(parameters, groups, bucket_bytes)
+    return Replicate(parameters, groups, bucket_bytes)
+
+
+class Replicate(DataParallel):
+    """Each gradient is summed over the replicas, in all-reduces that run beside backward.
+
+    The gradients are views of their bucket's buffer, so that nothing is copied.
+    """
+
+    def __init__(self, parameters: Sequence[ShardedParameter], groups: ProcessGroups, bucket_bytes: int) -> None:
+        super().__init__(parameters, groups)
+        trained = [s.parameter for s in parameters if s.parameter.requires_grad]
+        self._buckets = plan_buckets(trained, bucket_bytes)
+        self._buffers: list[Tensor] = []
+        self._sent: list[int] = []  # the version of each buffer when it was sent
+        self._places: list[list[Tensor]] = []
+        self._reduction = OverlappedReduction(self._buckets, self._start)
+
+    def begin(self, micro_batches: int, deferred: bool = False) -> None:
+        self._reduction.begin(micro_batches, deferred)
+        if not self._buffers:
+            for bucket in self._buckets:
+                count = sum(parameter.numel() for parameter in bucket)
+                buffer = torch.empty(count, dtype=gradient_dtype(bucket[0]), device=bucket[0].device)
+                pieces = buffer.split([parameter.numel() for parameter in bucket])
+                self._buffers.append(buffer)
+                self._sent.append(0)
+                self._places.append([piece.view(p.shape) for p, piece in zip(bucket, pieces, strict=True)])
+        for bucket, buffer, places in zip(self._buckets, self._buffers, self._places, strict=True):
+            buffer.zero_()
+            for parameter, place in zip(bucket, places, strict=True):
+                parameter.grad = place
+
+    def complete(self) -> None:
+        self._reduction.finish()
+        if any(buffer._version != sent for buffer, sent in zip(self._buffers, self._sent, strict=True)):
+            raise LateGradient
+        super().complete()
+
+    def _start(self, number: int) -> Pending:
+        for parameter, place in zip(self._buckets[number], self._places[number], strict=True):
+            if parameter.grad is not place:  # someone has replaced or cleared it
+                place.zero_() if parameter.grad is None else place.copy_(parameter.grad)
+                parameter.grad = place
+        pending = start_all_reduce(self._buffers[number], self.groups.replicas)
+        self._sent[number] = self._buffers[number]._version
+        return pending

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Pretrain on the nodes of a Slurm allocation. From the root of the repository:
+#   sbatch --nodes 4 examples/launch/slurm.sh --preset argonne-2.0-2b --data-glob '/data/*.parquet' --output-dir runs/2b
+# --output-dir must be on a file system that all nodes share. The same command again continues the run.
+#SBATCH --job-name=argonne
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+set -euo pipefail
+
+gpus=${SLURM_GPUS_ON_NODE:-1}
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+# Jobs of the same user may share a node: each has a port of its own.
+port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
+# --wall-time counts from here, whatever is restarted meanwhile.
+ARGONNE_STARTED_AT=$(date +%s)
+export ARGONNE_STARTED_AT
+# srun does not hand on the cores of the allocation by itself.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
+
+# One torchrun agent a node; the agents meet on the first. Flags of yours come last, and so win.
+exec srun --nodes "${#nodes[@]}" --ntasks "${#nodes[@]}" --ntasks-per-node 1 --kill-on-bad-exit=1 \
+  "${PYTHON:-python}" -m torch.distributed.run \
+  --nnodes "${#nodes[@]}" --nproc-per-node "$gpus" --max-restarts "${MAX_RESTARTS:-3}" \
+  --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "${nodes[0]}:$port" \
+  examples/pretrain.py --tensor-parallel "$gpus" --data-parallel "${#nodes[@]}" "$@"

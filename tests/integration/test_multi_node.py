@@ -1,0 +1,163 @@
+"""Several nodes, as so many launchers on this one: torchrun agents, ranks started by hand, schedulers' scripts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.integration.runs import (
+    ROOT,
+    Finished,
+    agents,
+    finish,
+    free_port,
+    metrics,
+    ranks_of,
+    start,
+    succeed,
+    wait_for_steps,
+    words_of,
+)
+
+SCRIPTS = ROOT / "examples" / "launch"
+# The global batch of the other runs, 4, with two replicas.
+TWO_BY_TWO = {"--gradient-accumulation-steps": 1, "--tensor-parallel": 2, "--data-parallel": 2}
+
+
+def by_hand(flags: dict[str, Any], each: int = 2) -> list[subprocess.Popen[str]]:
+    """``by_hand.sh`` for each of two nodes."""
+    script, port = str(SCRIPTS / "by_hand.sh"), str(free_port())
+    return [
+        start(
+            [script, str(first), str(each), str(2 * each), "127.0.0.1", "--", *words_of(flags)],
+            MASTER_PORT=port,
+            PYTHON=sys.executable,
+        )
+        for first in (0, each)
+    ]
+
+
+def finish_all(jobs: list[subprocess.Popen[str]]) -> list[Finished]:
+    done = [finish(job, timeout=200) for job in jobs]
+    for node in done:
+        assert node.status == 0, "\n---\n".join(node.output for node in done)
+    return done
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """Every whole weight of the newest checkpoint."""
+    newest = sorted(directory.glob("step_????????"))[-1]
+    return {name: value for path in newest.glob("model-*.safetensors") for name, value in load_file(path).items()}
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """One run in two layouts: the same data to the bit, losses and weights as near as float32 sums are."""
+    ours, theirs = metrics(found), metrics(expected)
+    assert [line["step"] for line in ours] == list(range(1, 13))
+    assert [line["batch_hash"] for line in ours] == [line["batch_hash"] for line in theirs]
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-5)
+    weights, reference = tensors(found), tensors(expected)
+    assert weights.keys() == reference.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(value, reference[name], rtol=0, atol=1e-3, msg=lambda text, name=name: name + text)
+
+
+@pytest.fixture(scope="module")
+def dense(flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of the same run in one process."""
+    directory = tmp_path_factory.mktemp("dense")
+    succeed("pretrain", {**flags, "--output-dir": directory}, nproc=1)
+    return directory
+
+
+def test_two_torchrun_agents_train_stop_and_continue_as_one_process_does(
+    flags: dict[str, Any], dense: Path, tmp_path: Path
+) -> None:
+    both = {**flags, **TWO_BY_TWO, "--output-dir": tmp_path}
+    finish_all(agents({**both, "--stop-at-step": 5}))
+    assert metrics(tmp_path)[-1]["step"] == 5
+    done = finish_all(agents(both))
+    assert sum("continuing from" in node.output for node in done) == 1, "not exactly one rank of all nodes speaks"
+    assert_same_run(tmp_path, dense)
+
+
+def test_ranks_started_by_hand_on_two_nodes_train_as_one_process_does(
+    flags: dict[str, Any], dense: Path, tmp_path: Path
+) -> None:
+    finish_all(by_hand({**flags, "--gradient-accumulation-steps": 1, "--output-dir": tmp_path}))
+    assert_same_run(tmp_path, dense)
+    assert metrics(tmp_path)[0]["layout"] | {"tensor": 2, "data": 2} == metrics(tmp_path)[0]["layout"]
+
+
+@pytest.mark.slow
+def test_a_rank_lost_by_hand_ends_the_ranks_of_every_node(flags: dict[str, Any], tmp_path: Path) -> None:
+    long = {"--gradient-accumulation-steps": 1, "--total-steps": 100_000, "--save-interval": 100_000}
+    jobs = by_hand({**flags, **long, "--output-dir": tmp_path})
+    wait_for_steps(jobs[0], tmp_path, 2)
+    pids = {rank: pid for job in jobs for rank, pid in ranks_of(job).items()}
+    assert sorted(pids) == [0, 1, 2, 3]
+    os.kill(pids[3], signal.SIGKILL)
+    assert [finish(job, timeout=60).status != 0 for job in jobs] == [True, True]
+    states = [stat.read_text().split()[2] for pid in pids.values() if (stat := Path(f"/proc/{pid}/stat")).exists()]
+    assert set(states) <= {"Z"}, "a rank outlived its job"
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.iterdir()))
+def test_script_is_bash_and_may_be_run(script: str) -> None:
+    assert os.access(SCRIPTS / script, os.X_OK)
+    checked = subprocess.run(["bash", "-n", SCRIPTS / script], capture_output=True, text=True, check=False)
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def test_by_hand_refuses_ranks_that_no_job_has() -> None:
+    for words in ([], ["0", "2", "4", "127.0.0.1"], ["3", "2", "4", "127.0.0.1", "--"], ["0", "3", "4", "h", "--"]):
+        done = finish(start([str(SCRIPTS / "by_hand.sh"), *words]))
+        assert done.status == 2
+        assert len(done.output.splitlines()) == 1
+
+
+# What a cluster has and this machine has not: every node is this one, and starting there is starting here.
+STAND_INS = {
+    "scontrol": "printf '127.0.0.1\\n127.0.0.1\\n'",
+    "srun": 'while [[ $1 != "$PYTHON" ]]; do shift; done; "$@" & "$@" & wait -n; wait -n',
+    "mpiexec": 'while [[ $1 != "$PYTHON" ]]; do shift; done; "$@" & "$@" & wait -n; wait -n',
+    "awk": "printf 'localhost\\n127.0.0.1\\n'",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["slurm.sh", "pbs.sh"])
+def test_a_schedulers_script_starts_an_agent_a_node(
+    flags: dict[str, Any], dense: Path, tmp_path: Path, script: str
+) -> None:
+    for name, body in STAND_INS.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\nset -e\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    scheduler = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "MASTER_PORT": str(free_port()),
+        "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_ID": "1234",
+        "GPUS_PER_NODE": "2",
+        "PBS_NODEFILE": "/dev/null",
+        "PBS_JOBID": "1234[5].server",
+    }
+    run = {**flags, "--gradient-accumulation-steps": 1, "--output-dir": tmp_path / "run"}
+    done = finish(start([str(SCRIPTS / script), *words_of(run)], **scheduler), timeout=200)
+    assert done.status == 0, done.output
+    assert_same_run(tmp_path / "run", dense)
+    refused = finish(start([str(SCRIPTS / script), *words_of({**run, "--seed": 5})], **scheduler), timeout=200)
+    assert refused.status != 0, refused.output
+    lines = [line for line in refused.output.splitlines() if line.startswith("argonne: error: ")]
+    assert len([line for line in lines if not line.startswith("argonne: error: rank ")]) == 1, refused.output
+    assert len(lines) <= 2, "more than one rank a node speaks"

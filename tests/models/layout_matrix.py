@@ -1,0 +1,133 @@
+"""Every product of the axes on up to eight ranks, and the short training run that all of them must agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from argonne.checkpoint import load_pieces, save_checkpoint, weight_pieces
+from argonne.checkpoint.format import step_directory
+from argonne.models import ArgonneConfig, build_replicas
+from argonne.parallel import (
+    AXES,
+    Layout,
+    Precision,
+    ProcessGroups,
+    clip_gradients,
+    global_gradient_norm,
+    initialise,
+    regions_of,
+)
+from argonne.parallel.collectives import all_reduce
+from argonne.parallel.pipeline_plan import SCHEDULES, PipelinePlan
+from argonne.training.optimizer import build_optimizer, moment_pieces, set_learning_rate
+from tests.whole import Parts
+
+STEPS, GLOBAL_BATCH, SEQUENCE, VOCABULARY = 20, 8, 16, 53
+DOUBLE = Precision(torch.float64, torch.float64)
+KINDS = ("replicate", "zero1", "fsdp")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train the model."""
+
+    layout: Layout
+    schedule: str = "1f1b"
+    kind: str = "replicate"
+    tied: bool = True
+    accumulation: int = 1
+    blocks: int = 0
+    """0: one more than there are stages, which no number of stages but 1 divides."""
+
+    @property
+    def plan(self) -> PipelinePlan:
+        return PipelinePlan.of(self.schedule, self.layout.pipeline)  # type: ignore[arg-type]
+
+    @property
+    def layers(self) -> int:
+        return self.blocks or self.plan.stages + 1
+
+    @property
+    def config(self) -> ArgonneConfig:
+        layers = self.layers
+        return ArgonneConfig(
+            16, layers, 8, 2, VOCABULARY, 24, SEQUENCE, initializer_range=0.3, tie_word_embeddings=self.tied
+        )
+
+    def __str__(self) -> str:
+        schedule = f", {self.schedule}" if self.layout.pipeline > 1 else ""
+        kind = f", {self.kind}" if self.layout.data * self.layout.context > 1 else ""
+        head = "tied" if self.tied else "untied"
+        return f"{self.layout}{schedule}{kind}, {head}, accumulation {self.accumulation}"
+
+
+def every_case() -> Iterator[Case]:
+    """All legal ones of 2, 4 and 8 ranks; tied and untied heads, and both accumulations, take turns."""
+    turn = 0
+    for sizes in product((1, 2, 4, 8), repeat=len(AXES)):
+        named = dict(zip(AXES, sizes, strict=True))
+        ranks = Layout(**named).world_size
+        if ranks == 1 or ranks > 8:
+            continue
+        schedules = SCHEDULES if named["pipeline"] > 1 else ("1f1b",)
+        kinds = KINDS if named["data"] * named["context"] > 1 else ("replicate",)
+        sequence = (False, True) if named["tensor"] > 1 else (False,)
+        for schedule, kind, share in product(schedules, kinds, sequence):
+            if kind == "fsdp" and schedule == "zb":
+                continue  # refused
+            least = named["pipeline"] if schedule in ("1f1b", "interleaved") else 1
+            most = GLOBAL_BATCH // named["data"]
+            accumulation = max(least, min(most, (1, 4)[turn % 2]))
+            yield Case(Layout(**named, sequence_parallel=share), schedule, kind, turn // 2 % 2 == 0, accumulation)
+            turn += 1
+
+
+def batches() -> torch.Tensor:
+    """``[steps, global batch, sequence + 1]`` ids."""
+    generator = torch.Generator().manual_seed(11)
+    return torch.randint(0, VOCABULARY, (STEPS, GLOBAL_BATCH, SEQUENCE + 1), generator=generator)
+
+
+def train(
+    groups: ProcessGroups, case: Case, start: int = 0, stop: int = STEPS, directory: Path | None = None
+) -> tuple[list[float], Parts]:
+    """The loss of each step from ``start`` to ``stop`` and the weights after the last, as the trainer makes them.
+
+    With a ``directory``, begins with the checkpoint of step ``start`` there, if that is not 0, and leaves one of
+    step ``stop``.
+    """
+    model, replicas = build_replicas(case.config, groups, DOUBLE, case.plan, case.kind)  # type: ignore[arg-type]
+    optimizer = build_optimizer(replicas.parameters, weight_decay=0.1)
+    weights = weight_pieces(replicas.parameters)
+    if start:
+        assert directory is not None
+        with torch.no_grad():
+            load_pieces(step_directory(directory, start), [*weights, *moment_pieces(optimizer, replicas.parameters)])
+        for sharded in replicas.parameters:
+            optimizer.state[sharded.parameter]["step"].fill_(start)
+    else:
+        initialise(replicas.parameters, seed=3)
+    replicas.publish()
+    losses = []
+    for step, batch in list(enumerate(batches()))[start:stop]:
+        mine = batch[groups.data.rank :: groups.data.size].unflatten(0, (case.accumulation, -1))
+        replicas.begin(case.accumulation, deferred=model.defers_weight_gradients)
+        tokens = GLOBAL_BATCH * SEQUENCE
+        loss = model.forward_backward(mine[..., :-1], mine[..., 1:], tokens)
+        losses.append(all_reduce(loss, groups.replicas).item())
+        replicas.complete()
+        norm = global_gradient_norm(replicas.parameters, groups)
+        clip_gradients(replicas.parameters, norm, 1.0)
+        set_learning_rate(optimizer, 1e-2 / (1 + step))
+        optimizer.step()
+        replicas.publish()
+        optimizer.zero_grad()
+    if directory is not None:
+        moments = moment_pieces(optimizer, replicas.parameters)
+        save_checkpoint(directory, stop, weights, moments, lambda path: None, groups)
+    return losses, [(region, part.clone()) for region, part in regions_of(replicas.parameters)]
