@@ -60,13 +60,13 @@ class Step:
         self.ids = torch.randint(0, CONFIG.vocab_size, (2, 6), generator=generator)
 
     def __call__(self) -> list[Tensor]:
-        """The loss, the norm and every gradient."""
+        """The loss, the norm, its sum over the tensor group (the last call of the block) and every gradient."""
         loss = self.model.loss(self.ids, self.ids.flip(0), "sum")
         loss.backward()
         complete_gradients(self.parameters, self.groups)
         norm = global_gradient_norm(self.parameters, self.groups)
         gradients = [sharded.parameter.grad for sharded in self.parameters if sharded.parameter.grad is not None]
-        return [loss.detach(), norm, *gradients]
+        return [loss.detach(), norm, all_reduce(norm.clone(), self.groups.tensor), *gradients]
 
 
 @contextmanager
@@ -195,7 +195,7 @@ def find(log: list[Collective], place: str) -> tuple[int, Collective]:
     """The number among all all-reduces of the one at ``place``, and itself, which is what its report must say."""
     reduced = [c for c in log if c.op == "all_reduce"]
     if place == "last call":
-        at, text = len(reduced) - 1, "all_reduce [] float64 over world (ranks {}) (outside)"
+        at, text = len(reduced) - 1, "all_reduce [] float64 over tensor (ranks {}) (outside)"
     else:
         phase, layer = place.split()[0], {"forward": "self_attn.o_proj", "backward": "mlp.gate_up_proj"}
         module = f"model.layers.1.{layer[phase]}"

@@ -22,7 +22,7 @@ from argonne.training.metrics import MetricsLog, Progress, flops_per_token, memo
 def test_flops_of_the_weights_are_those_of_the_matrix_products_that_run(tied: bool) -> None:
     config = ArgonneConfig(24, 2, 6, 3, 56, 40, max_position_embeddings=16, tie_word_embeddings=tied)
     with torch.device("meta"):
-        model = ArgonneModel(config, ProcessGroups.single())
+        model = ArgonneModel(config, ProcessGroups.single("meta"))
         ids = torch.zeros(3, 10, dtype=torch.long)
         with FlopCounterMode(display=False) as counter:
             model(ids).sum().backward()
