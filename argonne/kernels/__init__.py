@@ -1,7 +1,22 @@
-"""The arithmetic between the matrix products. Each function here is the readable torch reference."""
+"""The arithmetic between the matrix products, each as a readable torch reference and as a Triton program.
 
+``backend="auto"`` takes Triton for CUDA tensors and torch for all others; see docs/kernels.md.
+"""
+
+from argonne.kernels.cross_entropy import cross_entropy, linear_cross_entropy
+from argonne.kernels.dispatch import Backend, KernelError
 from argonne.kernels.rms_norm import rms_norm
-from argonne.kernels.rope import apply_rope, rope_tables
+from argonne.kernels.rope import apply_rope, apply_rope_packed, rope_tables
 from argonne.kernels.swiglu import swiglu
 
-__all__ = ["apply_rope", "rms_norm", "rope_tables", "swiglu"]
+__all__ = [
+    "Backend",
+    "KernelError",
+    "apply_rope",
+    "apply_rope_packed",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rope_tables",
+    "swiglu",
+]

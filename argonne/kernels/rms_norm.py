@@ -1,22 +1,61 @@
-"""Root-mean-square normalisation (arXiv 1910.07467)."""
+"""Root-mean-square normalisation (arXiv 1910.07467), alone or of a sum that is kept."""
 
 from __future__ import annotations
+
+from typing import overload
 
 import torch
 from torch import Tensor
 
+from argonne.kernels.dispatch import Backend, require, uses_triton
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension.
+
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: None = None, backend: Backend = "auto") -> Tensor: ...
+
+
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, residual: Tensor, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor]: ...
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, backend: Backend = "auto"
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``s / sqrt(mean(s^2) + eps) * weight`` over the last dimension, of ``s = x`` or ``s = x + residual``.
+
+    Half-width input is computed in float32; ``s`` and the result are each rounded once.
 
     Args:
-        x: ``[..., hidden]``; half-width input is computed in float32 and rounded once.
-        weight: ``[hidden]``.
+        x: ``[..., hidden]``, any strides.
+        weight: ``[hidden]``, of any floating dtype.
         eps: added to the mean square.
+        residual: like ``x``; to be added first.
+        backend: ``torch``, ``triton`` or ``auto``.
 
     Returns:
-        ``[..., hidden]`` in the dtype of ``x``.
+        ``[..., hidden]`` in the dtype of ``x``; with a residual also ``s``.
+
+    Raises:
+        KernelError: the shapes or dtypes do not fit, or the backend cannot compute them.
     """
+    require(x.dim() > 0 and weight.shape == x.shape[-1:], "weight", list(weight.shape), f"{list(x.shape[-1:])} as in x")
+    if residual is not None:
+        fits = residual.shape == x.shape and residual.dtype == x.dtype
+        require(fits, "residual", f"{list(residual.shape)} {residual.dtype}", f"{list(x.shape)} {x.dtype} as x")
+    if uses_triton(backend, x=x, weight=weight, residual=residual):
+        from argonne.kernels.gpu.rms_norm import call
+
+        y, total, _ = call(x, residual, weight, eps)
+        return y if residual is None else (y, total)
+    if residual is None:
+        return _reference(x, weight, eps)
+    total = x + residual
+    return _reference(total, weight, eps), total
+
+
+def _reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     accurate = torch.promote_types(x.dtype, torch.float32)
     values = x.to(accurate)
     scale = torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)

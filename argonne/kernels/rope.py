@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from argonne.kernels.dispatch import Backend, require, uses_triton
+
 
 def rope_tables(
     positions: int, head_dim: int, theta: float, dtype: torch.dtype = torch.float32
@@ -19,16 +21,96 @@ def rope_tables(
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair ``(x[i], x[i + head_dim / 2])`` by its position's angle.
+def apply_rope(
+    x: Tensor, cos: Tensor, sin: Tensor, *, positions: Tensor | None = None, backend: Backend = "auto"
+) -> Tensor:
+    """Rotate each pair ``(x[i], x[i + rotated / 2])`` of a head by its position's angle; never in place.
 
     Args:
-        x: ``[..., sequence, head_dim]``.
-        cos, sin: ``[sequence, head_dim / 2]``.
+        x: ``[..., sequence, heads, head_dim]``, any strides.
+        cos, sin: ``[positions, rotated / 2]``. Where ``rotated`` is less than ``head_dim``, the rest of each head
+            passes through (partial rotary embedding).
+        positions: ``[..., sequence]`` rows of the tables, integers; ``0, 1, 2, ...`` when left out.
+        backend: ``torch``, ``triton`` or ``auto``.
 
     Returns:
         The shape and dtype of ``x``: the tables' wider dtype is used inside and never leaks out, so that
         attention sees its compute dtype.
+
+    Raises:
+        KernelError: the shapes do not fit, or the backend cannot compute them.
     """
-    first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    _check(x, cos, sin, positions)
+    if not uses_triton(backend, x=x, cos=cos, sin=sin):
+        return rotated(x, cos, sin, positions)
+    from argonne.kernels.gpu.rope import call
+
+    return call(_flat(x), cos, sin, _flat_positions(positions), 1.0).view(x.shape)
+
+
+def apply_rope_packed(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_value_heads: int,
+    *,
+    positions: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys rotated as by ``apply_rope``, and values, of rows that hold all three.
+
+    One launch; backward writes the packed gradient at once, where splitting would copy it together.
+
+    Args:
+        qkv: ``[..., sequence, query_heads + 2 * key_value_heads, head_dim]``: queries, then keys, then values.
+        cos, sin, positions, backend: as for ``apply_rope``.
+        key_value_heads: heads of the keys, and of the values.
+
+    Returns:
+        ``[..., sequence, its heads, head_dim]`` of queries, keys and values; the values are a view of ``qkv``.
+
+    Raises:
+        KernelError: as for ``apply_rope``.
+    """
+    _check(qkv, cos, sin, positions)
+    heads = qkv.shape[-2]
+    require(0 < 2 * key_value_heads < heads, "key_value_heads", key_value_heads, f"1 to {(heads - 1) // 2}")
+    turned = heads - key_value_heads
+    if uses_triton(backend, qkv=qkv, cos=cos, sin=sin):
+        from argonne.kernels.gpu.rope import call_packed
+
+        both, value = call_packed(_flat(qkv), cos, sin, _flat_positions(positions), turned)
+        both, value = (part.unflatten(0, qkv.shape[:-3]) if qkv.dim() != 4 else part for part in (both, value))
+    else:
+        both = rotated(qkv[..., :turned, :], cos, sin, positions)
+        value = qkv[..., turned:, :]
+    query, key = both.split([turned - key_value_heads, key_value_heads], dim=-2)
+    return query, key, value
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> Tensor:
+    """The reference of ``apply_rope``."""
+    half, where = cos.shape[1], slice(x.shape[-3]) if positions is None else positions
+    c, s = cos[where].unsqueeze(-2), sin[where].unsqueeze(-2)
+    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+    first, second, rest = wide.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat((first * c - second * s, second * c + first * s, rest), dim=-1).to(x.dtype)
+
+
+def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
+    require(x.dim() >= 3, "x", list(x.shape), "[..., sequence, heads, head_dim]")
+    width, length = x.shape[-1], x.shape[-3]
+    fits = cos.dim() == 2 and 2 * cos.shape[1] <= width and (positions is not None or len(cos) >= length)
+    require(fits, "cos", list(cos.shape), f"[{length} or more positions, {width // 2} or fewer pairs]")
+    require(sin.shape == cos.shape, "sin", list(sin.shape), f"{list(cos.shape)} as cos")
+    if positions is not None:
+        fits = positions.shape == x.shape[:-2] and not positions.is_floating_point()
+        require(fits, "positions", f"{list(positions.shape)} {positions.dtype}", f"integers {list(x.shape[:-2])}")
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x if x.dim() == 4 else x.reshape(-1, *x.shape[-3:])
+
+
+def _flat_positions(positions: Tensor | None) -> Tensor | None:
+    return None if positions is None else positions.reshape(-1).contiguous()

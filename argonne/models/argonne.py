@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from argonne.kernels import Backend, linear_cross_entropy
 from argonne.models.config import ArgonneConfig
 from argonne.models.decoder import Decoder, Places, Span, initial
 from argonne.parallel import (
@@ -23,7 +24,6 @@ from argonne.parallel import (
     initialise,
     sharded_parameters,
     share_sequence,
-    vocab_parallel_linear_cross_entropy,
     vocab_parallel_logits,
 )
 from argonne.parallel.collectives import all_gather
@@ -35,18 +35,27 @@ class ArgonneStage(nn.Module):
     """A run of blocks, with the embedding if it is the first and the head if it is the last.
 
     Construct it under ``with torch.device(...)``: the parameters are empty there until ``initialise`` or a
-    checkpoint fills them, and cost nothing on ``meta``.
+    checkpoint fills them, and cost nothing on ``meta``. ``kernels`` is the backend of what lies between the matrix
+    products: ``auto`` takes Triton on GPU and torch elsewhere.
 
     Raises:
         LayoutError: the shape cannot be shared out as the layout asks.
     """
 
-    def __init__(self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision, span: Span) -> None:
+    def __init__(
+        self,
+        config: ArgonneConfig,
+        groups: ProcessGroups,
+        precision: Precision,
+        span: Span,
+        kernels: Backend = "auto",
+    ) -> None:
         super().__init__()
         config.check_layout(groups.layout)
         self.config = config
         self.groups = groups
-        self.model = Decoder(config, groups, precision, span)
+        self.kernels = kernels
+        self.model = Decoder(config, groups, precision, span, kernels)
         self.lm_head = None
         if span.is_last and not config.tie_word_embeddings:
             self.lm_head = VocabParallelHead(
@@ -74,7 +83,8 @@ class ArgonneStage(nn.Module):
 
     def losses(self, x: Tensor, targets: Tensor, reduction: Reduction, objective: Objective = Objective()) -> Tensor:
         """The loss in nats of each position ``[batch, positions]``, or their sum, from the last stage's output."""
-        losses = vocab_parallel_linear_cross_entropy(x, self.head, targets.flatten(), objective, reduction)
+        flat = targets.flatten()
+        losses = linear_cross_entropy(x, self.head, flat, objective, reduction, backend=self.kernels)
         return losses if reduction == "sum" else losses.view(targets.shape)
 
     def last_logits(self, x: Tensor, batch: int, position: int) -> Tensor:
@@ -110,8 +120,14 @@ class ArgonneModel(ArgonneStage):
     defers_weight_gradients = False
     """Whether ``forward_backward`` makes gradients later than backward does: see ``DataParallel.begin``."""
 
-    def __init__(self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision = Precision()) -> None:
-        super().__init__(config, groups, precision, Span(range(config.num_hidden_layers)))
+    def __init__(
+        self,
+        config: ArgonneConfig,
+        groups: ProcessGroups,
+        precision: Precision = Precision(),
+        kernels: Backend = "auto",
+    ) -> None:
+        super().__init__(config, groups, precision, Span(range(config.num_hidden_layers)), kernels)
 
     def forward(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
         """``[batch, sequence]`` ids -> this rank's logits ``[batch, its positions, its tokens]``.

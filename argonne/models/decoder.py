@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from argonne.kernels import apply_rope, rms_norm, rope_tables, swiglu
+from argonne.kernels import Backend, apply_rope_packed, rms_norm, rope_tables, swiglu
 from argonne.models.config import ArgonneConfig
 from argonne.parallel import (
     ColumnParallelLinear,
@@ -59,14 +59,19 @@ class Places:
 class RMSNorm(nn.Module):
     """RMSNorm with a weight that every rank holds."""
 
-    def __init__(self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision) -> None:
+    def __init__(
+        self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision, kernels: Backend = "auto"
+    ) -> None:
         super().__init__()
-        self.eps = config.rms_norm_eps
-        self.groups = groups
+        self.eps, self.groups, self.kernels = config.rms_norm_eps, groups, kernels
         self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=precision.parameters))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, backend=self.kernels)
+
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of ``x + residual``, and that sum."""
+        return rms_norm(x, self.weight, self.eps, residual=residual, backend=self.kernels)
 
     def shard_specs(self) -> dict[str, ShardSpec]:
         return {"weight": replicated("weight", self.weight.shape, self.groups, Constant(1.0))}
@@ -75,9 +80,11 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention; a rank has a run of query heads and the key-value heads that they use."""
 
-    def __init__(self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision) -> None:
+    def __init__(
+        self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision, kernels: Backend = "auto"
+    ) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.kernels = config.head_dim, kernels
         ranks = groups.tensor.size
         group = config.num_attention_heads // config.num_key_value_heads
         queries = Partition.blocks("q_proj", self.head_dim, config.num_attention_heads, ranks)
@@ -101,34 +108,37 @@ class Attention(nn.Module):
             precision=precision,
         )
         own, shared = queries.held[groups.tensor.rank], key_value_heads[groups.tensor.rank]
+        self.key_value_heads = len(shared)
         self.head_of_query = [head // group - shared[0] for head in own]
         regular = [i * len(shared) // len(own) for i in range(len(own))]
         self.is_grouped = len(own) % len(shared) == 0 and self.head_of_query == regular
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
         """``[batch * positions, hidden]``, or this rank's share of the rows -> the same; causal."""
-        cos, sin = places.cos, places.sin
-        sequence = len(cos)
-        query, key, value = self.qkv_proj(x).split(self.qkv_proj.splits, dim=-1)
-        query = apply_rope(self._heads(query, sequence), cos, sin)
-        key = apply_rope(self._heads(key, sequence), cos, sin)
-        value = self._heads(value, sequence)
+        packed = rearrange(
+            self.qkv_proj(x),
+            "(batch sequence) (head dim) -> batch sequence head dim",
+            sequence=len(places.cos),
+            dim=self.head_dim,
+        )
+        query, key, value = apply_rope_packed(
+            packed, places.cos, places.sin, self.key_value_heads, backend=self.kernels
+        )
         if not self.is_grouped:  # the rank's query heads begin or end within a group
-            key, value = key[:, self.head_of_query], value[:, self.head_of_query]
+            key, value = key[:, :, self.head_of_query], value[:, :, self.head_of_query]
+        query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
         context = context_parallel_attention(query, key, value, places.axis, places.documents)
         return self.o_proj(rearrange(context, "batch head sequence dim -> (batch sequence) (head dim)"))
-
-    def _heads(self, x: Tensor, sequence: int) -> Tensor:
-        return rearrange(
-            x, "(batch sequence) (head dim) -> batch head sequence dim", sequence=sequence, dim=self.head_dim
-        )
 
 
 class FeedForward(nn.Module):
     """SwiGLU between a fused column-parallel and a row-parallel projection."""
 
-    def __init__(self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision) -> None:
+    def __init__(
+        self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision, kernels: Backend = "auto"
+    ) -> None:
         super().__init__()
+        self.kernels = kernels
         ranks = groups.tensor.size
         uneven = groups.layout.uneven_shards
         gate, up = (Partition.split(n, config.intermediate_size, ranks, uneven) for n in ("gate_proj", "up_proj"))
@@ -149,29 +159,38 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[tokens, hidden]``, or this rank's share of the tokens -> the same."""
-        gate, up = self.gate_up_proj(x).split(self.gate_up_proj.splits, dim=-1)
-        return self.down_proj(swiglu(gate, up))
+        return self.down_proj(swiglu(self.gate_up_proj(x), backend=self.kernels))
 
 
 class Block(nn.Module):
     """One pre-norm transformer block."""
 
-    def __init__(self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision) -> None:
+    def __init__(
+        self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision, kernels: Backend = "auto"
+    ) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config, groups, precision)
-        self.self_attn = Attention(config, groups, precision)
-        self.post_attention_layernorm = RMSNorm(config, groups, precision)
-        self.mlp = FeedForward(config, groups, precision)
+        self.input_layernorm = RMSNorm(config, groups, precision, kernels)
+        self.self_attn = Attention(config, groups, precision, kernels)
+        self.post_attention_layernorm = RMSNorm(config, groups, precision, kernels)
+        self.mlp = FeedForward(config, groups, precision, kernels)
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), places)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn(self.input_layernorm(x), places)
+        normal, x = self.post_attention_layernorm.of_sum(attended, x)
+        return x + self.mlp(normal)
 
 
 class Decoder(nn.Module):
     """The embedding, the blocks and the last norm, as far as they lie in ``span``: everything but the head."""
 
-    def __init__(self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision, span: Span) -> None:
+    def __init__(
+        self,
+        config: ArgonneConfig,
+        groups: ProcessGroups,
+        precision: Precision,
+        span: Span,
+        kernels: Backend = "auto",
+    ) -> None:
         super().__init__()
         self.span, self.context = span, groups.context
         if span.is_first or (span.is_last and config.tie_word_embeddings):
@@ -180,9 +199,9 @@ class Decoder(nn.Module):
             )
         self.layers = nn.ModuleList()
         for number in span.layers:
-            self.layers.add_module(str(number), Block(config, groups, precision))
+            self.layers.add_module(str(number), Block(config, groups, precision, kernels))
         if span.is_last:
-            self.norm = RMSNorm(config, groups, precision)
+            self.norm = RMSNorm(config, groups, precision, kernels)
         table_dtype = torch.promote_types(precision.compute, torch.float32)
         # A little further than the longest sequence: ids may be padded to share them out (next_token_logits).
         positions = config.max_position_embeddings + groups.tensor.size - 1

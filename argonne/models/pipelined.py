@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from argonne.kernels import Backend
 from argonne.models.argonne import ArgonneModel, ArgonneStage, Reduction, pad_to_share
 from argonne.models.config import ArgonneConfig
 from argonne.models.decoder import Span
@@ -27,19 +28,27 @@ class PipelinedModel(nn.Module):
         groups: the processes; the stages lie along ``groups.pipeline``.
         precision: the dtypes.
         plan: the schedule and the stages.
+        kernels: as of ``ArgonneStage``.
 
     Raises:
         LayoutError: the shape cannot be shared out as the layout and the plan ask.
     """
 
-    def __init__(self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision, plan: PipelinePlan) -> None:
+    def __init__(
+        self,
+        config: ArgonneConfig,
+        groups: ProcessGroups,
+        precision: Precision,
+        plan: PipelinePlan,
+        kernels: Backend = "auto",
+    ) -> None:
         super().__init__()
         plan.check_layers(config.num_hidden_layers)
         self.config, self.groups, self.precision, self.plan = config, groups, precision, plan
         self.costs, spans = cut(config, plan.stages)
         self.stages = nn.ModuleDict(
             {
-                str(stage): ArgonneStage(config, groups, precision, spans[stage])
+                str(stage): ArgonneStage(config, groups, precision, spans[stage], kernels)
                 for stage in plan.held(groups.pipeline.rank)
             }
         )
@@ -155,12 +164,16 @@ class PipelinedModel(nn.Module):
 
 
 def build_model(
-    config: ArgonneConfig, groups: ProcessGroups, precision: Precision, plan: PipelinePlan
+    config: ArgonneConfig,
+    groups: ProcessGroups,
+    precision: Precision,
+    plan: PipelinePlan,
+    kernels: Backend = "auto",
 ) -> ArgonneModel | PipelinedModel:
     """The model for the layout of ``groups``: as one, or in the stages of ``plan``."""
     if groups.pipeline.size == 1:
-        return ArgonneModel(config, groups, precision)
-    return PipelinedModel(config, groups, precision, plan)
+        return ArgonneModel(config, groups, precision, kernels)
+    return PipelinedModel(config, groups, precision, plan, kernels)
 
 
 def cut(config: ArgonneConfig, stages: int) -> tuple[list[float], list[Span]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from argonne.kernels import Backend
 from argonne.models.argonne import ArgonneModel
 from argonne.models.config import ArgonneConfig
 from argonne.models.pipelined import PipelinedModel, build_model
@@ -38,7 +39,12 @@ def replicas_of(model: ArgonneModel | PipelinedModel, kind: Kind, precision: Pre
 
 
 def build_replicas(
-    config: ArgonneConfig, groups: ProcessGroups, precision: Precision, plan: PipelinePlan, kind: Kind
+    config: ArgonneConfig,
+    groups: ProcessGroups,
+    precision: Precision,
+    plan: PipelinePlan,
+    kind: Kind,
+    kernels: Backend = "auto",
 ) -> tuple[ArgonneModel | PipelinedModel, DataParallel]:
     """A model on the device of ``groups`` and its replicas; its parameters are empty until something fills them.
 
@@ -46,7 +52,7 @@ def build_replicas(
     """
     shares = kind == "fsdp" and groups.replicas.size > 1
     with torch.device("meta") if shares else groups.device:
-        model = build_model(config, groups, precision, plan)
+        model = build_model(config, groups, precision, plan, kernels)
     return model, replicas_of(model, kind, precision)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,9 +45,22 @@ class Objective:
             raise ArgonneError(f"z_loss={self.z_loss} is not legal; legal: 0 or more")
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What is left of a rank's logits ``[tokens, its vocabulary]`` for the gradient, which may overwrite it."""
+
+    values: Tensor
+    """The logits, or their exponentials."""
+    shift: Tensor | None = None
+    """``[tokens]`` above which the exponentials are; None if the values are logits."""
+
+
 @dataclass
 class Targets:
-    """Targets ``[tokens]`` as one rank of the vocabulary sees them."""
+    """Targets ``[tokens]`` as one rank of the vocabulary sees them, and the arithmetic on its logits.
+
+    A subclass may do ``statistics``, ``keep`` and ``gradient`` in another way (``argonne.kernels`` does, on GPU).
+    """
 
     objective: Objective
     vocabulary: VocabularyRange
@@ -62,20 +75,21 @@ class Targets:
         return cls(objective, vocabulary, rows, mine, targets != objective.ignore_index)
 
     def __getitem__(self, chunk: slice) -> Targets:
-        return Targets(self.objective, self.vocabulary, self.rows[chunk], self.mine[chunk], self.counted[chunk])
+        return replace(self, rows=self.rows[chunk], mine=self.mine[chunk], counted=self.counted[chunk])
 
-    def statistics(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What this rank says of its logits ``values`` ``[tokens, its vocabulary]``, and their exponentials.
+    def statistics(self, logits: Tensor) -> tuple[Tensor, Kept]:
+        """What this rank says of its logits ``[tokens, its vocabulary]``, and what it keeps of them.
 
         Returns:
-            ``[3 or 4, tokens]``: the maximum, the sum of exponentials above it, the target's logit, and the sum
-            if it is needed; the exponentials above ``shift``; ``shift`` ``[tokens]``, the maximum made finite.
+            ``[3 or 4, tokens]``: the maximum (made finite), the sum of exponentials above it, the target's logit,
+            and the sum if it is needed.
         """
+        values = logits.to(torch.promote_types(logits.dtype, torch.float32))
         wants_sum = self.objective.label_smoothing > 0
         said = values.new_zeros(4 if wants_sum else 3, len(values))
         said[0] = said[2] = -torch.inf
         if not self.vocabulary.tokens:
-            return said, values, said[1]
+            return said, Kept(values, said[1])
         said[2] = torch.where(self.mine, values.gather(1, self.rows[:, None])[:, 0], -torch.inf)
         if wants_sum:
             torch.sum(values, 1, out=said[3])
@@ -83,63 +97,80 @@ class Targets:
         exponentials = (values - shift[:, None]).exp_()
         said[0] = shift
         torch.sum(exponentials, 1, out=said[1])
-        return said, exponentials, shift
+        return said, Kept(exponentials, shift)
 
     def losses(self, said: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss and log(sum(exp(logits))) of each position, from every rank's ``[ranks, 3 or 4, tokens]``."""
+        """The loss of each position, from every rank's ``[ranks, 3 or 4, tokens]``, and the softmax's ``sums``.
+
+        Those are ``[2, tokens]``: the highest logit, and the log of the sum of exponentials above it. They are kept
+        apart, and the loss is a difference of logits first: so it does not suffer when all logits are large.
+        """
         highest, total, target_logit = said[:, 0], said[:, 1], said[:, 2].amax(0)
         top = highest.amax(0)
-        log_sum = top + ((highest - top).exp() * total).sum(0).log()
+        log_total = ((highest - top).exp() * total).sum(0).log()
         smoothing, z_loss = self.objective.label_smoothing, self.objective.z_loss
-        losses = log_sum - target_logit  # of a target that is no token: infinite
+        losses = (top - target_logit) + log_total  # of a target that is no token: infinite
         if smoothing:
             mean = said[:, 3].sum(0) / self.vocabulary.vocabulary
-            losses = (1 - smoothing) * losses + smoothing * (log_sum - mean)
+            losses = (1 - smoothing) * losses + smoothing * ((top - mean) + log_total)
         if z_loss:
-            losses = losses + z_loss * log_sum.square()
-        return torch.where(self.counted, losses, 0.0), log_sum
+            losses = losses + z_loss * (top + log_total).square()
+        return torch.where(self.counted, losses, 0.0), torch.stack((top, log_total))
 
-    def gradient(self, exponentials: Tensor, shift: Tensor, log_sum: Tensor, scale: Tensor | None) -> Tensor:
-        """Overwrite ``exponentials`` above ``shift`` with the gradient of the logits; ``scale`` is the losses'."""
-        smoothing, z_loss = self.objective.label_smoothing, self.objective.z_loss
-        scale = torch.where(self.counted, torch.ones_like(log_sum) if scale is None else scale, 0.0)
-        factor = (shift - log_sum).exp() * scale
-        if z_loss:
-            factor = factor * (1 + 2 * z_loss * log_sum)
-        exponentials.mul_(factor[:, None])
+    def keep(self, logits: Tensor, sums: Tensor) -> Kept:
+        """As ``statistics`` keeps it, when the ``sums`` are known."""
+        return Kept((logits.to(sums.dtype) - sums[0, :, None]).exp_(), sums[0])
+
+    def gradient(self, kept: Kept, sums: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """The gradient of the logits, in ``out`` or in place of what was kept; ``scale`` is the losses'."""
+        assert kept.shift is not None
+        smoothing, exponentials = self.objective.label_smoothing, kept.values
+        scale, factor = self.factors(sums, scale)
+        exponentials.mul_(((kept.shift - sums[0] - sums[1]).exp() * factor)[:, None])
         if smoothing:
             exponentials.sub_((scale * (smoothing / self.vocabulary.vocabulary))[:, None])
         if self.vocabulary.tokens:
             at_target = torch.where(self.mine, (smoothing - 1) * scale, 0.0)
             exponentials.scatter_add_(1, self.rows[:, None], at_target[:, None])
-        return exponentials
+        return exponentials if out is None else out.copy_(exponentials)
+
+    def factors(self, sums: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the losses of the positions are multiplied by, 0 where there is none, and their softmax ``[tokens]``."""
+        scale = torch.where(self.counted, torch.ones_like(sums[0]) if scale is None else scale, 0.0)
+        z_loss = self.objective.z_loss
+        return scale, scale * (1 + 2 * z_loss * (sums[0] + sums[1])) if z_loss else scale
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, vocabulary: VocabularyRange, axis: Axis, objective: Objective
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        vocabulary: VocabularyRange,
+        axis: Axis,
+        objective: Objective,
+        arithmetic: type[Targets],
     ) -> Any:
-        local = Targets.of(targets, vocabulary, objective)
+        local = arithmetic.of(targets, vocabulary, objective)
         accurate = torch.promote_types(logits.dtype, torch.float32)
-        pieces = [local[chunk].statistics(logits[chunk].to(accurate))[0] for chunk in _chunks(logits)]
+        pieces = [local[chunk].statistics(logits[chunk])[0] for chunk in _chunks(logits)]
         said = torch.cat(pieces, 1) if pieces else logits.new_zeros(4, 0, dtype=accurate)
-        losses, log_sum = local.losses(all_gather(said, axis))
-        ctx.save_for_backward(logits, targets, log_sum)
-        ctx.vocabulary, ctx.objective = vocabulary, objective
+        losses, sums = local.losses(all_gather(said, axis))
+        ctx.save_for_backward(logits, targets, sums)
+        ctx.vocabulary, ctx.objective, ctx.arithmetic = vocabulary, objective, arithmetic
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        logits, targets, log_sum = ctx.saved_tensors
-        local = Targets.of(targets, ctx.vocabulary, ctx.objective)
+        logits, targets, sums = ctx.saved_tensors
+        local = ctx.arithmetic.of(targets, ctx.vocabulary, ctx.objective)
         logits_gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
         for chunk in _chunks(logits):
-            exponentials = (logits[chunk].to(log_sum.dtype) - log_sum[chunk, None]).exp_()
-            total = log_sum[chunk]
-            logits_gradient[chunk] = local[chunk].gradient(exponentials, total, total, gradient[chunk])
-        return logits_gradient, None, None, None, None
+            kept = local[chunk].keep(logits[chunk], sums[:, chunk])
+            local[chunk].gradient(kept, sums[:, chunk], gradient[chunk], out=logits_gradient[chunk])
+        return logits_gradient, None, None, None, None, None
 
 
 def vocab_parallel_cross_entropy(
@@ -148,6 +179,7 @@ def vocab_parallel_cross_entropy(
     vocabulary: VocabularyRange,
     axis: Axis,
     objective: Objective = Objective(),
+    arithmetic: type[Targets] = Targets,
 ) -> Tensor:
     """The loss of each position, from this rank's part of the logits; the logits are left as they are.
 
@@ -157,11 +189,13 @@ def vocab_parallel_cross_entropy(
         vocabulary: this rank's range.
         axis: the ranks that share the vocabulary.
         objective: label smoothing, z-loss and the target that is ignored.
+        arithmetic: how a rank's logits are computed with.
 
     Returns:
         ``[...]`` in float32 (float64 for float64 logits), in nats, the same on every rank.
     """
-    losses = _VocabParallelCrossEntropy.apply(as_matrix(logits), targets.reshape(-1), vocabulary, axis, objective)
+    flat = as_matrix(logits), targets.reshape(-1)
+    losses = _VocabParallelCrossEntropy.apply(*flat, vocabulary, axis, objective, arithmetic)
     return losses.view(targets.shape)
 
 

@@ -42,21 +42,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         objective: Objective,
         reduction: str,
         trains: bool,
+        arithmetic: type[Targets],
     ) -> Tensor:
         ctx.vocabulary, ctx.axis, ctx.objective, ctx.reduction = vocabulary, axis, objective, reduction
-        ctx.site, ctx.weight_dtype = site(), weight.dtype
+        ctx.site, ctx.weight_dtype, ctx.arithmetic = site(), weight.dtype, arithmetic
         used = weight[: vocabulary.tokens].to(x.dtype)
-        local = Targets.of(targets, vocabulary, objective)
+        local = arithmetic.of(targets, vocabulary, objective)
         accurate = torch.promote_types(x.dtype, torch.float32)
-        losses, log_sums = (x.new_empty(len(x), dtype=accurate) for _ in range(2))
+        losses, sums = (x.new_empty(*shape, len(x), dtype=accurate) for shape in ((), (2,)))
         gradients = _Gradients(ctx, x, weight, accurate) if trains and reduction == "sum" else None
         for chunk in _chunks(x, vocabulary):
-            said, exponentials, shift = local[chunk].statistics(product(x[chunk], used).to(accurate))
-            losses[chunk], log_sums[chunk] = local[chunk].losses(all_gather(said, axis))
+            said, kept = local[chunk].statistics(product(x[chunk], used))
+            losses[chunk], sums[:, chunk] = local[chunk].losses(all_gather(said, axis))
             if gradients is not None:
-                gradients.add(chunk, local[chunk].gradient(exponentials, shift, log_sums[chunk], None), x, used)
+                gradients.add(chunk, local[chunk].gradient(kept, sums[:, chunk], None), x, used)
         if reduction == "none":
-            ctx.save_for_backward(x, used, targets, log_sums)
+            ctx.save_for_backward(x, used, targets, sums)
             return losses
         ctx.save_for_backward(*gradients.result() if gradients is not None else (None, None))
         return losses.sum()
@@ -67,15 +68,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.reduction == "sum":
             # In place: the weight's is as large as the weight. A second backward is refused by autograd.
             made = [None if g is None else g.mul_(gradient) for g in ctx.saved_tensors]
-            return *made, *(None,) * 6
-        x, used, targets, log_sums = ctx.saved_tensors
-        local = Targets.of(targets, ctx.vocabulary, ctx.objective)
-        gradients = _Gradients(ctx, x, used, log_sums.dtype, rows=ctx.vocabulary.rows)
+            return *made, *(None,) * 7
+        x, used, targets, sums = ctx.saved_tensors
+        local = ctx.arithmetic.of(targets, ctx.vocabulary, ctx.objective)
+        gradients = _Gradients(ctx, x, used, sums.dtype, rows=ctx.vocabulary.rows)
         for chunk in _chunks(x, ctx.vocabulary):
-            log_sum = log_sums[chunk]
-            exponentials = (product(x[chunk], used).to(log_sum.dtype) - log_sum[:, None]).exp_()
-            gradients.add(chunk, local[chunk].gradient(exponentials, log_sum, log_sum, gradient[chunk]), x, used)
-        return *gradients.result(), *(None,) * 6
+            kept = local[chunk].keep(product(x[chunk], used), sums[:, chunk])
+            gradients.add(chunk, local[chunk].gradient(kept, sums[:, chunk], gradient[chunk]), x, used)
+        return *gradients.result(), *(None,) * 7
 
 
 class _Gradients:
@@ -106,6 +106,7 @@ def vocab_parallel_linear_cross_entropy(
     targets: Tensor,
     objective: Objective = Objective(),
     reduction: Literal["sum", "none"] = "sum",
+    arithmetic: type[Targets] = Targets,
 ) -> Tensor:
     """``vocab_parallel_cross_entropy`` of ``vocab_parallel_logits``, without ever holding all logits.
 
@@ -117,6 +118,7 @@ def vocab_parallel_linear_cross_entropy(
         objective: label smoothing, z-loss and the target that is ignored.
         reduction: ``sum`` makes the gradients while it computes the loss (three matrix products in all);
             ``none`` lets every position have a weight of its own, for a fourth product in backward.
+        arithmetic: how a rank's logits are computed with.
 
     Returns:
         The sum over the positions that are not ignored, or each position's loss ``[tokens]``; in float32
@@ -143,6 +145,7 @@ def vocab_parallel_linear_cross_entropy(
         objective,
         reduction,
         torch.is_grad_enabled(),
+        arithmetic,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from argonne.kernels import Backend
 from argonne.models.config import ArgonneConfig, preset
 from argonne.models.huggingface import from_huggingface
 from argonne.parallel.data_parallel import Kind
@@ -124,6 +125,8 @@ class TrainingFlags:
     """Seed of the initial weights and of the generated samples."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
     """Compute dtype; weights and moments are kept in float32 (float64 for fp64) [bf16 on GPU, fp32 on CPU]."""
+    kernels: Backend = "auto"
+    """What computes norms, RoPE, SwiGLU and the loss: torch, triton or auto (Triton on GPU, torch on CPU)."""
     initial_loss_scale: float = 65536.0
     """What the loss is multiplied by at first, in fp16 only; it follows the overflows from there."""
     disable_gradient_checkpointing: bool = False

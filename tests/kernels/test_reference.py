@@ -91,14 +91,15 @@ def test_rope_turns_each_half_split_pair_as_a_complex_number(
 ) -> None:
     leading, length, pairs, seed = drawn
     x = normal(*leading, length, 2 * pairs, seed=seed)
-    found = apply_rope(x, *rope_tables(length, 2 * pairs, theta, torch.float64))
+    found = apply_rope(x[..., None, :], *rope_tables(length, 2 * pairs, theta, torch.float64)).squeeze(-2)
     assert_close(found, dense.rotate(x, theta), 1e-14, "rotation")
 
 
 def test_rope_scores_depend_on_the_distance_only() -> None:
     query, key = normal(1, 10, seed=5).expand(30, 10), normal(1, 10, seed=6).expand(30, 10)
     tables = rope_tables(30, 10, 1e4, torch.float64)
-    scores = apply_rope(query, *tables) @ apply_rope(key, *tables).T
+    turned = [apply_rope(x[:, None], *tables)[:, 0] for x in (query, key)]
+    scores = turned[0] @ turned[1].T
     for distance in (-7, 0, 1, 12):
         diagonal = scores.diagonal(distance)
         assert_close(diagonal, diagonal[:1].expand_as(diagonal), 1e-13, f"scores at distance {distance}")
@@ -108,7 +109,7 @@ def test_rope_scores_depend_on_the_distance_only() -> None:
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])
 def test_rope_keeps_the_compute_dtype_and_rounds_once(dtype: torch.dtype) -> None:
     x = normal(2, 3, 50, 16, seed=7).to(dtype)
-    found = apply_rope(x, *rope_tables(50, 16, 1e4))
+    found = apply_rope(x.transpose(1, 2), *rope_tables(50, 16, 1e4)).transpose(1, 2)
     assert found.dtype == dtype
     exact = dense.rotate(x.double(), 1e4)
     if dtype == torch.float32:
@@ -143,5 +144,5 @@ def test_gradients_equal_finite_differences() -> None:
     x, weight = normal(3, 6, seed=1).requires_grad_(), normal(6, seed=2).requires_grad_()
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-5), (x, weight))
     tables = rope_tables(3, 6, 100.0, torch.float64)
-    assert torch.autograd.gradcheck(lambda x: apply_rope(x, *tables), (x,))
+    assert torch.autograd.gradcheck(lambda x: apply_rope(x[:, None], *tables), (x,))
     assert torch.autograd.gradcheck(swiglu, (x, normal(3, 6, seed=3).requires_grad_()))

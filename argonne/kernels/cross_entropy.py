@@ -1,0 +1,74 @@
+"""Cross-entropy, of logits and of hidden values, over a vocabulary that may be shared out."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from argonne.kernels.dispatch import Backend, require, uses_triton
+from argonne.parallel.cross_entropy import Objective, Targets, vocab_parallel_cross_entropy
+from argonne.parallel.embedding import VocabParallelEmbedding, VocabParallelHead, VocabularyRange
+from argonne.parallel.groups import Axis
+from argonne.parallel.linear_cross_entropy import vocab_parallel_linear_cross_entropy
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    objective: Objective = Objective(),
+    *,
+    vocabulary: VocabularyRange | None = None,
+    axis: Axis = Axis("none"),
+    backend: Backend = "auto",
+) -> Tensor:
+    """The loss in nats of each position; the logits are left as they are.
+
+    Args:
+        logits: ``[..., tokens of the vocabulary]``, all or this rank's part.
+        targets: ``[...]`` token ids of the whole vocabulary, or ``objective.ignore_index``.
+        objective: label smoothing, z-loss and the target that is ignored.
+        vocabulary: this rank's range, when the vocabulary is shared out.
+        axis: the ranks that share it.
+        backend: ``torch``, ``triton`` or ``auto``.
+
+    Returns:
+        ``[...]`` in float32 (float64 for float64 logits), the same on every rank.
+
+    Raises:
+        KernelError: the shapes do not fit, or the backend cannot compute them.
+    """
+    fits = logits.dim() > 0 and targets.shape == logits.shape[:-1]
+    require(fits, "targets", list(targets.shape), f"{list(logits.shape[:-1])} as the logits' positions")
+    if vocabulary is None:
+        require(axis.size == 1, "vocabulary", None, f"the range of this rank, one of {axis.size}")
+        vocabulary = VocabularyRange.of_rank(logits.shape[-1], 1, 0)
+    fits = logits.shape[-1] == vocabulary.tokens
+    require(fits, "logits", list(logits.shape), f"[..., {vocabulary.tokens}], the tokens of the vocabulary's range")
+    arithmetic = arithmetic_of(backend, logits=logits)
+    return vocab_parallel_cross_entropy(logits, targets, vocabulary, axis, objective, arithmetic)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    holder: VocabParallelEmbedding | VocabParallelHead,
+    targets: Tensor,
+    objective: Objective = Objective(),
+    reduction: Literal["sum", "none"] = "sum",
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """``cross_entropy`` of the output head's logits, which never exist whole.
+
+    Arguments, result and errors are ``argonne.parallel.vocab_parallel_linear_cross_entropy``'s, and ``backend``.
+    """
+    return vocab_parallel_linear_cross_entropy(x, holder, targets, objective, reduction, arithmetic_of(backend, x=x))
+
+
+def arithmetic_of(backend: Backend, **tensors: Tensor) -> type[Targets]:
+    """How a backend computes with a rank's logits."""
+    if not uses_triton(backend, **tensors):
+        return Targets
+    from argonne.kernels.gpu.cross_entropy import TritonTargets
+
+    return TritonTargets

@@ -1,0 +1,63 @@
+"""Which backend computes a kernel: the readable torch reference, or the Triton program."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from argonne.parallel.errors import ArgonneError
+
+Backend = Literal["auto", "torch", "triton"]
+"""``auto`` is Triton for CUDA tensors of a dtype that it supports, torch for all others."""
+
+BACKENDS = ("auto", "torch", "triton")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the Triton kernels read and write; they compute in float32."""
+
+
+class KernelError(ArgonneError, ValueError):
+    """An argument that a kernel does not support; the message names it, its value and what is accepted."""
+
+
+def uses_triton(backend: Backend, **tensors: Tensor | None) -> bool:
+    """Whether Triton computes this call.
+
+    Raises:
+        KernelError: ``triton`` was asked for, and a tensor, named by its keyword, is not for it.
+    """
+    if backend == "torch":
+        return False
+    if backend not in BACKENDS:
+        raise KernelError(f"backend={backend!r} is not known; legal: {', '.join(BACKENDS)}")
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    if backend == "auto":
+        return all(t.is_cuda and t.dtype in DTYPES for t in given.values()) and _has_triton()
+    for name, tensor in given.items():
+        if not (tensor.is_cuda or interprets()):
+            raise KernelError(f"{name} is on {tensor.device}; backend='triton' accepts cuda (or TRITON_INTERPRET=1)")
+        if tensor.dtype not in DTYPES:
+            raise KernelError(f"{name} is {tensor.dtype}; backend='triton' accepts {', '.join(map(str, DTYPES))}")
+    if not _has_triton():
+        raise KernelError("backend='triton' needs the package triton, which is not installed; legal here: auto, torch")
+    return True
+
+
+def interprets() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def require(holds: bool, name: str, value: object, legal: str) -> None:
+    """Raise ``KernelError`` in the words of all kernels unless ``holds``."""
+    if not holds:
+        raise KernelError(f"{name}={value} is not supported; legal: {legal}")
