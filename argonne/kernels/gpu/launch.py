@@ -26,8 +26,8 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def warps(elements: int) -> int:
-    """Warps for a tile: 16 elements a thread (two 128-bit accesses of a half-width type), 4 to 16 warps."""
-    return min(16, max(4, triton.next_power_of_2(elements) // 512))
+    """Warps for a tile: 16 elements a thread (two 128-bit accesses of a half-width type), 4 to 32 warps."""
+    return min(32, max(4, triton.next_power_of_2(elements) // 512))
 
 
 def differentiable(

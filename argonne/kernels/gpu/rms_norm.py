@@ -238,7 +238,7 @@ def composite_backward(
     """As ``backward``, in torch."""
     scale = scale.view(x.shape[:-1])[..., None]
     normal, gradient = x.to(scale.dtype) * scale, dy.to(scale.dtype)
-    dweight = (gradient * normal).flatten(0, -2).sum(0).to(weight.dtype)
+    dweight = (gradient * normal).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
     gradient = gradient * weight
     dx = (gradient - normal * (gradient * normal).mean(-1, keepdim=True)) * scale
     return (dx if dtotal is None else dx + dtotal).to(x.dtype).contiguous(), dweight

@@ -23,9 +23,13 @@ NUM_WARPS = 4
 @triton.jit
 def rotate_kernel(
     x, out, cos, sin, positions, length, columns, batch_stride, row_stride, head_stride, out_stride, pairs,
-    WIDTH: tl.constexpr, ROTATED: tl.constexpr, SIGN: tl.constexpr, HAS_POSITIONS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, ROTATED: tl.constexpr, SIGN: tl.constexpr, HAS_POSITIONS: tl.constexpr, DENSE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A part of a row of heads, which has ``columns`` elements; those of a head past ``ROTATED`` are copied."""
+    """A part of a row of heads, which has ``columns`` elements; those of a head past ``ROTATED`` are copied.
+
+    With DENSE the heads lie behind each other: the compiler then sees a run of addresses, and loads 128 bits at once.
+    """
     row = tl.program_id(0).to(tl.int64)
     source = x + (row // length) * batch_stride + (row % length) * row_stride
     position = tl.load(positions + row) if HAS_POSITIONS else row % length
@@ -38,7 +42,8 @@ def rotate_kernel(
     second = within >= half
     pair = tl.where(second, within - half, within)
     start = source + head.to(tl.int64) * head_stride
-    value = tl.load(start + within, mask, other=0.0).to(tl.float32)
+    own = source + element if DENSE else start + within
+    value = tl.load(own, mask, other=0.0).to(tl.float32)
     partner = tl.load(start + tl.where(second, within - half, within + half), turns, other=0.0).to(tl.float32)
     angle = position.to(tl.int64) * pairs + pair
     c = tl.load(cos + angle, turns, other=1.0).to(tl.float32)
@@ -71,7 +76,8 @@ def rotate(
         columns = heads * width
         wrap(rotate_kernel)[(batch * length, triton.cdiv(columns, BLOCK))](
             x, out, cos, sin, positions, length, columns, *x.stride()[:3], out.stride(1), cos.shape[1],
-            WIDTH=width, ROTATED=2 * cos.shape[1], SIGN=sign, HAS_POSITIONS=positions is not None, BLOCK=BLOCK,
+            WIDTH=width, ROTATED=2 * cos.shape[1], SIGN=sign, HAS_POSITIONS=positions is not None,
+            DENSE=x.stride(2) == width, BLOCK=BLOCK,
             num_warps=NUM_WARPS,
         )  # fmt: skip
     return out

@@ -40,9 +40,10 @@ def backward_kernel(
     g = tl.load(gate + row * gate_stride + column, mask, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + column, mask, other=0.0).to(tl.float32)
     d = tl.load(gradient + row * gradient_stride + column, mask, other=0.0).to(tl.float32)
-    # Below -88 exp(-g) is infinite: the sigmoid is 0, and so is its product with g.
-    sigmoid = 1.0 / (1.0 + tl.exp(-g))
-    slope = sigmoid * (1.0 + g * (1.0 - sigmoid))
+    # 1 - sigmoid would lose its digits where the sigmoid is near 1. Bounded: infinity times 0 is no number.
+    decay = tl.minimum(tl.exp(-g), 1e30)
+    sigmoid = 1.0 / (1.0 + decay)
+    slope = sigmoid + g * sigmoid * (decay * sigmoid)
     tl.store(dgate + row * out_stride + column, (d * u * slope).to(dgate.dtype.element_ty), mask)
     tl.store(dup + row * out_stride + column, (d * (g * sigmoid)).to(dup.dtype.element_ty), mask)
 
@@ -97,7 +98,7 @@ def composite_backward(gradient: Tensor, gate: Tensor, up: Tensor | None) -> tup
     accurate = torch.promote_types(g.dtype, torch.float32)
     g, u, d = (part.to(accurate) for part in (g, u, gradient))
     sigmoid = g.sigmoid()
-    dgate = (d * u * sigmoid * (1 + g * (1 - sigmoid))).to(gate.dtype)
+    dgate = (d * u * (sigmoid + g * sigmoid * (-g).sigmoid())).to(gate.dtype)
     dup = (d * g * sigmoid).to(gate.dtype)
     if up is None:
         return torch.cat((dgate, dup), -1), gate.new_empty(0)

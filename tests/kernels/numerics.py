@@ -1,0 +1,247 @@
+"""How far a backend is from float64, kernel by kernel: run in a process of the interpreter, or on a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from argonne.kernels import Backend, apply_rope, apply_rope_packed, cross_entropy, rms_norm, rope_tables, swiglu
+from argonne.parallel import Layout, Objective, ProcessGroups, VocabularyRange
+from tests import dense
+from tests.parallel.test_cross_entropy import dense_losses
+from tests.pool import RankPool
+
+
+class Interpreter(RankPool):
+    """A process in which Triton's programs are interpreted on CPU tensors."""
+
+    def errors(self, body: Callable[..., Any], *arguments: Any) -> Any:
+        """``body(*arguments)`` there."""
+        with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+            return self.run(Layout(), in_interpreter, body.__name__, arguments)[0]
+
+
+def in_interpreter(groups: ProcessGroups, body: str, arguments: tuple[Any, ...]) -> Any:
+    with rounding_to_nearest():
+        return globals()[body](*arguments)
+
+
+@contextmanager
+def rounding_to_nearest() -> Iterator[None]:
+    """The interpreter cuts bits off where a GPU rounds float32 to bfloat16."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounding(values: Any, given: Any, wanted: Any, mode: Any) -> Any:
+        if (given, wanted) != (tl.float32, tl.bfloat16):
+            return convert(values, given, wanted, mode)
+        exact = torch.from_numpy(np.ascontiguousarray(values).view(np.float32))
+        return exact.bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+    with mock.patch.object(interpreter, "_convert_float", rounding):
+        yield
+
+
+@dataclass(frozen=True)
+class Error:
+    """Of a tensor against its float64 reference."""
+
+    ulp: float
+    """The largest error, less float32's own of the ``terms``, in units in the last place of the exact value."""
+    norm: float
+    """The 2-norm of the error over that of the exact values."""
+    highest: float
+    """The largest error over the largest exact value."""
+
+    @classmethod
+    def of(cls, found: Tensor, exact: Tensor, terms: Tensor | None = None) -> Error:
+        """``terms`` are what was added to make ``exact`` where these may cancel: an error of their size is none."""
+        if not found.numel():
+            return cls(0.0, 0.0, 0.0)
+        assert found.shape == exact.shape
+        error, exact = (found.double() - exact).abs().cpu(), exact.cpu()
+        size = exact.abs()
+        about = torch.finfo(found.dtype)
+        unit = torch.ldexp(torch.tensor(about.eps), size.clamp(min=about.tiny).log2().floor())
+        against = size if terms is None else torch.maximum(size, terms.abs().cpu())
+        own = 0.0 if terms is None else 2**-22 * terms.abs().cpu()
+        largest, norm = against.max().clamp(min=1e-300), against.norm().clamp(min=1e-300)
+        return cls(((error - own) / unit).max().item(), (error.norm() / norm).item(), (error.max() / largest).item())
+
+
+Errors = dict[str, Error]
+
+
+def draw(*shape: int, seed: int, dtype: torch.dtype, strided: bool = False, scale: float = 1.0) -> Tensor:
+    """Values on the current device; ``strided``: rows lie apart, and begin in the middle of a 16-byte word."""
+    generator = torch.Generator().manual_seed(seed)
+    wide = (*shape[:-1], shape[-1] + 5) if strided else shape
+    values = (scale * torch.randn(*wide, generator=generator, device="cpu")).to(dtype).to(torch.get_default_device())
+    return values[..., 3 : 3 + shape[-1]] if strided else values
+
+
+def leaves(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.detach().requires_grad_() for tensor in tensors]
+
+
+def rms_norm_errors(
+    shape: tuple[int, ...], dtype: torch.dtype, residual: bool, strided: bool, backend: Backend = "triton"
+) -> Errors:
+    x = draw(*shape, seed=1, dtype=dtype, strided=strided, scale=3)
+    added = draw(*shape, seed=2, dtype=dtype, strided=strided) if residual else None
+    weight = draw(shape[-1], seed=3, dtype=torch.float32)
+    dy, dtotal = (draw(*shape, seed=seed, dtype=dtype, strided=strided) for seed in (4, 5))
+    x, weight, *others = leaves(x, weight, *([] if added is None else [added]))
+    before = x.detach().clone()
+    if residual:
+        y, total = rms_norm(x, weight, 1e-6, residual=others[0], backend=backend)
+        torch.autograd.backward([y, total], [dy, dtotal])
+    else:
+        y, total = rms_norm(x, weight, 1e-6, backend=backend), x
+        y.backward(dy)
+    assert torch.equal(x, before), "the input was written to"
+    assert y.dtype == dtype
+    exact, exact_weight = leaves(total.double(), weight.double())
+    expected = dense.norm(exact, exact_weight, 1e-6)
+    expected.backward(dy.double())
+    dx = exact.grad + dtotal.double() if residual else exact.grad
+    inverse = (total.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    terms = dy.double() * exact_weight.detach() * inverse
+    products = (dy.double() * total.double() * inverse).abs().reshape(-1, shape[-1]).sum(0)
+    errors = {
+        "y": Error.of(y, expected),
+        "dx": Error.of(x.grad, dx, terms.detach()),
+        "dw": Error.of(weight.grad, exact_weight.grad, products.detach()),
+    }
+    if residual:
+        errors["s"] = Error.of(total, before.double() + others[0].double())
+        assert torch.equal(others[0].grad, x.grad)
+    return errors
+
+
+def weight_gradient_twice(rows: int, columns: int) -> bool:
+    """Whether the weight's gradient has the same bits when it is computed again."""
+    found = []
+    for _ in range(2):
+        (x, weight), dy = leaves(*(draw(*s, seed=1, dtype=torch.bfloat16) for s in ((rows, columns), (columns,)))), None
+        dy = draw(rows, columns, seed=2, dtype=torch.bfloat16)
+        rms_norm(x, weight, 1e-6, backend="triton").backward(dy)
+        found.append(weight.grad)
+    return torch.equal(*found)
+
+
+def rope_errors(
+    shape: tuple[int, int, int, int], rotated: int, dtype: torch.dtype, strided: bool, positions: bool, packed: int
+) -> Errors:
+    """Of each pair over the pair's norm (in ``highest``); ``packed`` key-value heads, or 0 for ``apply_rope``."""
+    batch, length, heads, width = shape
+    x = draw(batch, length, heads + 2 * packed, width, seed=1, dtype=dtype, strided=strided)
+    (x,) = leaves(x)
+    tables = rope_tables(length + 7, rotated, 100.0)
+    generator = torch.Generator().manual_seed(2)
+    where = torch.randint(0, length + 7, (batch, length), generator=generator, device="cpu") if positions else None
+    if where is not None:
+        where = where.to(x.device)
+    tables = tuple(table.to(x.device) for table in tables)
+    if packed:
+        parts = apply_rope_packed(x, *tables, packed, positions=where, backend="triton")
+        assert [part.shape[2] for part in parts] == [heads, packed, packed]
+        found = torch.cat(parts, 2)
+    else:
+        found = apply_rope(x, *tables, positions=where, backend="triton")
+    gradient = draw(*found.shape, seed=3, dtype=dtype)
+    found.backward(gradient)
+    turned = heads + packed
+    exact = torch.cat((turn(x.detach(), tables, where, 1, turned), x.detach()[:, :, turned:].double()), 2)
+    back = torch.cat((turn(gradient, tables, where, -1, turned), gradient[:, :, turned:].double()), 2)
+    return {"out": of_pairs(found, exact, rotated), "dx": of_pairs(x.grad, back, rotated)}
+
+
+def turn(x: Tensor, tables: tuple[Tensor, ...], where: Tensor | None, sign: int, heads: int) -> Tensor:
+    """Pairs as complex numbers in float64."""
+    rotated = 2 * tables[0].shape[1]
+    rows = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]) if where is None else where
+    angle = torch.complex(tables[0].double()[rows], sign * tables[1].double()[rows])[:, :, None]
+    first, second, rest = x[:, :, :heads].double().split([rotated // 2, rotated // 2, x.shape[-1] - rotated], -1)
+    pair = torch.complex(first, second) * angle
+    return torch.cat((pair.real, pair.imag, rest), -1)
+
+
+def of_pairs(found: Tensor, exact: Tensor, rotated: int) -> Error:
+    half = rotated // 2
+    sizes = exact[..., :half].hypot(exact[..., half:rotated])
+    sizes = torch.cat((sizes, sizes, exact[..., rotated:].abs()), -1).clamp(min=1e-300)
+    error = (found.double() - exact).abs() / sizes
+    return Error(0.0, 0.0, error.max().item() if error.numel() else 0.0)
+
+
+def swiglu_errors(shape: tuple[int, ...], dtype: torch.dtype, strided: bool, packed: bool) -> Errors:
+    columns = shape[-1]
+    whole = draw(*shape[:-1], 2 * columns, seed=1, dtype=dtype, strided=strided, scale=4)
+    gradient = draw(*shape, seed=2, dtype=dtype, strided=strided)
+    exact_gate, exact_up = leaves(*(half.double() for half in whole.split(columns, -1)))
+    expected = exact_gate / (1 + torch.exp(-exact_gate)) * exact_up
+    expected.backward(gradient.double())
+    if packed:
+        (x,) = leaves(whole)
+        out = swiglu(x, backend="triton")
+        out.backward(gradient)
+        dgate, dup = x.grad.split(columns, -1)
+    else:
+        gate, up = leaves(*whole.split(columns, -1))
+        out = swiglu(gate, up, backend="triton")
+        out.backward(gradient)
+        dgate, dup = gate.grad, up.grad
+    terms = (gradient.double() * exact_up * exact_gate.sigmoid() * (1 + exact_gate.abs())).detach()
+    return {
+        "out": Error.of(out, expected),
+        "dgate": Error.of(dgate, exact_gate.grad, terms),
+        "dup": Error.of(dup, exact_up.grad),
+    }
+
+
+def cross_entropy_errors(
+    rows: int, columns: int, dtype: torch.dtype, strided: bool, objective: Objective, ranks: int, shift: float = 0.0
+) -> tuple[float, Error]:
+    """The largest error of a loss over max(1, loss), and that of the gradient, with the vocabulary in ``ranks``."""
+    from argonne.kernels.gpu.cross_entropy import TritonTargets
+
+    logits = draw(rows, columns, seed=1, dtype=dtype, strided=strided, scale=4)
+    if shift:
+        logits = (logits * 8).round() / 8 + shift
+    generator = torch.Generator().manual_seed(2)
+    targets = torch.randint(0, columns, (rows,), generator=generator, device="cpu").to(logits.device)
+    targets[::3] = objective.ignore_index
+    scale = draw(rows, seed=3, dtype=torch.float32)
+    exact = logits.detach().double().requires_grad_()
+    expected = dense_losses(exact, targets, objective)
+    expected.backward(scale.double())
+    if ranks == 1:
+        (x,) = leaves(logits)
+        losses = cross_entropy(x, targets, objective, backend="triton")
+        losses.backward(scale)
+        gradient = x.grad
+    else:
+        parts = [VocabularyRange.of_rank(columns, ranks, rank) for rank in range(ranks)]
+        local = [TritonTargets.of(targets, part, objective) for part in parts]
+        values = [logits[:, part.start : part.stop] for part in parts]
+        said = torch.stack([one.statistics(x)[0] for one, x in zip(local, values, strict=True)])
+        losses, sums = local[0].losses(said)
+        made = [
+            one.gradient(one.keep(x, sums), sums, scale, out=torch.empty_like(x, memory_format=torch.contiguous_format))
+            for one, x in zip(local, values, strict=True)
+        ]
+        gradient = torch.cat(made, 1)
+    assert losses.dtype == torch.float32
+    error = (losses.double() - expected).abs() / expected.abs().clamp(min=1)
+    return error.max().item() if rows else 0.0, Error.of(gradient, exact.grad)
