@@ -29,6 +29,7 @@ from argonne.data import (
     tokenizer_fingerprint,
     train_tokenizer,
 )
+from argonne.kernels.dispatch import Backend, interprets
 from argonne.models import ArgonneConfig
 from argonne.models.replicas import check_kind
 from argonne.parallel import Axis, Layout, Precision, ProcessGroups, choose_device, context_positions
@@ -73,7 +74,7 @@ def check(config: RunConfig, world_size: int) -> None:
     """
     config.check()
     layout = config.parallel.layout(world_size)
-    choose_device(config.parallel.device)
+    check_kernels(config.training.kernels, choose_device(config.parallel.device), config.training.precision)
     model = config.model.resolve(config.data.block_size)
     model.check_layout(layout)
     plan = config.parallel.plan(layout)
@@ -93,6 +94,16 @@ def check(config: RunConfig, world_size: int) -> None:
     rows = sum(sum(shard.rows) for shard in shards)
     check_data_parallel(layout.data, config.data.data_lanes or default_lanes(rows), layout.data)
     _check_output(config.run.output_dir)
+
+
+def check_kernels(kernels: Backend, device: torch.device, precision: str) -> None:
+    """Raise ``ArgonneError`` unless that backend can compute on ``device`` with that ``--precision``."""
+    if kernels != "triton":
+        return
+    if device.type != "cuda" and not interprets():
+        raise ArgonneError(f"kernels='triton' needs a GPU, but the device is {device}; legal: auto, torch")
+    if precision == "fp64":
+        raise ArgonneError("kernels='triton' does not compute in precision='fp64'; legal: auto, torch")
 
 
 def check_sequence(block_size: int, layout: Layout) -> None:

@@ -26,6 +26,7 @@ BEFORE_LAUNCH = {
     "negative width": ({"--intermediate-size": -8}, "intermediate_size=-8 is not legal"),
     "unbuilt mode": ({"--reproducible": None}, "reproducible=True is not built yet; leave the flag out"),
     "sequence": ({"--sequence-parallel": None, "--block-size": 31}, "block_size=31 is not divisible by"),
+    "kernels": ({"--kernels": "triton", "--device": "cpu"}, "kernels='triton' needs a GPU, but the device is cpu"),
     "output file": ({"--output-dir": "/dev/null/x"}, "output_dir='/dev/null/x' cannot be made"),
 }
 
