@@ -35,7 +35,7 @@ class ArgonneStage(nn.Module):
     """A run of blocks, with the embedding if it is the first and the head if it is the last.
 
     Construct it under ``with torch.device(...)``: the parameters are empty there until ``initialise`` or a
-    checkpoint fills them, and cost nothing on ``meta``. ``kernels`` is the backend of what lies between the matrix
+    checkpoint fills them, and cost nothing on ``meta``. ``backend`` is that of what lies between the matrix
     products: ``auto`` takes Triton on GPU and torch elsewhere.
 
     Raises:
@@ -48,14 +48,14 @@ class ArgonneStage(nn.Module):
         groups: ProcessGroups,
         precision: Precision,
         span: Span,
-        kernels: Backend = "auto",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         config.check_layout(groups.layout)
         self.config = config
         self.groups = groups
-        self.kernels = kernels
-        self.model = Decoder(config, groups, precision, span, kernels)
+        self.backend = backend
+        self.model = Decoder(config, groups, precision, span, backend)
         self.lm_head = None
         if span.is_last and not config.tie_word_embeddings:
             self.lm_head = VocabParallelHead(
@@ -84,7 +84,7 @@ class ArgonneStage(nn.Module):
     def losses(self, x: Tensor, targets: Tensor, reduction: Reduction, objective: Objective = Objective()) -> Tensor:
         """The loss in nats of each position ``[batch, positions]``, or their sum, from the last stage's output."""
         flat = targets.flatten()
-        losses = linear_cross_entropy(x, self.head, flat, objective, reduction, backend=self.kernels)
+        losses = linear_cross_entropy(x, self.head, flat, objective, reduction, backend=self.backend)
         return losses if reduction == "sum" else losses.view(targets.shape)
 
     def last_logits(self, x: Tensor, batch: int, position: int) -> Tensor:
@@ -125,9 +125,9 @@ class ArgonneModel(ArgonneStage):
         config: ArgonneConfig,
         groups: ProcessGroups,
         precision: Precision = Precision(),
-        kernels: Backend = "auto",
+        backend: Backend = "auto",
     ) -> None:
-        super().__init__(config, groups, precision, Span(range(config.num_hidden_layers)), kernels)
+        super().__init__(config, groups, precision, Span(range(config.num_hidden_layers)), backend)
 
     def forward(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
         """``[batch, sequence]`` ids -> this rank's logits ``[batch, its positions, its tokens]``.

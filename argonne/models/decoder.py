@@ -13,7 +13,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from argonne.kernels import Backend, apply_rope_packed, rms_norm, rope_tables, swiglu
+from argonne import kernels
+from argonne.kernels import Backend, apply_rope_packed, rope_tables, swiglu
 from argonne.models.config import ArgonneConfig
 from argonne.parallel import (
     ColumnParallelLinear,
@@ -56,22 +57,14 @@ class Places:
     """``[batch, sequence]`` numbers, of whole sequences: no attention between positions of different ones."""
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(kernels.RMSNorm):
     """RMSNorm with a weight that every rank holds."""
 
     def __init__(
-        self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision, kernels: Backend = "auto"
+        self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision, backend: Backend = "auto"
     ) -> None:
-        super().__init__()
-        self.eps, self.groups, self.kernels = config.rms_norm_eps, groups, kernels
-        self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=precision.parameters))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, backend=self.kernels)
-
-    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of ``x + residual``, and that sum."""
-        return rms_norm(x, self.weight, self.eps, residual=residual, backend=self.kernels)
+        super().__init__(config.hidden_size, config.rms_norm_eps, dtype=precision.parameters, backend=backend)
+        self.groups = groups
 
     def shard_specs(self) -> dict[str, ShardSpec]:
         return {"weight": replicated("weight", self.weight.shape, self.groups, Constant(1.0))}
@@ -81,10 +74,10 @@ class Attention(nn.Module):
     """Grouped-query attention; a rank has a run of query heads and the key-value heads that they use."""
 
     def __init__(
-        self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision, kernels: Backend = "auto"
+        self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision, backend: Backend = "auto"
     ) -> None:
         super().__init__()
-        self.head_dim, self.kernels = config.head_dim, kernels
+        self.head_dim, self.backend = config.head_dim, backend
         ranks = groups.tensor.size
         group = config.num_attention_heads // config.num_key_value_heads
         queries = Partition.blocks("q_proj", self.head_dim, config.num_attention_heads, ranks)
@@ -122,7 +115,7 @@ class Attention(nn.Module):
             dim=self.head_dim,
         )
         query, key, value = apply_rope_packed(
-            packed, places.cos, places.sin, self.key_value_heads, backend=self.kernels
+            packed, places.cos, places.sin, self.key_value_heads, backend=self.backend
         )
         if not self.is_grouped:  # the rank's query heads begin or end within a group
             key, value = key[:, :, self.head_of_query], value[:, :, self.head_of_query]
@@ -135,10 +128,10 @@ class FeedForward(nn.Module):
     """SwiGLU between a fused column-parallel and a row-parallel projection."""
 
     def __init__(
-        self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision, kernels: Backend = "auto"
+        self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision, backend: Backend = "auto"
     ) -> None:
         super().__init__()
-        self.kernels = kernels
+        self.backend = backend
         ranks = groups.tensor.size
         uneven = groups.layout.uneven_shards
         gate, up = (Partition.split(n, config.intermediate_size, ranks, uneven) for n in ("gate_proj", "up_proj"))
@@ -159,20 +152,20 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[tokens, hidden]``, or this rank's share of the tokens -> the same."""
-        return self.down_proj(swiglu(self.gate_up_proj(x), backend=self.kernels))
+        return self.down_proj(swiglu(self.gate_up_proj(x), backend=self.backend))
 
 
 class Block(nn.Module):
     """One pre-norm transformer block."""
 
     def __init__(
-        self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision, kernels: Backend = "auto"
+        self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision, backend: Backend = "auto"
     ) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config, groups, precision, kernels)
-        self.self_attn = Attention(config, groups, precision, kernels)
-        self.post_attention_layernorm = RMSNorm(config, groups, precision, kernels)
-        self.mlp = FeedForward(config, groups, precision, kernels)
+        self.input_layernorm = RMSNorm(config, groups, precision, backend)
+        self.self_attn = Attention(config, groups, precision, backend)
+        self.post_attention_layernorm = RMSNorm(config, groups, precision, backend)
+        self.mlp = FeedForward(config, groups, precision, backend)
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), places)
@@ -189,7 +182,7 @@ class Decoder(nn.Module):
         groups: ProcessGroups,
         precision: Precision,
         span: Span,
-        kernels: Backend = "auto",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         self.span, self.context = span, groups.context
@@ -199,9 +192,9 @@ class Decoder(nn.Module):
             )
         self.layers = nn.ModuleList()
         for number in span.layers:
-            self.layers.add_module(str(number), Block(config, groups, precision, kernels))
+            self.layers.add_module(str(number), Block(config, groups, precision, backend))
         if span.is_last:
-            self.norm = RMSNorm(config, groups, precision, kernels)
+            self.norm = RMSNorm(config, groups, precision, backend)
         table_dtype = torch.promote_types(precision.compute, torch.float32)
         # A little further than the longest sequence: ids may be padded to share them out (next_token_logits).
         positions = config.max_position_embeddings + groups.tensor.size - 1

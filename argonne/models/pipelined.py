@@ -28,7 +28,7 @@ class PipelinedModel(nn.Module):
         groups: the processes; the stages lie along ``groups.pipeline``.
         precision: the dtypes.
         plan: the schedule and the stages.
-        kernels: as of ``ArgonneStage``.
+        backend: as of ``ArgonneStage``.
 
     Raises:
         LayoutError: the shape cannot be shared out as the layout and the plan ask.
@@ -40,7 +40,7 @@ class PipelinedModel(nn.Module):
         groups: ProcessGroups,
         precision: Precision,
         plan: PipelinePlan,
-        kernels: Backend = "auto",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         plan.check_layers(config.num_hidden_layers)
@@ -48,7 +48,7 @@ class PipelinedModel(nn.Module):
         self.costs, spans = cut(config, plan.stages)
         self.stages = nn.ModuleDict(
             {
-                str(stage): ArgonneStage(config, groups, precision, spans[stage], kernels)
+                str(stage): ArgonneStage(config, groups, precision, spans[stage], backend)
                 for stage in plan.held(groups.pipeline.rank)
             }
         )
@@ -168,12 +168,12 @@ def build_model(
     groups: ProcessGroups,
     precision: Precision,
     plan: PipelinePlan,
-    kernels: Backend = "auto",
+    backend: Backend = "auto",
 ) -> ArgonneModel | PipelinedModel:
     """The model for the layout of ``groups``: as one, or in the stages of ``plan``."""
     if groups.pipeline.size == 1:
-        return ArgonneModel(config, groups, precision, kernels)
-    return PipelinedModel(config, groups, precision, plan, kernels)
+        return ArgonneModel(config, groups, precision, backend)
+    return PipelinedModel(config, groups, precision, plan, backend)
 
 
 def cut(config: ArgonneConfig, stages: int) -> tuple[list[float], list[Span]]:

@@ -44,7 +44,7 @@ def build_replicas(
     precision: Precision,
     plan: PipelinePlan,
     kind: Kind,
-    kernels: Backend = "auto",
+    backend: Backend = "auto",
 ) -> tuple[ArgonneModel | PipelinedModel, DataParallel]:
     """A model on the device of ``groups`` and its replicas; its parameters are empty until something fills them.
 
@@ -52,7 +52,7 @@ def build_replicas(
     """
     shares = kind == "fsdp" and groups.replicas.size > 1
     with torch.device("meta") if shares else groups.device:
-        model = build_model(config, groups, precision, plan, kernels)
+        model = build_model(config, groups, precision, plan, backend)
     return model, replicas_of(model, kind, precision)
 
 

@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from argonne.kernels import apply_rope, rms_norm, rope_tables, swiglu
+from argonne.kernels import (
+    RMSNorm,
+    RotaryEmbedding,
+    SwiGLU,
+    apply_rope,
+    apply_rope_packed,
+    rms_norm,
+    rope_tables,
+    swiglu,
+)
 from tests import dense
 from tests.whole import assert_close
 
@@ -146,3 +155,35 @@ def test_gradients_equal_finite_differences() -> None:
     tables = rope_tables(3, 6, 100.0, torch.float64)
     assert torch.autograd.gradcheck(lambda x: apply_rope(x[:, None], *tables), (x,))
     assert torch.autograd.gradcheck(swiglu, (x, normal(3, 6, seed=3).requires_grad_()))
+
+
+def test_modules_compute_what_their_functions_do() -> None:
+    norm, rotary, gate = RMSNorm(6), RotaryEmbedding(9, 4, 100.0), SwiGLU()
+    assert [name for module in (norm, rotary, gate) for name in module.state_dict()] == ["weight"]
+    x, residual = normal(2, 5, 6, seed=1).float(), normal(2, 5, 6, seed=2).float()
+    assert torch.equal(norm(x), rms_norm(x, torch.ones(6), 1e-6))
+    for found, expected in zip(
+        norm.of_sum(x, residual), rms_norm(x, norm.weight, 1e-6, residual=residual), strict=True
+    ):
+        assert torch.equal(found, expected)
+    heads, where = x.unflatten(0, (2, 1)).transpose(1, 2), torch.tensor([[0, 8, 1, 1, 2], [5, 4, 3, 2, 1]])
+    assert torch.equal(rotary(heads, where), apply_rope(heads, *rope_tables(9, 4, 100.0), positions=where))
+    assert torch.equal(gate(x), swiglu(x))
+    assert torch.equal(gate(x, residual), swiglu(x, residual))
+
+
+@given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(0, 9))
+def test_packed_rope_is_rope_of_the_parts(
+    batch: int, length: int, group: int, key_value_heads: int, pairs: int, rest: int
+) -> None:
+    heads = group * key_value_heads
+    qkv = normal(batch, length, heads + 2 * key_value_heads, 2 * pairs + rest, seed=1)
+    tables = rope_tables(length + 2, 2 * pairs, 100.0, torch.float64)
+    query, key, value = apply_rope_packed(qkv, *tables, key_value_heads)
+    parts = qkv.split([heads, key_value_heads, key_value_heads], 2)
+    assert torch.equal(query, apply_rope(parts[0], *tables))
+    assert torch.equal(key, apply_rope(parts[1], *tables))
+    assert torch.equal(value, parts[2])
+    turned = dense.rotate(parts[0][..., : 2 * pairs].transpose(1, 2), 100.0).transpose(1, 2)
+    assert_close(query[..., : 2 * pairs], turned, 1e-14, "the part that turns")
+    assert torch.equal(query[..., 2 * pairs :], parts[0][..., 2 * pairs :])
