@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -153,6 +154,9 @@ def report(flags: Flags, device: torch.device, records: dict[Contestant, Record]
     base = next((c for c, r in records.items() if r.failure is None), None)
     if base is None:
         raise ArgonneError(f"no contestant came to the end: {next(iter(records.values())).failure}")
+    machine = environment(device) | {"threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        machine["triton"] = version("triton")
     compiled = None
     if flags.compile == "on":
         from torch._dynamo.utils import counters  # brings the compiler, which takes seconds to import
@@ -161,7 +165,7 @@ def report(flags: Flags, device: torch.device, records: dict[Contestant, Record]
         compiled["graph_breaks"] = sum(counters["graph_break"].values())
     return {
         "benchmark": "pretrain_step",
-        "environment": environment(device) | {"threads": torch.get_num_threads()},
+        "environment": machine,
         **{name: getattr(flags, name) for name in ("preset", "sequence", "micro_batch", "precision")},
         **{name: getattr(flags, name) for name in ("rounds", "steps", "warmup")},
         "config": asdict(flags.config),

@@ -184,6 +184,20 @@ def test_a_contestant_without_memory_has_a_row_that_says_so(
     assert "out of memory" in capsys.readouterr().out
 
 
+def test_what_the_compiler_cannot_do_is_recorded_and_what_eager_cannot_is_raised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("no such graph\nand more")
+
+    monkeypatch.setattr(Trainer, "become", lambda self, contestant: None)
+    trainer, record = Trainer(TINY, (2, 16), "fp32", CPU), Record()
+    assert trainer.attempt(replace(EAGER, compiled=True), fail, record) is None
+    assert record.failure == "RuntimeError: no such graph"
+    with pytest.raises(RuntimeError, match="no such graph"):
+        trainer.attempt(EAGER, fail, record)
+
+
 def test_on_a_gpu_every_choice_takes_part() -> None:
     names = [contestant.name for contestant in contestants(torch.device("cuda"), compiled=True)]
     assert names == [
