@@ -1,0 +1,229 @@
+"""The ways to compute one training step, taking turns on one set of weights; see ``pretrain_step.py``."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from argonne.models import ArgonneConfig, ArgonneModel
+from argonne.models.decoder import Block
+from argonne.parallel import ArgonneError, ProcessGroups
+from argonne.training.optimizer import build_optimizer
+from argonne.training.setup import PRECISIONS
+from benchmarks.step_profile import StepProfile, profile_step
+
+LOSS_TOLERANCE = {"bf16": 2e-3, "fp32": 1e-5}
+"""Of the first losses, relative to the first contestant's."""
+NORM_TOLERANCE = {"bf16": 2e-2, "fp32": 1e-3}
+"""Of the first gradients' norms: each gradient is rounded more often than the loss."""
+PHASES = ("forward", "backward", "optimizer")
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to compute the step."""
+
+    kernels: Literal["torch", "triton"]
+    compiled: bool
+    checkpointing: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernels}, {'compiled' if self.compiled else 'eager'}{', checkpointing' * self.checkpointing}"
+
+
+def contestants(device: torch.device, compiled: bool) -> list[Contestant]:
+    """Those that can run; the first is what the others are compared with."""
+    kernels = ("torch", "triton") if device.type == "cuda" else ("torch",)
+    return [Contestant(*c) for c in itertools.product(kernels, (False, True) if compiled else (False,), (False, True))]
+
+
+@dataclass
+class Record:
+    """What is known of a contestant."""
+
+    first_loss: float | None = None
+    gradient_norm: float | None = None
+    turns: list[dict[str, float]] = field(default_factory=list)
+    """Seconds of a step and of each of ``PHASES``, a turn each."""
+    peak_memory: int = 0
+    """Bytes."""
+    profile: StepProfile | None = None
+    failure: str | None = None
+    """Why there is no more."""
+
+
+class Trainer:
+    """The one model, which becomes each contestant in turn."""
+
+    def __init__(self, config: ArgonneConfig, shape: tuple[int, int], precision: str, device: torch.device) -> None:
+        """``shape`` is of the micro-batch: sequences, and tokens in each."""
+        self.device, self.precision = device, precision
+        with device:
+            self.model = ArgonneModel(config, ProcessGroups.single(device), PRECISIONS[precision], kernels="torch")
+        self.model.initialise(seed=0)
+        self.optimizer = build_optimizer(self.model.sharded_parameters(), weight_decay=0.1)
+        generator = torch.Generator().manual_seed(0)
+        sequences, tokens = shape
+        self.batch = torch.randint(0, config.vocab_size, (sequences, tokens + 1), generator=generator).to(device)
+        self.compiled_forward: Callable[..., Any] | None = None
+
+    def become(self, contestant: Contestant) -> None:
+        """Compute as ``contestant`` does from here on; what was compiled for it once is kept."""
+        for module in self.model.modules():
+            if hasattr(module, "kernels"):
+                module.kernels = contestant.kernels
+        if contestant.compiled and self.compiled_forward is None:
+            # A block that is compiled too often would be run eagerly in silence, and still be called compiled.
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
+            self.compiled_forward = torch.compile(Block.forward, dynamic=False)
+        for block in self.model.model.layers:
+            block.__dict__.pop("forward", None)
+            if contestant.compiled:
+                block.forward = MethodType(self.compiled_forward, block)
+        self.model.recompute_blocks(contestant.checkpointing)
+
+    def loss(self) -> torch.Tensor:
+        """In nats, the mean of the micro-batch."""
+        ids, targets = self.batch[:, :-1], self.batch[:, 1:]
+        return self.model.loss(ids, targets, reduction="sum") / ids.numel()
+
+    def first(self) -> tuple[float, float]:
+        """The loss and the norm of its gradient; compiles what is to be compiled."""
+        loss = self.loss()
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        self.optimizer.zero_grad()
+        return loss.item(), norm.item()
+
+    def step(self) -> list[Any]:
+        """One step; the moments around its phases."""
+        moments = [self.moment()]
+        loss = self.loss()
+        moments.append(self.moment())
+        loss.backward()
+        moments.append(self.moment())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        moments.append(self.moment())
+        return moments
+
+    def turn(self, steps: int, warmup: int) -> tuple[dict[str, float], int]:
+        """Seconds of a step and of its phases, the mean of a turn; on a GPU also its peak memory in bytes."""
+        for _ in range(warmup):
+            self.step()
+        self.synchronise()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        began = time.perf_counter()
+        taken = [self.step() for _ in range(steps)]
+        self.synchronise()
+        seconds = {"step": (time.perf_counter() - began) / steps}
+        for number, phase in enumerate(PHASES):
+            seconds[phase] = sum(_between(*m[number : number + 2]) for m in taken) / steps
+        return seconds, torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    def held(self) -> int:
+        """Bytes of what stays from step to step."""
+        moments = [m for state in self.optimizer.state.values() for m in state.values()]
+        return sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers(), *moments, self.batch))
+
+    def moment(self) -> Any:
+        """Now, on the device's own clock."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def attempt(self, contestant: Contestant, work: Callable[[], Result], record: Record) -> Result | None:
+        """What ``work`` returns, as ``contestant``; None, and the record says why, if it cannot be computed."""
+        self.become(contestant)
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            record.failure = "out of memory"
+        except Exception as error:
+            if not contestant.compiled:
+                raise
+            # A compiler's faults are of many types. The others have been measured, and its row says what it was.
+            record.failure = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
+        # Not in the handlers: their traceback holds the step's tensors.
+        self.optimizer.zero_grad()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+
+def _between(earlier: Any, later: Any) -> float:
+    return later - earlier if isinstance(later, float) else earlier.elapsed_time(later) / 1e3
+
+
+def require_agreement(first: dict[str, tuple[float, float]], precision: str) -> None:
+    """Raise ``ArgonneError`` unless the first losses and gradient norms agree, by contestant."""
+    (base, expected), *others = first.items()
+    for name, found in [(base, expected), *others]:
+        for what, tolerance, a, b in zip(
+            ("loss", "gradient norm"), (LOSS_TOLERANCE, NORM_TOLERANCE), found, expected, strict=True
+        ):
+            if not abs(a - b) <= tolerance[precision] * abs(b):  # also when one of them is not a number
+                raise ArgonneError(
+                    f"the first {what} of {name!r} is {a}, but {b} of {base!r}; legal in {precision}: a relative "
+                    f"difference of {tolerance[precision]:g} at most"
+                )
+
+
+def measure(
+    trainer: Trainer, taking_part: Sequence[Contestant], rounds: int, steps: int, warmup: int
+) -> dict[Contestant, Record]:
+    """First steps, which must agree; ``rounds`` turns of each, one after the other; a profiled step each.
+
+    A turn is of ``steps`` steps, after ``warmup`` others.
+
+    Raises:
+        ArgonneError: the first steps do not agree, or none can be taken.
+    """
+    records = {contestant: Record() for contestant in taking_part}
+    for contestant, record in records.items():
+        began = time.perf_counter()
+        found = trainer.attempt(contestant, trainer.first, record)
+        if found is not None:
+            record.first_loss, record.gradient_norm = found
+        print(f"{contestant.name}: first step in {time.perf_counter() - began:.1f} s", flush=True)
+    first = {c.name: (r.first_loss, r.gradient_norm) for c, r in records.items() if r.failure is None}
+    if not first:
+        raise ArgonneError(f"no contestant can take a step: {next(iter(records.values())).failure}")
+    require_agreement(first, trainer.precision)
+    for number in range(rounds):
+        for contestant, record in records.items():
+            if record.failure is not None:
+                continue
+            turn = trainer.attempt(contestant, lambda: trainer.turn(steps, warmup), record)
+            if turn is not None:
+                record.turns.append(turn[0])
+                record.peak_memory = max(record.peak_memory, turn[1])
+        print(f"round {number + 1} of {rounds} done", flush=True)
+    held = trainer.held()
+    for contestant, record in records.items():
+        if record.failure is None:
+            profiling = Record()  # what the profiler has no memory for has been timed all the same
+            record.profile = trainer.attempt(contestant, lambda: profile_step(trainer.step, trainer.device), profiling)
+            if profiling.failure is not None:
+                print(f"{contestant.name}: no profile, {profiling.failure}", flush=True)
+        if record.profile is not None and record.profile.allocated is not None:
+            record.peak_memory = held + record.profile.allocated
+    return records
