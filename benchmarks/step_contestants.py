@@ -69,7 +69,7 @@ class Trainer:
         """``shape`` is of the micro-batch: sequences, and tokens in each."""
         self.device, self.precision = device, precision
         with device:
-            self.model = ArgonneModel(config, ProcessGroups.single(device), PRECISIONS[precision], kernels="torch")
+            self.model = ArgonneModel(config, ProcessGroups.single(device), PRECISIONS[precision], backend="torch")
         self.model.initialise(seed=0)
         self.optimizer = build_optimizer(self.model.sharded_parameters(), weight_decay=0.1)
         generator = torch.Generator().manual_seed(0)
@@ -80,8 +80,8 @@ class Trainer:
     def become(self, contestant: Contestant) -> None:
         """Compute as ``contestant`` does from here on; what was compiled for it once is kept."""
         for module in self.model.modules():
-            if hasattr(module, "kernels"):
-                module.kernels = contestant.kernels
+            if hasattr(module, "backend"):
+                module.backend = contestant.kernels
         if contestant.compiled and self.compiled_forward is None:
             # A block that is compiled too often would be run eagerly in silence, and still be called compiled.
             torch._dynamo.config.fail_on_recompile_limit_hit = True

@@ -211,7 +211,7 @@ def test_on_a_gpu_every_choice_takes_part() -> None:
 def test_kernels_and_checkpointing_are_switched_on_the_same_weights() -> None:
     trainer = Trainer(TINY, (2, 16), "fp32", CPU)
     trainer.become(Contestant("triton", compiled=False, checkpointing=True))
-    held = [m.kernels for m in trainer.model.modules() if hasattr(m, "kernels")]
+    held = [m.backend for m in trainer.model.modules() if hasattr(m, "backend")]
     assert len(held) == 1 + 4 * 4 + 1  # the model, the norms, attention and feed-forward of each block, the last norm
     assert set(held) == {"triton"}
     assert trainer.model.model.recompute
