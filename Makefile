@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/demo
+# Processes that run tests; each starts up to 8 ranks, which mostly wait for each other. 0: in this one.
+WORKERS ?= 2
 # Tokenise in threads; without a word here the library warns at every fork.
 export TOKENIZERS_PARALLELISM ?= true
 
@@ -24,10 +26,10 @@ pretrain: runs/corpus/ready
 	$(BIN)/python examples/demo.py --corpus runs/corpus --output-dir $(RUN)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 fast: setup
-	$(BIN)/python -m pytest -m "not slow and not exhaustive"
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m "not slow and not exhaustive"
 
 matrix: setup
 	$(BIN)/python -m pytest -m exhaustive

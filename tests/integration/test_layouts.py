@@ -57,9 +57,6 @@ def test_a_checkpoint_of_tensor_2_loads_with_equal_weights_and_moments(
     ("nproc", "layout"),
     [
         (1, {}),
-        (4, {}),
-        (4, {"--data-parallel": 2}),
-        (2, {"--sequence-parallel": None}),
         (4, {"--data-parallel": 2, "--sequence-parallel": None}),
         (3, {"--uneven-shards": None}),
     ],
