@@ -185,9 +185,8 @@ def _norms(backend: Backend, draw: _Draw, sizes: Sizes, dtype: torch.dtype) -> I
     if dtype == torch.float32:
         gradients = _judge(dtype, "dx")
     of_residual = [(what.replace("dx", "dresidual"), *rest) for what, *rest in gradients]
-    of_weight = [
-        (f"dW, fp32 of {'bf16' if dtype == torch.bfloat16 else 'fp32'}", "relative L2", relative_l2, CONTRACT["dW"])
-    ]
+    name = "bf16" if dtype == torch.bfloat16 else "fp32"
+    of_weight = [(f"dW, fp32 of {name}", "relative L2", relative_l2, CONTRACT["dW"])]
 
     def plain(x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, (HIDDEN,), weight.to(x.dtype), EPS)

@@ -33,7 +33,9 @@ def show(report: dict[str, Any]) -> None:
     """Print the tables of times, of the host's cost and of the targets."""
     machine = report["environment"]
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "triton", "liger-kernel") if machine[name])
-    print(f"\n{machine['gpu']}, {versions}; {report['dtype']}, medians of {report['rounds']} rounds")
+    print(
+        f"\n{machine.get('gpu', machine['cpu'])}, {versions}; {report['dtype']}, medians of {report['rounds']} rounds"
+    )
     print("Rates against each other: more than 1 is faster. Eager: timed without a CUDA graph.")
     header = ("kernel", "tokens x widths", "direction", "/ clone", "GB/s", "us", "MB", *(f"x {r}" for r in _RIVALS))
     print(table(header, [_row(record) for record in report["records"]]))
@@ -93,6 +95,7 @@ def plot_ratios(report: dict[str, Any], path: Path) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
+    machine = report["environment"]
     records = [r for r in report["records"] if r["contestants"]["argonne"]["of_clone"] is not None]
     figure = Figure(figsize=(9, 1.5 + 0.22 * len(records)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -107,7 +110,7 @@ def plot_ratios(report: dict[str, Any], path: Path) -> bool:
     axes.invert_yaxis()
     axes.set_xlim(left=0)
     axes.set_xlabel("rate over that of torch.clone at as many bytes")
-    axes.set_title(f"Kernels, {report['dtype']}, inputs not in L2: {report['environment']['gpu']}", fontsize=10)
+    axes.set_title(f"Kernels, {report['dtype']}, inputs not in L2: {machine.get('gpu', machine['cpu'])}", fontsize=10)
     axes.grid(alpha=0.3)
     if records:
         axes.legend()

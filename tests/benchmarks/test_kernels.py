@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +39,7 @@ from benchmarks.kernel_targets import (
 )
 from benchmarks.kernel_timing import (
     Call,
+    GraphTimer,
     Sample,
     calls_in_a_replay,
     calls_of,
@@ -305,6 +306,65 @@ class WallTimer:
         return sample
 
 
+class FakeCuda:
+    """``torch.cuda``, as far as the timer uses it, of a GPU on which every replay takes 6 ms; it notes what happens."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.stream = self.graph = lambda *arguments, stream=None: nullcontext()
+        self.Stream = lambda device: "a stream"
+
+    def synchronize(self) -> None:
+        self.log.append("wait")
+
+    def get_device_properties(self, device: torch.device) -> Any:
+        return SimpleNamespace(L2_cache_size=50 * 2**20)
+
+    def CUDAGraph(self) -> Any:
+        self.log.append("graph")
+        return SimpleNamespace(replay=lambda: self.log.append("replay"))
+
+    def Event(self, enable_timing: bool) -> Any:
+        assert enable_timing
+        note = self.log.append
+        return SimpleNamespace(
+            record=lambda: note("event"), synchronize=lambda: note("end"), elapsed_time=lambda other: 6.0
+        )
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_the_timer_warms_up_captures_and_times_a_replay(monkeypatch: pytest.MonkeyPatch, capturable: bool) -> None:
+    cuda = FakeCuda()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    timer = GraphTimer(torch.device("cuda"))
+    assert timer.copies(2**24) == 13
+    calls = [lambda n=n: cuda.log.append(f"call {n}") for n in range(2)]
+    sample = timer.prepare(calls, 4, capturable)
+    turns = ["call 0", "call 1", "call 0", "call 1"]
+    warm = ["wait", *turns[:3], "wait"]
+    once = ["event", *(["replay"] if capturable else turns), "event", "end"]
+    assert cuda.log == [*warm, *(["graph", *turns] if capturable else []), *once]
+    cuda.log.clear()
+    assert sample() == pytest.approx(6e-3 / 4)
+    assert cuda.log == once
+
+
+def test_a_run_writes_every_record_and_the_plot(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kernels, "GraphTimer", lambda device: WallTimer())
+    monkeypatch.setattr(kernels, "cases", lambda kernel, dtype, tokens: [replace(TINY[kernel], dtype=dtype)])
+    monkeypatch.setattr(kernels, "contestants", timed)
+    output = tmp_path / "kernels.json"
+    kernels.speed(Flags(kernel=("swiglu", "cross_entropy"), rounds=1, output=output), CPU)
+    report = json.loads(output.read_text())
+    found = [(record["kernel"], record["direction"]) for record in report["records"]]
+    assert found == [(kernel, direction) for kernel in ("swiglu", "cross_entropy") for direction in KERNELS[kernel]]
+    assert [host["kernel"] for host in report["host"]] == ["swiglu", "cross_entropy"]
+    assert report["environment"]["torch"] == torch.__version__
+    assert f"written: {output}" in capsys.readouterr().out
+
+
 def timed(case: Case) -> dict[str, Contestant | str]:
     """Without the compiler, which takes its time on a CPU."""
     return {name: c for name, c in contestants(case, backend="torch").items() if name != "torch.compile"}
@@ -429,7 +489,7 @@ def test_the_report_shows_ratios_and_targets(tmp_path: Path, capsys: pytest.Capt
     assert isinstance(entrant, Contestant)
     host = {"kernel": "rms_norm", "argonne_us": host_microseconds(case, entrant, CPU), "torch_us": 9.0}
     report = {
-        "environment": {"gpu": "a GPU", "torch": "2", "triton": "3", "liger-kernel": None},
+        "environment": {"gpu": "a GPU", "cpu": "a CPU", "torch": "2", "triton": "3", "liger-kernel": None},
         "dtype": "bfloat16",
         "rounds": 2,
         "records": records,
