@@ -49,14 +49,17 @@ def rms_norm(
 
         y, total, _ = call(x, residual, weight, eps)
         return y if residual is None else (y, total)
-    if residual is None:
-        return _reference(x, weight, eps)
-    total = x + residual
-    return _reference(total, weight, eps), total
-
-
-def _reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     accurate = torch.promote_types(x.dtype, torch.float32)
-    values = x.to(accurate)
+    if residual is None:
+        return _reference(x.to(accurate), weight, eps).to(x.dtype)
+    values = x.to(accurate) + residual
+    total = values.to(x.dtype)
+    if total.dtype != accurate:
+        # The norm is of the rounded sum, but the two gradients of the sum are added before they are rounded.
+        values = values + (total.to(accurate) - values).detach()
+    return _reference(values, weight, eps).to(x.dtype), total
+
+
+def _reference(values: Tensor, weight: Tensor, eps: float) -> Tensor:
     scale = torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
-    return (values * scale * weight.to(accurate)).to(x.dtype)
+    return values * scale * weight.to(values.dtype)
