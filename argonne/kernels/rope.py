@@ -75,17 +75,16 @@ def apply_rope_packed(
     _check(qkv, cos, sin, positions)
     heads = qkv.shape[-2]
     require(0 < 2 * key_value_heads < heads, "key_value_heads", key_value_heads, f"1 to {(heads - 1) // 2}")
-    turned = heads - key_value_heads
+    parts = [heads - 2 * key_value_heads, key_value_heads, key_value_heads]
     if uses_triton(backend, qkv=qkv, cos=cos, sin=sin):
         from argonne.kernels.gpu.rope import call_packed
 
-        both, value = call_packed(_flat(qkv), cos, sin, _flat_positions(positions), turned)
-        both, value = (part.unflatten(0, qkv.shape[:-3]) if qkv.dim() != 4 else part for part in (both, value))
-    else:
-        both = rotated(qkv[..., :turned, :], cos, sin, positions)
-        value = qkv[..., turned:, :]
-    query, key = both.split([turned - key_value_heads, key_value_heads], dim=-2)
-    return query, key, value
+        found = call_packed(_flat(qkv), cos, sin, _flat_positions(positions), parts)
+        query, key, value = found if qkv.dim() == 4 else (part.unflatten(0, qkv.shape[:-3]) for part in found)
+        return query, key, value
+    turned = rotated(qkv[..., :-key_value_heads, :], cos, sin, positions)
+    query, key = turned.split(parts[:2], dim=-2)
+    return query, key, qkv[..., -key_value_heads:, :]
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def start(words: list[str], **variables: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 120) -> Finished:
+def finish(process: subprocess.Popen[str], timeout: float = 300) -> Finished:
     """Wait for a command's end; one that takes longer than ``timeout`` seconds is killed and fails the test."""
     began = time.monotonic()
     try:
@@ -138,7 +139,7 @@ def weights(directory: Path) -> dict[str, str]:
     }
 
 
-def wait_for_steps(process: subprocess.Popen[str], directory: Path, steps: int, timeout: float = 90) -> None:
+def wait_for_steps(process: subprocess.Popen[str], directory: Path, steps: int, timeout: float = 200) -> None:
     """Wait until a run has logged ``steps`` steps."""
     deadline = time.monotonic() + timeout
     path = directory / "metrics.jsonl"
@@ -165,6 +166,16 @@ def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
             variables = (Path("/proc") / str(pid) / "environ").read_bytes().split(b"\0")
             found |= {int(variable[5:]): pid for variable in variables if variable.startswith(b"RANK=")}
     return found
+
+
+def outlive(pids: Iterable[int], seconds: float = 20) -> list[int]:
+    """Those of ``pids`` that still run after a while; a process that is ending may take a moment."""
+    deadline, left = time.monotonic() + seconds, list(pids)
+    while left and time.monotonic() < deadline:
+        time.sleep(0.05)
+        stats = {pid: Path(f"/proc/{pid}/stat") for pid in left}
+        left = [pid for pid, stat in stats.items() if stat.exists() and stat.read_text().split()[2] != "Z"]
+    return left
 
 
 def free_port() -> int:

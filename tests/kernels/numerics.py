@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from argonne.kernels import Backend, apply_rope, apply_rope_packed, cross_entropy, rms_norm, rope_tables, swiglu
 from argonne.parallel import Layout, Objective, ProcessGroups, VocabularyRange
+from benchmarks.interpreter import round_to_nearest_even
 from tests import dense
 from tests.parallel.test_cross_entropy import dense_losses
 from tests.pool import RankPool
@@ -29,27 +29,8 @@ class Interpreter(RankPool):
 
 
 def in_interpreter(groups: ProcessGroups, body: str, arguments: tuple[Any, ...]) -> Any:
-    with rounding_to_nearest():
-        return globals()[body](*arguments)
-
-
-@contextmanager
-def rounding_to_nearest() -> Iterator[None]:
-    """The interpreter cuts bits off where a GPU rounds float32 to bfloat16."""
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def rounding(values: Any, given: Any, wanted: Any, mode: Any) -> Any:
-        if (given, wanted) != (tl.float32, tl.bfloat16):
-            return convert(values, given, wanted, mode)
-        exact = torch.from_numpy(np.ascontiguousarray(values).view(np.float32))
-        return exact.bfloat16().view(torch.int16).numpy().view(np.uint16)
-
-    with mock.patch.object(interpreter, "_convert_float", rounding):
-        yield
+    round_to_nearest_even()
+    return globals()[body](*arguments)
 
 
 @dataclass(frozen=True)

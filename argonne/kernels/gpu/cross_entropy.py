@@ -27,7 +27,7 @@ def statistics_kernel(
     # A row may be -inf throughout: exp(-inf - lowest) is 0 where exp(-inf + inf) would be nan.
     top = tl.full([], LOWEST, tl.float32)
     exponentials = tl.zeros([BLOCK], tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
+    total = tl.full([], 0.0, tl.float32)
     for start in range(0, columns, BLOCK):
         mask = start + offset < columns
         values = tl.load(start_of_row + start + offset, mask, other=-float("inf")).to(tl.float32)
@@ -35,14 +35,14 @@ def statistics_kernel(
         exponentials = exponentials * tl.exp(top - higher) + tl.exp(values - higher)
         top = higher
         if WANTS_SUM:
-            total += tl.where(mask, values, 0.0)
+            total += tl.sum(tl.where(mask, values, 0.0), 0)
     tl.store(said + row, top)
     tl.store(said + tokens + row, tl.sum(exponentials, 0))
     owns = tl.load(mine + row) != 0
     own = tl.load(start_of_row + tl.load(target + row), owns, other=-float("inf")).to(tl.float32)
     tl.store(said + 2 * tokens + row, own)
     if WANTS_SUM:
-        tl.store(said + 3 * tokens + row, tl.sum(total, 0))
+        tl.store(said + 3 * tokens + row, total)
 
 
 @triton.jit

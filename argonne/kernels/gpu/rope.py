@@ -108,28 +108,33 @@ call = differentiable(op, rotate, _setup, _gradients, op, rotate)
 
 
 class _Packed(torch.autograd.Function):
-    """Queries and keys of packed rows in one launch; their gradients go where the packed gradient has its place."""
+    """Queries and keys of packed rows in one launch; each gradient goes where the packed one has its place."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, turned: int) -> Any:
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, heads: list[int]) -> Any:
         ctx.save_for_backward(cos, sin, positions)
-        ctx.turned = turned
-        return rotate(qkv[:, :, :turned], cos, sin, positions, 1.0), qkv[:, :, turned:]
+        turned = rotate(qkv[:, :, : -heads[2]], cos, sin, positions, 1.0)
+        return *turned.split(heads[:2], 2), qkv[:, :, -heads[2] :]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, turned_gradient: Tensor, value_gradient: Tensor) -> Any:
-        batch, length, _, width = value_gradient.shape
-        heads = ctx.turned + value_gradient.shape[2]
-        packed = torch.empty(batch, length, heads, width, dtype=value_gradient.dtype, device=value_gradient.device)
-        packed[:, :, ctx.turned :] = value_gradient
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        heads = [gradient.shape[2] for gradient in gradients]
+        batch, length, _, width = gradients[0].shape
+        packed = gradients[0].new_empty(batch, length, sum(heads), width)
+        query, key, value = packed.split(heads, 2)
         cos, sin, positions = ctx.saved_tensors
-        rotate(turned_gradient, cos, sin, positions, -1.0, out=packed[:, :, : ctx.turned])
+        rotate(gradients[0], cos, sin, positions, -1.0, out=query)
+        rotate(gradients[1], cos, sin, positions, -1.0, out=key)
+        value.copy_(gradients[2])
         return packed, None, None, None, None
 
 
-def call_packed(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, turned: int) -> tuple[Tensor, Tensor]:
-    """``[batch, sequence, heads, head_dim]``: the first ``turned`` heads turned, and the others as they are."""
+def call_packed(
+    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, heads: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``[batch, sequence, sum of heads, head_dim]`` as its three parts, the first two turned."""
     if torch.compiler.is_compiling():
-        return call(qkv[:, :, :turned], cos, sin, positions, 1.0), qkv[:, :, turned:]
-    return _Packed.apply(qkv, cos, sin, positions, turned)
+        turned = call(qkv[:, :, : -heads[2]], cos, sin, positions, 1.0)
+        return *turned.split(heads[:2], 2), qkv[:, :, -heads[2] :]
+    return _Packed.apply(qkv, cos, sin, positions, heads)
