@@ -12,20 +12,26 @@ import torch
 from torch import Tensor
 
 from argonne.kernels import Backend, apply_rope, apply_rope_packed, cross_entropy, rms_norm, rope_tables, swiglu
-from argonne.parallel import Layout, Objective, ProcessGroups, VocabularyRange
+from argonne.models import ArgonneConfig, ArgonneModel
+from argonne.parallel import Layout, Objective, ProcessGroups, VocabularyRange, complete_gradients
 from benchmarks.interpreter import round_to_nearest_even
 from tests import dense
 from tests.parallel.test_cross_entropy import dense_losses
 from tests.pool import RankPool
+from tests.whole import Parts, parts_of
 
 
 class Interpreter(RankPool):
-    """A process in which Triton's programs are interpreted on CPU tensors."""
+    """Processes in which Triton's programs are interpreted on CPU tensors."""
+
+    def run(self, layout: Layout, body: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """As ``RankPool.run``."""
+        with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+            return super().run(layout, body, *arguments)
 
     def errors(self, body: Callable[..., Any], *arguments: Any) -> Any:
-        """``body(*arguments)`` there."""
-        with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-            return self.run(Layout(), in_interpreter, body.__name__, arguments)[0]
+        """``body(*arguments)`` in one of them."""
+        return self.run(Layout(), in_interpreter, body.__name__, arguments)[0]
 
 
 def in_interpreter(groups: ProcessGroups, body: str, arguments: tuple[Any, ...]) -> Any:
@@ -226,3 +232,19 @@ def cross_entropy_errors(
     assert losses.dtype == torch.float32
     error = (losses.double() - expected).abs() / expected.abs().clamp(min=1)
     return error.max().item() if rows else 0.0, Error.of(gradient, exact.grad)
+
+
+SMALL = ArgonneConfig(24, 2, 4, 2, 37, 20, max_position_embeddings=8)
+
+
+def trained_model(groups: ProcessGroups, backend: Backend) -> tuple[Tensor, Parts]:
+    """The loss of a model and the gradients of its parameters, after forward and backward with that backend."""
+    if backend == "triton":
+        round_to_nearest_even()
+    model = ArgonneModel(SMALL, groups, backend=backend)
+    model.initialise(seed=3)
+    ids = torch.randint(0, SMALL.vocab_size, (2, 5), generator=torch.Generator().manual_seed(4))
+    loss = model.loss(ids[:, :-1], ids[:, 1:], "sum")
+    loss.backward()
+    complete_gradients(model.sharded_parameters(), groups)
+    return loss.detach(), parts_of(model, groups, lambda parameter: parameter.grad)

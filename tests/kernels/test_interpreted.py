@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from argonne.parallel import Objective
+from argonne.parallel import Layout, Objective
 from tests.kernels import numerics
 from tests.kernels.numerics import Errors, Interpreter
+from tests.pool import RankPool
+from tests.whole import assemble, assert_close
 
 ULP = 0.51
 """Of what is computed in float32 and rounded once to half width."""
@@ -58,6 +60,16 @@ def test_rms_norm_of_any_shape_and_strides_holds_its_contract(interpreter: Inter
         assert_rms_norm(errors, dtype, 0)
 
     claim()
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_no_row_and_one_row_are_rows_too(interpreter: Interpreter, rows: int) -> None:
+    half = torch.bfloat16
+    assert_rms_norm(interpreter.errors(numerics.rms_norm_errors, (rows, 81), half, True, True), half, 0)
+    assert_swiglu(interpreter.errors(numerics.swiglu_errors, (rows, 81), half, True, True), half)
+    turned = interpreter.errors(numerics.rope_errors, (rows, 3, 2, 6), 4, torch.float32, True, True, 1)
+    assert all(error.highest <= WIDE for error in turned.values())
+    assert interpreter.errors(numerics.cross_entropy_errors, rows, 81, half, True, EVERYTHING, 1)[0] <= 2e-6
 
 
 def test_the_gradient_of_the_norms_weight_repeats_to_the_bit(interpreter: Interpreter) -> None:
@@ -150,3 +162,17 @@ def test_a_shift_of_all_logits_changes_no_loss(interpreter: Interpreter, shift: 
     )
     assert loss <= 2e-6
     assert gradient.norm <= 1e-6
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2), Layout(tensor=2, sequence_parallel=True)], ids=str)
+def test_a_model_of_triton_programs_is_the_model_of_the_references(
+    interpreter: Interpreter, ranks: RankPool, layout: Layout
+) -> None:
+    expected = ranks.run(layout, numerics.trained_model, "torch")
+    found = interpreter.run(layout, numerics.trained_model, "triton")
+    for (loss, _), (wanted, _) in zip(found, expected, strict=True):
+        assert_close(loss, wanted, 1e-6, "loss")
+    gradients = [assemble(parts for _, parts in results) for results in (found, expected)]
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, value in gradients[1].items():
+        assert_close(gradients[0][name], value, 2e-6, f"gradient of {name}")

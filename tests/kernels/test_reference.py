@@ -17,10 +17,12 @@ from argonne.kernels import (
     SwiGLU,
     apply_rope,
     apply_rope_packed,
+    cross_entropy,
     rms_norm,
     rope_tables,
     swiglu,
 )
+from argonne.parallel import Objective
 from tests import dense
 from tests.whole import assert_close
 
@@ -154,6 +156,12 @@ def test_gradients_equal_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-5), (x, weight))
     tables = rope_tables(3, 6, 100.0, torch.float64)
     assert torch.autograd.gradcheck(lambda x: apply_rope(x[:, None], *tables), (x,))
+    packed = normal(2, 3, 5, 6, seed=4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda qkv: apply_rope_packed(qkv, *tables, 2), (packed,))
+    residual = normal(3, 6, seed=5).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, w, r: rms_norm(x, w, 1e-5, residual=r), (x, weight, residual))
+    targets, objective = torch.tensor([4, -100, 0]), Objective(0.1, 0.01)
+    assert torch.autograd.gradcheck(lambda z: cross_entropy(z, targets, objective), (x,))
     assert torch.autograd.gradcheck(swiglu, (x, normal(3, 6, seed=3).requires_grad_()))
 
 
