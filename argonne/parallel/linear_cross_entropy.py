@@ -26,6 +26,8 @@ from argonne.parallel.regions import copy_to_region, gather_from_sequence_region
 # Logits of a chunk, and its fewest tokens: enough for a good matrix product, small beside the whole.
 _CHUNK = {"cpu": 1 << 20, "cuda": 1 << 28}
 _FEWEST = 128
+# Elements at a multiple of which a row of logits begins: a GPU multiplies, and loads 128 bits at a time, only so.
+_ROW = {"cpu": 1, "cuda": 16}
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -52,7 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses, sums = (x.new_empty(*shape, len(x), dtype=accurate) for shape in ((), (2,)))
         gradients = _Gradients(ctx, x, weight, accurate) if trains and reduction == "sum" else None
         for chunk in _chunks(x, vocabulary):
-            said, kept = local[chunk].statistics(product(x[chunk], used))
+            said, kept = local[chunk].statistics(_logits(x[chunk], used))
             losses[chunk], sums[:, chunk] = local[chunk].losses(all_gather(said, axis))
             if gradients is not None:
                 gradients.add(chunk, local[chunk].gradient(kept, sums[:, chunk], None), x, used)
@@ -73,7 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         local = ctx.arithmetic.of(targets, ctx.vocabulary, ctx.objective)
         gradients = _Gradients(ctx, x, used, sums.dtype, rows=ctx.vocabulary.rows)
         for chunk in _chunks(x, ctx.vocabulary):
-            kept = local[chunk].keep(product(x[chunk], used), sums[:, chunk])
+            kept = local[chunk].keep(_logits(x[chunk], used), sums[:, chunk])
             gradients.add(chunk, local[chunk].gradient(kept, sums[:, chunk], gradient[chunk]), x, used)
         return *gradients.result(), *(None,) * 7
 
@@ -147,6 +149,15 @@ def vocab_parallel_linear_cross_entropy(
         torch.is_grad_enabled(),
         arithmetic,
     )
+
+
+def _logits(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight^T``; where the vocabulary asks for it, in rows that are a little apart."""
+    columns = len(weight)
+    padding = -columns % _ROW.get(x.device.type, 1)
+    if not padding or torch.compiler.is_compiling():
+        return product(x, weight)
+    return torch.mm(x, weight.t(), out=x.new_empty(len(x), columns + padding)[:, :columns])
 
 
 def _chunks(x: Tensor, vocabulary: VocabularyRange) -> Iterator[slice]:

@@ -16,6 +16,7 @@ from argonne.parallel import (
     ProcessGroups,
     VocabParallelEmbedding,
     VocabParallelHead,
+    linear_cross_entropy,
     vocab_parallel_linear_cross_entropy,
 )
 from tests.parallel.operands import SIZES, fill, under, values
@@ -124,6 +125,25 @@ def test_a_target_outside_the_vocabulary_has_no_plausible_loss(ranks: RankPool, 
     for rank, loss in enumerate(ranks.run(Layout(tensor=size), outside, target)):
         assert not loss[1].isfinite(), f"loss {loss[1]:.3f} of a target that is no token, on rank {rank}"
         assert loss[[0, 2]].isfinite().all(), f"rank {rank}"
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("vocabulary", [29, 32])
+def test_rows_of_logits_that_are_apart_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, vocabulary: int, reduction: str
+) -> None:
+    """As on a GPU, where they begin at multiples of 16 elements."""
+    case = Case(12, vocabulary, objective=EVERYTHING, reduction=reduction, chunk=5)
+    found = []
+    for row in (1, 16):
+        monkeypatch.setitem(linear_cross_entropy._ROW, "cpu", row)
+        holder, x = build(ProcessGroups.single(), case)
+        with chunks_of(case):
+            loss = loss_of(x, holder, case)
+            loss.backward(case.scale)
+        found.append((loss.detach(), x.grad, holder.weight.grad))
+    for apart, dense, what in zip(found[1], found[0], ("loss", "gradient of x", "gradient of the weight"), strict=True):
+        assert_close(apart, dense, 1e-14, what)
 
 
 def outside(groups: ProcessGroups, target: int) -> Tensor:
