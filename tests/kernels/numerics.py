@@ -86,7 +86,7 @@ def rms_norm_errors(
 ) -> Errors:
     x = draw(*shape, seed=1, dtype=dtype, strided=strided, scale=3)
     added = draw(*shape, seed=2, dtype=dtype, strided=strided) if residual else None
-    weight = draw(shape[-1], seed=3, dtype=torch.float32)
+    weight = draw(shape[-1], 1 + strided, seed=3, dtype=torch.float32)[:, 0]
     dy, dtotal = (draw(*shape, seed=seed, dtype=dtype, strided=strided) for seed in (4, 5))
     x, weight, *others = leaves(x, weight, *([] if added is None else [added]))
     before = x.detach().clone()

@@ -92,12 +92,13 @@ def losses(vocabulary: int, ranks: int, dtype: torch.dtype, objective: Objective
     part = VocabularyRange.of_rank(vocabulary, ranks, 0)
     numbers, flags = empty(TOKENS, dtype=torch.int64), empty(TOKENS, dtype=torch.bool)
     targets = cross_entropy.TritonTargets(objective, part, numbers, flags, flags)
-    logits, sums = empty(TOKENS, part.tokens, dtype=dtype), empty(2, TOKENS, dtype=FLOAT)
+    width = -(-part.tokens // 16) * 16  # as the head makes them on a GPU: rows begin at multiples of 16 elements
+    logits, sums = empty(TOKENS, width, dtype=dtype)[:, : part.tokens], empty(2, TOKENS, dtype=FLOAT)
 
     def both() -> None:
         targets.gradient(targets.statistics(logits)[1], sums, None)
 
-    return [Shipped(f"cross_entropy {vocabulary}/{ranks} {dtype}", cross_entropy, both, part.tokens % 16 == 0)]
+    return [Shipped(f"cross_entropy {vocabulary}/{ranks} {dtype}", cross_entropy, both)]
 
 
 def of_preset(config: ArgonneConfig, dtype: torch.dtype) -> list[Shipped]:
@@ -131,9 +132,12 @@ def test_configuration_compiles_without_spills_or_float64_and_within_its_registe
             assert made.spilled == 0, f"{where}: {made.spilled} bytes spilled"
             assert ".f64" not in made.ptx, where
             assert made.registers <= REGISTERS[name], f"{where}: {made.registers} registers"
-            if case.aligned and "statistics" not in name:  # that stores a few numbers a row
-                assert 128 in made.accesses("ld"), f"{where} loads {sorted(made.accesses('ld'))} bits"
+            if not case.aligned:
+                continue
+            assert 128 in made.accesses("ld"), f"{where} loads {sorted(made.accesses('ld'))} bits"
+            if "statistics" not in name:  # that stores a few numbers a row
                 assert 128 in made.accesses("st"), f"{where} stores {sorted(made.accesses('st'))} bits"
+            if "cross_entropy" not in name:  # whose last block ends where the vocabulary does
                 assert min(made.accesses("st")) >= 32, f"{where} stores {sorted(made.accesses('st'))} bits"
 
 

@@ -7,20 +7,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from argonne.kernels.gpu.launch import as_rows
+from argonne.kernels.gpu.launch import as_rows, warps
 from argonne.parallel.cross_entropy import Kept, Targets
 
 STATISTICS_BLOCK, GRADIENT_BLOCK = 8192, 2048
 """Columns at a time."""
-STATISTICS_WARPS, GRADIENT_WARPS = 16, 4
+GRADIENT_WARPS = 4
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+
+
+@triton.jit
+def _add(values, top, exponentials):
+    """A block's values added to the sum of exponentials above ``top``, which may rise."""
+    higher = tl.maximum(top, tl.max(values, 0))
+    return higher, exponentials * tl.exp(top - higher) + tl.exp(values - higher)
 
 
 @triton.jit
 def statistics_kernel(
     logits, target, mine, said, stride, tokens, columns, WANTS_SUM: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """A row's maximum, the sum of exponentials above it, the target's logit and (if wanted) the sum, in one read."""
+    """A row's maximum, the sum of exponentials above it, the target's logit and (if wanted) the sum, in one read.
+
+    Whole blocks are loaded without a mask: at a vocabulary of 151,665 one would forbid wide loads.
+    """
     row = tl.program_id(0).to(tl.int64)
     start_of_row = logits + row * stride
     offset = tl.arange(0, BLOCK)
@@ -28,12 +38,16 @@ def statistics_kernel(
     top = tl.full([], LOWEST, tl.float32)
     exponentials = tl.zeros([BLOCK], tl.float32)
     total = tl.full([], 0.0, tl.float32)
-    for start in range(0, columns, BLOCK):
-        mask = start + offset < columns
-        values = tl.load(start_of_row + start + offset, mask, other=-float("inf")).to(tl.float32)
-        higher = tl.maximum(top, tl.max(values, 0))
-        exponentials = exponentials * tl.exp(top - higher) + tl.exp(values - higher)
-        top = higher
+    whole = columns // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        values = tl.load(start_of_row + start + offset).to(tl.float32)
+        top, exponentials = _add(values, top, exponentials)
+        if WANTS_SUM:
+            total += tl.sum(values, 0)
+    if whole < columns:
+        mask = whole + offset < columns
+        values = tl.load(start_of_row + whole + offset, mask, other=-float("inf")).to(tl.float32)
+        top, exponentials = _add(values, top, exponentials)
         if WANTS_SUM:
             total += tl.sum(tl.where(mask, values, 0.0), 0)
     tl.store(said + row, top)
@@ -46,6 +60,13 @@ def statistics_kernel(
 
 
 @triton.jit
+def _gradient(values, column, top, log_total, factor, even, at_target, own):
+    """Of a block of logits; ``own`` is the target's column, or -1."""
+    gradient = tl.exp(values.to(tl.float32) - top - log_total) * factor - even
+    return tl.where(column == own, gradient - at_target, gradient)
+
+
+@triton.jit
 def gradient_kernel(
     logits, out, sums, target, mine, factor, scale, stride, out_stride, tokens, columns,
     EVEN: tl.constexpr, AT_TARGET: tl.constexpr, BLOCK: tl.constexpr,
@@ -55,15 +76,21 @@ def gradient_kernel(
     EVEN is label smoothing over the vocabulary's size, AT_TARGET is 1 - label smoothing.
     """
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < columns
+    start = tl.program_id(1) * BLOCK
+    column = start + tl.arange(0, BLOCK)
     top, log_total = tl.load(sums + row), tl.load(sums + tokens + row)
-    given = tl.load(scale + row)
-    values = tl.load(logits + row * stride + column, mask, other=0.0).to(tl.float32)
-    gradient = tl.exp(values - top - log_total) * tl.load(factor + row) - EVEN * given
-    is_target = (column == tl.load(target + row)) & (tl.load(mine + row) != 0)
-    gradient = tl.where(is_target, gradient - AT_TARGET * given, gradient)
-    tl.store(out + row * out_stride + column, gradient.to(out.dtype.element_ty), mask)
+    given, factor = tl.load(scale + row), tl.load(factor + row)
+    even, at_target = EVEN * given, AT_TARGET * given
+    own = tl.where(tl.load(mine + row) != 0, tl.load(target + row), -1)
+    source, sink = logits + row * stride + column, out + row * out_stride + column
+    if start + BLOCK <= columns:
+        gradient = _gradient(tl.load(source), column, top, log_total, factor, even, at_target, own)
+        tl.store(sink, gradient.to(out.dtype.element_ty))
+    else:
+        mask = column < columns
+        values = tl.load(source, mask, other=0.0)
+        gradient = _gradient(values, column, top, log_total, factor, even, at_target, own)
+        tl.store(sink, gradient.to(out.dtype.element_ty), mask)
 
 
 class TritonTargets(Targets):
@@ -76,10 +103,11 @@ class TritonTargets(Targets):
         logits = as_rows(logits)
         tokens, columns = logits.shape
         wants_sum = self.objective.label_smoothing > 0
+        block = min(STATISTICS_BLOCK, triton.next_power_of_2(columns))
         said = torch.empty(4 if wants_sum else 3, tokens, dtype=torch.float32, device=logits.device)
         statistics_kernel[(tokens,)](
             logits, self.rows, self.mine, said, logits.stride(0), tokens, columns, WANTS_SUM=wants_sum,
-            BLOCK=min(STATISTICS_BLOCK, triton.next_power_of_2(columns)), num_warps=STATISTICS_WARPS,
+            BLOCK=block, num_warps=warps(block),
         )  # fmt: skip
         return said, Kept(logits)
 

@@ -171,7 +171,7 @@ def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, wrap: Wrap = direct
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``y``, ``x + residual`` (empty without a residual) and the scale of each row ``[rows]`` in float32."""
-    rows, given = as_rows(x), None if residual is None else as_rows(residual)
+    rows, given, weight = as_rows(x), None if residual is None else as_rows(residual), weight.contiguous()
     count, columns = rows.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = torch.empty_like(y) if residual is not None else x.new_empty(0)
@@ -193,7 +193,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``x`` (what was normalised) and of the weight; ``dtotal`` is added to the former."""
     rows, gradient = as_rows(x), as_rows(dy)
-    added = None if dtotal is None else as_rows(dtotal)
+    added, weight = None if dtotal is None else as_rows(dtotal), weight.contiguous()
     count, columns = rows.shape
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not dx.numel():
