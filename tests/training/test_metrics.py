@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,13 @@ def test_flops_of_attention_are_half_a_square_of_scores_and_values() -> None:
 def test_the_cpu_has_memory_but_no_known_peak() -> None:
     assert peak_flops(torch.device("cpu")) is None
     assert 0.01 < memory_gib(torch.device("cpu")) < 1000
+
+
+def test_the_memory_of_a_process_is_not_that_of_its_launcher() -> None:
+    held = torch.ones(3 * 2**28)  # 3 GiB, until the child has started
+    code = "from argonne.training.metrics import memory_gib; import torch; print(memory_gib(torch.device('cpu')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 2, f"{held.nbytes} bytes are the launcher's"
 
 
 def test_the_peak_of_a_gpu_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
