@@ -47,10 +47,10 @@ def test_the_cpu_has_memory_but_no_known_peak() -> None:
 
 
 def test_the_memory_of_a_process_is_not_that_of_its_launcher() -> None:
-    held = torch.ones(3 * 2**28)  # 3 GiB, until the child has started
+    held = torch.ones(2**28)  # 1 GiB, until the child has started
     code = "from argonne.training.metrics import memory_gib; import torch; print(memory_gib(torch.device('cpu')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 2, f"{held.nbytes} bytes are the launcher's"
+    assert float(done.stdout) < 0.9, f"{held.nbytes} bytes are the launcher's"
 
 
 def test_the_peak_of_a_gpu_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
