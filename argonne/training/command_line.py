@@ -43,6 +43,8 @@ STARTED_AT = "ARGONNE_STARTED_AT"
 RESTARTS_LEFT = "ARGONNE_RESTARTS_LEFT"
 """Tells the ranks that ``drive`` started how often it would still start them again."""
 
+_REFUSED = "argonne/refused"
+"""Is in the store of a job that a rank has refused."""
 _FIRST_RANK_SPEAKS_WITHIN = 20.0  # seconds
 _LAUNCHER_LOOKS_WITHIN = 2.0  # seconds; a launcher has then acted on the rank that failed first
 _MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
@@ -129,6 +131,9 @@ def guarded(body: Callable[[], None]) -> None:
     except (dist.DistError, RuntimeError) as error:
         if not _is_lost_peer(error):
             raise
+        if _was_refused():
+            _end_torchrun()
+            _leave(USAGE)
         reason = str(error).strip().splitlines()[0][:160]
         _say(f"rank {os.environ.get('RANK', '0')} lost contact with another rank and stops: {reason}")
         time.sleep(_LAUNCHER_LOOKS_WITHIN)
@@ -222,10 +227,27 @@ def _refuse(message: str) -> NoReturn:
         time.sleep(_FIRST_RANK_SPEAKS_WITHIN + (0.0 if first_here else _LAUNCHER_LOOKS_WITHIN))
         message = f"rank {rank}: {message}"
     _say(f"error: {message}")
-    if "TORCHELASTIC_RUN_ID" in os.environ and RESTARTS_LEFT not in os.environ and restarts_left():
-        # torchrun repeats whatever failed, whatever its status; a refusal would only be repeated with it.
-        os.kill(os.getppid(), signal.SIGTERM)
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            dist.distributed_c10d._get_default_store().set(_REFUSED, "")
+    _end_torchrun()
     _leave(USAGE)
+
+
+def _was_refused() -> bool:
+    """Whether a rank that is gone has refused something: then this one must not be started again either.
+
+    Its agent would, and wait for the other node's, which has ended, for as long as a rendezvous may take.
+    """
+    with contextlib.suppress(RuntimeError):  # the store may be gone with the agent that kept it
+        return dist.is_initialized() and dist.distributed_c10d._get_default_store().check([_REFUSED])
+    return False
+
+
+def _end_torchrun() -> None:
+    """End the agent of this node: it repeats whatever failed, whatever its status, and so would repeat a refusal."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and RESTARTS_LEFT not in os.environ and restarts_left():
+        os.kill(os.getppid(), signal.SIGTERM)
 
 
 def _is_lost_peer(error: Exception) -> bool:

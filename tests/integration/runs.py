@@ -185,8 +185,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def agents(flags: dict[str, Any], each: int = 2, restarts: int = 0) -> list[subprocess.Popen[str]]:
-    """Two torchrun agents of ``each`` ranks that meet at a port of this machine."""
+def agents(
+    flags: dict[str, Any],
+    each: int = 2,
+    restarts: int = 0,
+    script: Path = ROOT / "examples" / "pretrain.py",
+    host: int | None = None,
+) -> list[subprocess.Popen[str]]:
+    """Two torchrun agents of ``each`` ranks that meet at a port of this machine; agent ``host`` keeps the store."""
     launcher = {
         "--nnodes": 2,
         "--nproc-per-node": each,
@@ -195,6 +201,7 @@ def agents(flags: dict[str, Any], each: int = 2, restarts: int = 0) -> list[subp
         "--rdzv-id": "nodes",
         "--rdzv-endpoint": f"127.0.0.1:{free_port()}",
     }
-    driver = [str(ROOT / "examples" / "pretrain.py"), *words_of(flags)]
-    words = [sys.executable, "-m", "torch.distributed.run", *words_of(launcher), *driver]
-    return [start(words) for _ in range(2)]
+    driver = [str(script), *words_of(flags)]
+    each_hosts = [{} if host is None else {"--rdzv-conf": f"is_host={int(node == host)}"} for node in range(2)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    return [start([*torchrun, *words_of({**launcher, **hosts}), *driver]) for hosts in each_hosts]

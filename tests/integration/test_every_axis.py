@@ -83,7 +83,10 @@ def test_without_a_launcher_auto_gives_the_pipeline_every_process(deeper: dict[s
     "layouts",
     [
         [(4, {**INTERLEAVED, "--tensor-parallel": 2}), (4, {"--data-parallel": 2, "--context-parallel": 2, **FSDP})],
-        [(4, {"--pipeline-parallel": 4}), (8, {"--data-parallel": 2, **SEQUENCE, "--context-parallel": 2})],
+        pytest.param(
+            [(4, {"--pipeline-parallel": 4}), (8, {"--data-parallel": 2, **SEQUENCE, "--context-parallel": 2})],
+            marks=pytest.mark.exhaustive,
+        ),
     ],
     ids=str,
 )

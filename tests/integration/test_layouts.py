@@ -56,7 +56,7 @@ def test_a_checkpoint_of_tensor_2_loads_with_equal_weights_and_moments(
 @pytest.mark.parametrize(
     ("nproc", "layout"),
     [
-        (1, {}),
+        pytest.param(1, {}, marks=pytest.mark.exhaustive),
         (4, {"--data-parallel": 2, "--sequence-parallel": None}),
         (3, {"--uneven-shards": None}),
     ],
