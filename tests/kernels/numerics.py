@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -132,8 +132,9 @@ def rope_errors(
 ) -> Errors:
     """Of each pair over the pair's norm (in ``highest``); ``packed`` key-value heads, or 0 for ``apply_rope``."""
     batch, length, heads, width = shape
-    x = draw(batch, length, heads + 2 * packed, width, seed=1, dtype=dtype, strided=strided)
-    (x,) = leaves(x)
+    apart = 2 * strided  # rows between one sequence and the next
+    x = draw(batch, length + apart, heads + 2 * packed, width, seed=1, dtype=dtype, strided=strided)
+    (x,) = leaves(x[:, apart:])
     tables = rope_tables(length + 7, rotated, 100.0)
     generator = torch.Generator().manual_seed(2)
     where = torch.randint(0, length + 7, (batch, length), generator=generator, device="cpu") if positions else None
@@ -192,7 +193,8 @@ def swiglu_errors(shape: tuple[int, ...], dtype: torch.dtype, strided: bool, pac
     terms = (gradient.double() * exact_up * exact_gate.sigmoid() * (1 + exact_gate.abs())).detach()
     return {
         "out": Error.of(out, expected),
-        "dgate": Error.of(dgate, exact_gate.grad, terms),
+        # The largest value does not come of terms that cancel.
+        "dgate": replace(Error.of(dgate, exact_gate.grad), ulp=Error.of(dgate, exact_gate.grad, terms).ulp),
         "dup": Error.of(dup, exact_up.grad),
     }
 

@@ -88,6 +88,12 @@ def test_rope_holds_its_contract(
     assert all(error.highest <= bound for error in errors.values()), errors
 
 
+@pytest.mark.parametrize("packed", [0, 1])
+def test_rope_finds_its_rows_where_sequences_lie_apart(interpreter: Interpreter, packed: int) -> None:
+    errors = interpreter.errors(numerics.rope_errors, (3, 2, 2, 6), 6, torch.float32, True, False, packed)
+    assert all(error.highest <= WIDE for error in errors.values()), errors
+
+
 def test_rope_of_any_shape_strides_and_positions_holds_its_contract(interpreter: Interpreter) -> None:
     sizes = st.tuples(st.integers(0, 2), st.integers(0, 4), st.integers(1, 5), st.integers(2, 90))
 
