@@ -199,6 +199,14 @@ def swiglu_errors(shape: tuple[int, ...], dtype: torch.dtype, strided: bool, pac
     }
 
 
+def swiglu_at_the_ends(backend: Backend = "triton") -> tuple[Tensor, Tensor, Tensor]:
+    """The result and gradients at gates whose exponentials are infinite, or none."""
+    gate, up = leaves(torch.tensor([1e4, 100.0, 0.0, -88.0, -100.0, -1e4]), torch.full((6,), 2.0))
+    out = swiglu(gate, up, backend=backend)
+    out.backward(torch.ones_like(out))
+    return out.detach(), gate.grad, up.grad
+
+
 def cross_entropy_errors(
     rows: int, columns: int, dtype: torch.dtype, strided: bool, objective: Objective, ranks: int, shift: float = 0.0
 ) -> tuple[float, Error]:

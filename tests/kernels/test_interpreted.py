@@ -135,9 +135,16 @@ def assert_swiglu(errors: Errors, dtype: torch.dtype) -> None:
         assert all(error.ulp <= ULP for error in errors.values()), errors
 
 
+def test_swiglu_of_extreme_gates_is_its_limit(interpreter: Interpreter) -> None:
+    found = interpreter.errors(numerics.swiglu_at_the_ends)
+    limits = [[2e4, 200.0, 0, 0, 0, 0], [2.0, 2.0, 1.0, 0, 0, 0], [1e4, 100.0, 0, 0, 0, 0]]
+    for tensor, limit in zip(found, limits, strict=True):
+        torch.testing.assert_close(tensor, torch.tensor(limit), rtol=1e-6, atol=1e-20)
+
+
 @pytest.mark.parametrize("objective", [Objective(), EVERYTHING], ids=["plain", "smoothed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("columns", "ranks"), [(151_665, 1), (151_665, 8), (81, 1), (20, 4)])
+@pytest.mark.parametrize(("columns", "ranks"), [(151_665, 1), (151_665, 8), (8193, 1), (81, 1), (20, 4)])
 def test_cross_entropy_holds_its_contract(
     interpreter: Interpreter, columns: int, ranks: int, dtype: torch.dtype, objective: Objective
 ) -> None:
