@@ -199,6 +199,27 @@ def swiglu_errors(shape: tuple[int, ...], dtype: torch.dtype, strided: bool, pac
     }
 
 
+def of_columns(backend: Backend) -> list[Tensor]:
+    """Results and gradients of every kernel, of tensors whose last stride is not 1."""
+    x, gate, gradient = (draw(6, 4, seed=seed, dtype=torch.float32).t() for seed in (1, 2, 3))
+    heads = draw(6, 2, 3, 2, seed=4, dtype=torch.float32).movedim(0, -1)
+    weight, targets = torch.linspace(1, 2, 6), torch.tensor([0, 5, 2, 2])
+    calls: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = [
+        (lambda x, w: rms_norm(x, w, 1e-6, backend=backend), (x, weight)),
+        (lambda x, r, w: rms_norm(x, w, 1e-6, residual=r, backend=backend)[0], (x, gate, weight)),
+        (lambda gate, up: swiglu(gate, up, backend=backend), (gate, x)),
+        (lambda z: cross_entropy(z, targets, backend=backend)[:, None].expand(4, 6), (x,)),
+        (lambda h: apply_rope(h, *rope_tables(3, 6, 9.0), backend=backend).flatten()[:24].view(4, 6), (heads,)),
+    ]
+    found = []
+    for call, arguments in calls:
+        given = leaves(*arguments)
+        out = call(*given)
+        out.backward(gradient)
+        found += [out.detach(), *(tensor.grad for tensor in given)]
+    return found
+
+
 def swiglu_at_the_ends(backend: Backend = "triton") -> tuple[Tensor, Tensor, Tensor]:
     """The result and gradients at gates whose exponentials are infinite, or none."""
     gate, up = leaves(torch.tensor([1e4, 100.0, 0.0, -88.0, -100.0, -1e4]), torch.full((6,), 2.0))

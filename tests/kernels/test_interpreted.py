@@ -135,6 +135,12 @@ def assert_swiglu(errors: Errors, dtype: torch.dtype) -> None:
         assert all(error.ulp <= ULP for error in errors.values()), errors
 
 
+def test_tensors_whose_last_stride_is_not_1_are_taken_too(interpreter: Interpreter) -> None:
+    found, expected = (interpreter.errors(numerics.of_columns, backend) for backend in ("triton", "torch"))
+    for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert_close(ours, theirs, 1e-6, f"tensor {number}")
+
+
 def test_swiglu_of_extreme_gates_is_its_limit(interpreter: Interpreter) -> None:
     found = interpreter.errors(numerics.swiglu_at_the_ends)
     limits = [[2e4, 200.0, 0, 0, 0, 0], [2.0, 2.0, 1.0, 0, 0, 0], [1e4, 100.0, 0, 0, 0, 0]]
