@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ def test_a_run_moves_from_pipeline_to_context_to_sequence_parallelism(
     layouts: Layouts = [(2, ZB), (2, {"--context-parallel": 2}), (2, SEQUENCE)]
     found = moved(deeper, tmp_path, layouts)
     assert_same_run(found, alone)
+    # At first every one of the 12,000 tokens is about as likely as any other.
+    assert alone[0]["loss"] == pytest.approx(math.log(12_000), rel=0.02)
     assert [line["layout"]["pipeline"] for line in found] == [2] * 4 + [1] * 8
     assert [line["layout"]["context"] for line in found] == [1] * 4 + [2] * 4 + [1] * 4
 
