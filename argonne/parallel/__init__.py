@@ -1,6 +1,6 @@
 """The reusable layer: process groups, parallel layers and the declarations that everything else follows.
 
-Needs torch and numpy only, and nothing else of argonne.
+Needs torch, numpy and einops, and nothing else of argonne.
 """
 
 from argonne.parallel.context import context_parallel_attention, context_positions, share_sequence

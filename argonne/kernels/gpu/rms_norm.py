@@ -22,23 +22,28 @@ that the bits depend neither on the card nor on its load."""
 class Plan:
     """How a width is computed."""
 
+    is_wide: bool
+    """A row is computed in blocks of columns."""
     block: int
     """Columns at a time."""
     rows: int
     """Rows at a time."""
-    num_warps: int
 
     @classmethod
     def of(cls, columns: int, widest: int) -> Plan:
         """All columns at once up to ``widest``, beyond which registers would spill."""
-        block = min(triton.next_power_of_2(columns), widest)
-        rows = max(1, 2048 // block) if block >= columns else 1
-        return cls(block, rows, warps(block * rows))
+        if columns > widest:
+            return cls(True, WIDE_BLOCK, 1)
+        block = triton.next_power_of_2(columns)
+        return cls(False, block, max(1, 2048 // block))
+
+    @property
+    def num_warps(self) -> int:
+        return warps(self.block * self.rows)
 
 
 FORWARD_WIDEST, BACKWARD_WIDEST = 16384, 8192
 WIDE_BLOCK = 4096
-"""Columns of a block where a row does not fit."""
 
 
 @triton.jit
@@ -178,12 +183,10 @@ def forward(
     scale = torch.empty(count, dtype=torch.float32, device=x.device)
     if y.numel():
         plan = Plan.of(columns, FORWARD_WIDEST)
-        wide = plan.block < columns
-        block = WIDE_BLOCK if wide else plan.block
-        wrap(wide_forward_kernel if wide else forward_kernel)[(triton.cdiv(count, plan.rows),)](
+        wrap(wide_forward_kernel if plan.is_wide else forward_kernel)[(triton.cdiv(count, plan.rows),)](
             rows, given, weight, y, total, scale, rows.stride(0), 0 if given is None else given.stride(0),
-            count, columns, EPS=eps, HAS_RESIDUAL=residual is not None, BLOCK=block, ROWS=plan.rows,
-            num_warps=warps(block * plan.rows),
+            count, columns, EPS=eps, HAS_RESIDUAL=residual is not None, BLOCK=plan.block, ROWS=plan.rows,
+            num_warps=plan.num_warps,
         )  # fmt: skip
     return y, total, scale
 
@@ -203,7 +206,7 @@ def backward(
     sums = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
     strides = rows.stride(0), gradient.stride(0)
     added_stride = 0 if added is None else added.stride(0)
-    if plan.block >= columns:
+    if not plan.is_wide:
         wrap(backward_kernel)[(programs,)](
             rows, weight, scale, gradient, added, dx, sums, *strides, added_stride, count, columns,
             HAS_RESIDUAL=added is not None, BLOCK=plan.block, ROWS=plan.rows, num_warps=plan.num_warps,
@@ -211,10 +214,10 @@ def backward(
     else:
         wrap(wide_dx_kernel)[(count,)](
             rows, weight, scale, gradient, added, dx, *strides, added_stride, columns,
-            HAS_RESIDUAL=added is not None, BLOCK=WIDE_BLOCK, num_warps=warps(WIDE_BLOCK),
+            HAS_RESIDUAL=added is not None, BLOCK=plan.block, num_warps=plan.num_warps,
         )  # fmt: skip
-        wrap(wide_dweight_kernel)[(programs, triton.cdiv(columns, WIDE_BLOCK))](
-            rows, scale, gradient, sums, *strides, count, columns, BLOCK=WIDE_BLOCK, num_warps=warps(WIDE_BLOCK)
+        wrap(wide_dweight_kernel)[(programs, triton.cdiv(columns, plan.block))](
+            rows, scale, gradient, sums, *strides, count, columns, BLOCK=plan.block, num_warps=plan.num_warps
         )
     return dx, sums.sum(0).to(weight.dtype)
 
