@@ -52,7 +52,7 @@ def test_a_killed_launcher_takes_its_ranks_with_it(flags: dict[str, Any], tmp_pa
     wait_for_steps(job, tmp_path, 1)
     pids = ranks_of(job).values()
     os.kill(job.pid, signal.SIGKILL)
-    job.communicate(timeout=60)  # the ranks hold its output open until they end
+    job.communicate(timeout=10)  # the ranks hold its output open until they end
     assert len(pids) == 2
     assert outlive(pids) == [], "a rank outlived its launcher"
 
@@ -119,7 +119,7 @@ def test_a_killed_rank_brings_the_job_down_with_a_message_that_names_it(
     wait_for_steps(job, tmp_path, 2)
     victim = ranks_of(job)[1]
     os.kill(victim, signal.SIGKILL)
-    done = finish(job, timeout=60)
+    done = finish(job, timeout=30)
     assert done.status != 0
     assert str(victim) in done.output
     assert "rank 1" in done.output or "rank      : 1" in done.output, done.output
@@ -132,7 +132,7 @@ def test_a_signal_ends_the_job_in_one_line(flags: dict[str, Any], tmp_path: Path
     job = start(command("pretrain", long))
     wait_for_steps(job, tmp_path, 2)
     job.send_signal(number)
-    done = finish(job, timeout=60)
+    done = finish(job, timeout=30)
     assert done.status == 128 + number
     assert "Traceback" not in done.output
     assert f"argonne: stopped by {number.name}. The same command continues the run." in done.output

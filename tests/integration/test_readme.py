@@ -1,4 +1,4 @@
-"""The README's example of the parallel layer runs as printed, and keeps what its comments promise."""
+"""The README's examples in Python run as printed, and keep what their comments promise."""
 
 from __future__ import annotations
 
@@ -8,11 +8,20 @@ from pathlib import Path
 
 from tests.integration.runs import ROOT, finish, start
 
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_of_the_kernels_prints_what_its_comment_says(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(import torch\nfrom argonne\.kernels.*?)```", README, re.S)
+    script = tmp_path / "kernels.py"
+    script.write_text(code)
+    done = finish(start([sys.executable, str(script)]))
+    assert done.status == 0, done.output
+    assert done.output.strip() == code.rpartition("# ")[2].strip()
+
 
 def test_the_example_prints_the_same_norm_at_every_layout(tmp_path: Path) -> None:
-    (code,) = re.findall(
-        r"```python\n(import torch\nfrom argonne\.parallel.*?)```", (ROOT / "README.md").read_text(), re.S
-    )
+    (code,) = re.findall(r"```python\n(import torch\nfrom argonne\.parallel.*?)```", README, re.S)
     two, one = tmp_path / "two.py", tmp_path / "one.py"
     two.write_text(code)
     one.write_text(code.replace("Layout(tensor=2)", "Layout()"))

@@ -36,7 +36,7 @@ def assert_refused(done: Finished, expected: str) -> None:
     lines = [line for line in done.output.splitlines() if line.startswith("argonne: error: ")]
     assert len(lines) == 1, done.output
     assert expected in lines[0]
-    assert done.seconds < 60
+    assert done.seconds < 30
 
 
 @pytest.mark.parametrize("name", BEFORE_LAUNCH)
