@@ -19,7 +19,7 @@ from argonne.data.shards import (
     open_shards,
     read_texts,
 )
-from argonne.data.stream import SequenceStream
+from argonne.data.stream import Packed, SequenceStream
 from argonne.data.tokenizer import (
     Encoder,
     boundary_tokens,
@@ -39,6 +39,7 @@ __all__ = [
     "DataPosition",
     "Encoder",
     "LaneState",
+    "Packed",
     "Prefetcher",
     "SequenceStream",
     "Shard",

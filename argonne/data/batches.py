@@ -9,13 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from einops import rearrange
 
 from argonne.data.errors import DataError
 from argonne.data.position import LaneState
 from argonne.data.stream import SequenceStream, Tokens
+
+Number = TypeVar("Number", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,8 @@ class Batch:
 
     tokens: Tokens
     """[accumulation, micro_batch, block_size + 1]"""
+    documents: npt.NDArray[np.int32]
+    """The same shape: the number of each token's document within its sequence."""
     states: Mapping[int, LaneState]
     """State of each lane served here once this batch is consumed."""
     step_sample: int
@@ -92,7 +98,11 @@ class BatchStream:
         ]
         self._sample = end
         return Batch(
-            tokens=rearrange(np.stack(mine), "(a m) t -> a m t", a=self._accumulation),
+            tokens=self._micro_batches([each.tokens for each in mine]),
+            documents=self._micro_batches([each.documents for each in mine]),
             states={lane: self._sequences.state(lane) for lane in self._sequences.served},
             step_sample=end,
         )
+
+    def _micro_batches(self, sequences: list[npt.NDArray[Number]]) -> npt.NDArray[Number]:
+        return rearrange(np.stack(sequences), "(a m) t -> a m t", a=self._accumulation)

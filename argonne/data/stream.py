@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,16 @@ from argonne.data.shards import Shard
 from argonne.data.units import LanePlan
 
 Tokens = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One sequence, and which of its tokens belong together."""
+
+    tokens: Tokens
+    """``[block_size + 1]`` ids."""
+    documents: npt.NDArray[np.int32]
+    """``[block_size + 1]``: the number of each token's document, 0 for the first (or rest of one) in the sequence."""
 
 
 class SequenceStream:
@@ -59,8 +70,8 @@ class SequenceStream:
             lane: _Lane(lane, reader, states[lane] if states else _beginning(plan, lane)) for lane in served
         }
 
-    def next_sequence(self, lane: int) -> Tokens:
-        """The lane's next sequence, [block_size + 1] token ids."""
+    def next_sequence(self, lane: int) -> Packed:
+        """The lane's next sequence of block_size + 1 tokens."""
         return self._served[lane].take(self.block_size + 1)
 
     def state(self, lane: int) -> LaneState:
@@ -82,17 +93,19 @@ class _Lane:
         self._documents = reader.documents(lane, self._place)
         self._open: Document | None = None
 
-    def take(self, count: int) -> Tokens:
-        taken = np.empty(count, dtype=np.int64)
-        filled = 0
+    def take(self, count: int) -> Packed:
+        taken = Packed(np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int32))
+        filled = number = 0
         while filled < count:
             document = self._open or self._next_document()
             piece = document.tokens[self._token : self._token + count - filled]
-            taken[filled : filled + len(piece)] = piece
+            taken.tokens[filled : filled + len(piece)] = piece
+            taken.documents[filled : filled + len(piece)] = number
             filled += len(piece)
             self._token += len(piece)
             if self._token == len(document.tokens):
                 self._finish(document)
+                number += 1
         self.state = LaneState(
             position=self._plan.position(self._place, self._token),
             documents=self._finished,

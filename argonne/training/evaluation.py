@@ -40,7 +40,7 @@ def held_out_sequences(
         stream = SequenceStream(shards, tokenizer, block_size, lanes=1, boundary=boundary, served=[0])
         found: list[Tensor] = []
         while len(found) < limit:
-            sequence = torch.from_numpy(stream.next_sequence(0))
+            sequence = torch.from_numpy(stream.next_sequence(0).tokens)
             state = stream.state(0).position
             # A sequence that runs into the second pass repeats text, unless it ends the first exactly.
             if state.epoch > 0 and (state.epoch, state.shard, state.row_group, state.row, state.token) > (

@@ -107,7 +107,7 @@ def test_each_micro_batch_holds_the_samples_that_the_formula_names(shards, token
     ranks, micro, accumulation, steps = 2, 3, 2, 2
     size = micro * accumulation * ranks
     stream = SequenceStream(shards, tokenizer, BLOCK, LANES, None, range(LANES))
-    samples = [stream.next_sequence(sample % LANES) for sample in range(size * steps)]
+    samples = [stream.next_sequence(sample % LANES).tokens for sample in range(size * steps)]
     for rank, batches in enumerate(Run(shards, tokenizer).ranks(ranks, micro, accumulation)):
         for step in range(steps):
             tokens = batches.next_batch().tokens

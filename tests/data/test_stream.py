@@ -81,7 +81,7 @@ def test_a_lane_delivers_every_token_of_its_documents_in_order_and_counts_each_r
     reference = Reference(corpus, tokenizer, lanes, boundary)
     stream = SequenceStream(shards_of(corpus), tokenizer, block_size, lanes, boundary, range(lanes))
     for lane in range(lanes):
-        sequences = [stream.next_sequence(lane) for _ in range(300 // block_size + 1)]
+        sequences = [stream.next_sequence(lane).tokens for _ in range(300 // block_size + 1)]
         assert {(each.shape, each.dtype) for each in sequences} == {((block_size + 1,), np.dtype(np.int64))}
         delivered = np.concatenate(sequences).tolist()
 
@@ -117,7 +117,9 @@ def test_resume_at_any_step_equals_the_uninterrupted_stream(
     for step, lane in enumerate(order):
         if step in stops:
             broken = SequenceStream(*arguments, [saved(broken.state(lane)) for lane in range(lanes)])
-        np.testing.assert_array_equal(broken.next_sequence(lane), whole.next_sequence(lane), f"at step {step}")
+        np.testing.assert_array_equal(
+            broken.next_sequence(lane).tokens, whole.next_sequence(lane).tokens, f"at step {step}"
+        )
         assert broken.state(lane) == whole.state(lane)
 
 
@@ -137,7 +139,7 @@ def test_one_epoch_delivers_the_tokens_of_every_accepted_document_exactly_once(
         epoch_tokens = sum(
             len(outcome) for position, outcome in reference_epoch(reference, lane) if not isinstance(outcome, str)
         )
-        sequences = [stream.next_sequence(lane) for _ in range(ceil(epoch_tokens / 2))]
+        sequences = [stream.next_sequence(lane).tokens for _ in range(ceil(epoch_tokens / 2))]
         # What is pending of the epoch after whole sequences is at most the half of one.
         delivered += [int(token) for pair in sequences for token in pair][:epoch_tokens]
     assert len(delivered) == sum(map(len, accepted))
@@ -159,7 +161,7 @@ def test_the_size_of_tokeniser_batches_and_the_format_of_shards_change_nothing(
     for rows, kinds in (("16", ["parquet"]), ("1000", ["file"]), ("23", ["stream", "parquet"])):
         monkeypatch.setenv("RESUME_TOKENIZER_BATCH_ROWS", rows)
         stream = SequenceStream(shards_of(corpus, kinds), tokenizer, 50, 3, None, range(3))
-        results.append([stream.next_sequence(index % 3).tolist() for index in range(60)])
+        results.append([stream.next_sequence(index % 3).tokens.tolist() for index in range(60)])
     assert results[0] == results[1] == results[2]
 
 
@@ -169,7 +171,7 @@ def test_a_lane_does_not_depend_on_which_others_are_served(shards_of, corpus_of,
     alone = SequenceStream(shards, tokenizer, 30, 4, None, [2])
     for index in range(40):
         together.next_sequence(index % 2)
-        np.testing.assert_array_equal(alone.next_sequence(2), together.next_sequence(2))
+        np.testing.assert_array_equal(alone.next_sequence(2).tokens, together.next_sequence(2).tokens)
 
 
 def test_a_row_group_that_lanes_share_is_decoded_once_an_epoch_while_they_keep_step(
@@ -236,7 +238,7 @@ def test_a_single_usable_document_is_enough_for_every_lane_and_every_resume(
     whole, broken = SequenceStream(*arguments), SequenceStream(*arguments)
     for _ in range(12):
         for lane in range(lanes):
-            np.testing.assert_array_equal(broken.next_sequence(lane), whole.next_sequence(lane))
+            np.testing.assert_array_equal(broken.next_sequence(lane).tokens, whole.next_sequence(lane).tokens)
         broken = SequenceStream(*arguments, [broken.state(lane) for lane in range(lanes)])
 
 
