@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from argonne.kernels import Backend, linear_cross_entropy
 from argonne.models.config import ArgonneConfig
-from argonne.models.decoder import Decoder, Places, Span, initial
+from argonne.models.decoder import Decoder, Span, initial
 from argonne.parallel import (
     Objective,
     Precision,
@@ -61,8 +61,10 @@ class ArgonneStage(nn.Module):
             self.lm_head = VocabParallelHead(
                 config.vocab_size, config.hidden_size, groups, initialiser=initial(config), precision=precision
             )
-        self.places: Places | None = None
-        """Of what ``forward`` is given next; a stage cannot tell it from activations."""
+        self.sequence = 0
+        """Positions of the sequences that ``forward`` is given next; a stage cannot tell it from activations."""
+        self.whole = False
+        """Whether it is given them whole, not shared out over the context axis."""
 
     @property
     def head(self) -> VocabParallelEmbedding | VocabParallelHead:
@@ -76,10 +78,12 @@ class ArgonneStage(nn.Module):
         holds = span.is_first or (span.is_last and self.config.tie_word_embeddings)
         return self.model.embed_tokens.weight if holds else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """What the stage before returned (ids ``[batch, positions]`` if there is none) -> ``[rows, hidden]``."""
-        assert self.places is not None
-        return self.model(x, self.places)
+    def forward(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
+        """What the stage before returned (ids ``[batch, positions]`` if there is none) -> ``[rows, hidden]``.
+
+        ``documents`` are as for ``ArgonneModel.loss``.
+        """
+        return self.model(x, self.model.places(self.sequence, self.whole, documents))
 
     def losses(self, x: Tensor, targets: Tensor, reduction: Reduction, objective: Objective = Objective()) -> Tensor:
         """The loss in nats of each position ``[batch, positions]``, or their sum, from the last stage's output."""
@@ -164,14 +168,15 @@ class ArgonneModel(ArgonneStage):
         x = self.model(share_sequence(ids, context), self.model.places(ids.shape[1], documents=documents))
         return self.losses(x, share_sequence(targets, context), reduction, objective)
 
-    def forward_backward(self, ids: Tensor, targets: Tensor, divisor: float) -> Tensor:
+    def forward_backward(self, ids: Tensor, targets: Tensor, divisor: float, documents: Tensor | None = None) -> Tensor:
         """Gradients of the loss summed over this rank's positions and divided; returns that loss, detached.
 
-        ``ids`` and ``targets`` are ``[micro-batches, batch, sequence]``.
+        ``ids``, ``targets`` and ``documents`` (as for ``loss``) are ``[micro-batches, batch, sequence]``.
         """
         losses = []
-        for micro_ids, micro_targets in zip(ids, targets, strict=True):
-            loss = self.loss(micro_ids, micro_targets, reduction="sum") / divisor
+        for number, (micro_ids, micro_targets) in enumerate(zip(ids, targets, strict=True)):
+            micro_documents = None if documents is None else documents[number]
+            loss = self.loss(micro_ids, micro_targets, reduction="sum", documents=micro_documents) / divisor
             loss.backward()
             losses.append(loss.detach())
         return torch.stack(losses).sum()

@@ -30,6 +30,7 @@ from argonne.parallel import (
     replicated,
     share_sequence,
 )
+from argonne.parallel.documents import DocumentBounds, can_vary_length, document_bounds
 from argonne.parallel.groups import Axis
 
 
@@ -55,6 +56,8 @@ class Places:
     """The ranks that share the sequences; a lone axis when this rank has them whole."""
     documents: Tensor | None = None
     """``[batch, sequence]`` numbers, of whole sequences: no attention between positions of different ones."""
+    bounds: DocumentBounds | None = None
+    """Of the same documents, where attention can do without a mask."""
 
 
 class RMSNorm(kernels.RMSNorm):
@@ -120,7 +123,7 @@ class Attention(nn.Module):
         if not self.is_grouped:  # the rank's query heads begin or end within a group
             key, value = key[:, :, self.head_of_query], value[:, :, self.head_of_query]
         query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
-        context = context_parallel_attention(query, key, value, places.axis, places.documents)
+        context = context_parallel_attention(query, key, value, places.axis, places.documents, places.bounds)
         return self.o_proj(rearrange(context, "batch head sequence dim -> (batch sequence) (head dim)"))
 
 
@@ -186,6 +189,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.span, self.context = span, groups.context
+        self.varies_length = can_vary_length(groups.device, precision.compute, config.head_dim)
         if span.is_first or (span.is_last and config.tie_word_embeddings):
             self.embed_tokens = VocabParallelEmbedding(
                 config.vocab_size, config.hidden_size, groups, initialiser=initial(config), precision=precision
@@ -210,7 +214,10 @@ class Decoder(nn.Module):
         """Of sequences of that length: this context-parallel rank's share, or all of it."""
         axis = Axis("context") if whole else self.context
         cos, sin = (share_sequence(table[:sequence], axis, 0) for table in (self.cos, self.sin))
-        return Places(cos, sin, axis, documents)
+        bounds = None
+        if documents is not None and axis.size == 1 and self.varies_length:
+            bounds = document_bounds(documents)
+        return Places(cos, sin, axis, documents, bounds)
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
         """Ids ``[batch, positions]``, or what the stage before returned -> ``[batch * positions, hidden]``.

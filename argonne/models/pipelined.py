@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -96,17 +96,18 @@ class PipelinedModel(nn.Module):
         """Fill every parameter with values that depend on the seed and the whole tensor's name only."""
         initialise(self.sharded_parameters(), seed)
 
-    def forward_backward(self, ids: Tensor, targets: Tensor, divisor: float) -> Tensor:
+    def forward_backward(self, ids: Tensor, targets: Tensor, divisor: float, documents: Tensor | None = None) -> Tensor:
         """As ``ArgonneModel.forward_backward``, in the order of the schedule; the loss on every rank."""
         micro_batches, batch, sequence = ids.shape
         pipeline = self.pipeline(micro_batches, batch, sequence)
         self._divisor = divisor
         for stage in self.held.values():
-            stage.places = stage.model.places(sequence)
+            stage.sequence, stage.whole = sequence, False
         local_ids, local_targets = (
             share_sequence(x, self.groups.context, 2).flatten(0, 1).contiguous() for x in (ids, targets)
         )
-        loss = pipeline.forward_backward(local_ids, local_targets)
+        options = {} if documents is None else {"documents": documents.flatten(0, 1)}
+        loss = pipeline.forward_backward(local_ids, local_targets, **options)
         like = torch.zeros((), dtype=self.precision.parameters, device=ids.device)
         return share_from_last(loss, like, self.plan, self.groups.pipeline)
 
@@ -130,9 +131,11 @@ class PipelinedModel(nn.Module):
         return self._pipelines[key]
 
     @torch.no_grad()
-    def loss(self, ids: Tensor, targets: Tensor, reduction: Reduction = "none") -> Tensor:
+    def loss(
+        self, ids: Tensor, targets: Tensor, reduction: Reduction = "none", documents: Tensor | None = None
+    ) -> Tensor:
         """As ``ArgonneModel.loss``, on every rank and without gradients: to evaluate."""
-        x = self._forward(share_sequence(ids, self.groups.context), ids.shape[1], whole=False)
+        x = self._forward(share_sequence(ids, self.groups.context), ids.shape[1], whole=False, documents=documents)
         local = share_sequence(targets, self.groups.context)
         accurate = torch.promote_types(self.precision.compute, torch.float32)
         like = torch.zeros(() if reduction == "sum" else local.shape, dtype=accurate, device=ids.device)
@@ -149,10 +152,11 @@ class PipelinedModel(nn.Module):
         logits = None if self.last is None else self.last.last_logits(_given(x), len(ids), ids.shape[1] - 1)
         return share_from_last(logits, like, self.plan, self.groups.pipeline)
 
-    def _forward(self, ids: Tensor, sequence: int, whole: bool) -> Tensor | None:
+    def _forward(self, ids: Tensor, sequence: int, whole: bool, **options: Any) -> Tensor | None:
         for stage in self.held.values():
-            stage.places = stage.model.places(sequence, whole)
-        return pipeline_forward(self.held, self.plan, self.groups.pipeline, ids, self._activation(*ids.shape))
+            stage.sequence, stage.whole = sequence, whole
+        activation = self._activation(*ids.shape)
+        return pipeline_forward(self.held, self.plan, self.groups.pipeline, ids, activation, **options)
 
     def _loss(self, x: Tensor, targets: Tensor) -> Tensor:
         assert self.last is not None

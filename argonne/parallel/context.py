@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from argonne.parallel.documents import DocumentBounds, variable_length_attention
 from argonne.parallel.errors import ArgonneError, LayoutError
 from argonne.parallel.groups import Axis
 from argonne.parallel.regions import gather_from_sequence_region
@@ -45,7 +46,12 @@ def share_sequence(x: Tensor, axis: Axis, dim: int = 1) -> Tensor:
 
 
 def context_parallel_attention(
-    query: Tensor, key: Tensor, value: Tensor, axis: Axis, documents: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    axis: Axis,
+    documents: Tensor | None = None,
+    bounds: DocumentBounds | None = None,
 ) -> Tensor:
     """Causal attention over sequences of which each rank of ``axis`` holds ``context_positions``.
 
@@ -59,6 +65,7 @@ def context_parallel_attention(
         axis: the context axis; ``local`` is ``sequence / axis.size``.
         documents: integers ``[batch, sequence]``, the same on every rank, of the whole sequence. Positions
             with different numbers do not see each other. Without them flash attention can be used on a GPU.
+        bounds: of the same documents, where ``can_vary_length``: with them too, over an axis of one process.
 
     Returns:
         ``[batch, heads, local, dim]``
@@ -74,6 +81,8 @@ def context_parallel_attention(
     if documents is not None and documents.shape != (batch, sequence):
         raise ArgonneError(f"documents has shape {list(documents.shape)}; legal: [{batch}, {sequence}], all positions")
     grouped = heads != key.shape[1]
+    if axis.size == 1 and bounds is not None:
+        return variable_length_attention(query, key, value, bounds)
     if axis.size == 1 and documents is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
     chunks = _held_chunks(sequence, axis)

@@ -109,17 +109,19 @@ class Pipeline:
         """Whether this rank computes the loss."""
         return self.plan.rank_of(self.plan.stages - 1) == self.axis.rank
 
-    def forward_backward(self, inputs: Tensor, targets: Tensor) -> Tensor | None:
+    def forward_backward(self, inputs: Tensor, targets: Tensor, **shared: Tensor) -> Tensor | None:
         """Gradients of the summed losses, added to those there are; that sum where it is computed, else None.
 
         Args:
             inputs: ``[micro-batches * batch, ...]``, read on the rank of the first stage.
             targets: the same of the targets, read on the rank of the last.
+            shared: tensors ``[micro-batches * batch, ...]`` of which every stage is given its micro-batch's part by
+                name; no gradient flows to them.
         """
         losses: list[Tensor] = []
         arguments = (inputs,) if 0 in self.stages else ()
         options: dict[str, Any] = {"target": targets, "losses": losses} if self.has_last else {}
-        self._schedule.step(*arguments, return_outputs=False, **options)
+        self._schedule.step(*arguments, return_outputs=False, **options, **shared)
         return torch.stack([loss.detach() for loss in losses]).sum() if self.has_last else None
 
     def bubble(self, costs: Sequence[float]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,17 @@ class Activation:
 
 @torch.no_grad()
 def pipeline_forward(
-    stages: Mapping[int, nn.Module], plan: PipelinePlan, axis: Axis, inputs: Tensor, activation: Activation
+    stages: Mapping[int, nn.Module],
+    plan: PipelinePlan,
+    axis: Axis,
+    inputs: Tensor,
+    activation: Activation,
+    **options: Any,
 ) -> Tensor | None:
-    """One batch through every stage, without gradients: the last stage's output on its rank, elsewhere None."""
+    """One batch through every stage, without gradients: the last stage's output on its rank, elsewhere None.
+
+    Every stage is given the ``options`` too.
+    """
     x: Tensor | None = None
     for stage in range(plan.stages):
         here = plan.rank_of(stage) == axis.rank
@@ -37,7 +46,7 @@ def pipeline_forward(
                 x = torch.empty(activation.shape, dtype=activation.dtype, device=inputs.device)
                 transfer(x, axis, before, after)
         if here:
-            x = stages[stage](inputs if stage == 0 else x)
+            x = stages[stage](inputs if stage == 0 else x, **options)
     return x if plan.rank_of(plan.stages - 1) == axis.rank else None
 
 

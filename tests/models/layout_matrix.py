@@ -43,6 +43,8 @@ class Case:
     accumulation: int = 1
     blocks: int = 0
     """0: one more than there are stages, which no number of stages but 1 divides."""
+    documents: bool = False
+    """Sequences are packed of documents that do not see each other."""
 
     @property
     def plan(self) -> PipelinePlan:
@@ -63,7 +65,8 @@ class Case:
         schedule = f", {self.schedule}" if self.layout.pipeline > 1 else ""
         kind = f", {self.kind}" if self.layout.data * self.layout.context > 1 else ""
         head = "tied" if self.tied else "untied"
-        return f"{self.layout}{schedule}{kind}, {head}, accumulation {self.accumulation}"
+        packed = ", documents" if self.documents else ""
+        return f"{self.layout}{schedule}{kind}, {head}, accumulation {self.accumulation}{packed}"
 
 
 def every_case() -> Iterator[Case]:
@@ -83,7 +86,14 @@ def every_case() -> Iterator[Case]:
             least = named["pipeline"] if schedule in ("1f1b", "interleaved") else 1
             most = GLOBAL_BATCH // named["data"]
             accumulation = max(least, min(most, (1, 4)[turn % 2]))
-            yield Case(Layout(**named, sequence_parallel=share), schedule, kind, turn // 2 % 2 == 0, accumulation)
+            yield Case(
+                Layout(**named, sequence_parallel=share),
+                schedule,
+                kind,
+                tied=turn // 2 % 2 == 0,
+                accumulation=accumulation,
+                documents=turn % 3 == 2,
+            )
             turn += 1
 
 
@@ -91,6 +101,11 @@ def batches() -> torch.Tensor:
     """``[steps, global batch, sequence + 1]`` ids."""
     generator = torch.Generator().manual_seed(11)
     return torch.randint(0, VOCABULARY, (STEPS, GLOBAL_BATCH, SEQUENCE + 1), generator=generator)
+
+
+def documents_of(batch: torch.Tensor) -> torch.Tensor:
+    """Numbers ``[..., sequence]`` of documents that begin, in each sequence elsewhere, at every sixth of the ids."""
+    return (batch[..., :-1] % 6 == 0).long().cumsum(-1)
 
 
 def train(
@@ -118,7 +133,8 @@ def train(
         mine = batch[groups.data.rank :: groups.data.size].unflatten(0, (case.accumulation, -1))
         replicas.begin(case.accumulation, deferred=model.defers_weight_gradients)
         tokens = GLOBAL_BATCH * SEQUENCE
-        loss = model.forward_backward(mine[..., :-1], mine[..., 1:], tokens)
+        documents = documents_of(mine) if case.documents else None
+        loss = model.forward_backward(mine[..., :-1], mine[..., 1:], tokens, documents)
         losses.append(all_reduce(loss, groups.replicas).item())
         replicas.complete()
         norm = global_gradient_norm(replicas.parameters, groups)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from argonne.models import ArgonneConfig, ArgonneModel
 from argonne.parallel import Layout, Precision, ProcessGroups, complete_gradients, context_positions
+from argonne.parallel.embedding import VocabularyRange
 from tests.pool import RankPool
 from tests.whole import Parts, assemble, assert_close, parts_of
 
@@ -15,14 +16,18 @@ DOUBLE = Precision(torch.float64, torch.float64)
 LENGTHS = (5, 1, 7, 3)
 
 
-def packed(groups: ProcessGroups, config: ArgonneConfig, ids: Tensor, documents: Tensor) -> tuple[Tensor, Parts]:
-    """Each of this rank's losses, and the gradients of their sum."""
+def packed(
+    groups: ProcessGroups, config: ArgonneConfig, ids: Tensor, documents: Tensor
+) -> tuple[Tensor, Tensor, Parts]:
+    """Each of this rank's logits and losses, and the gradients of the losses' sum."""
     model = ArgonneModel(config, groups, DOUBLE)
     model.initialise(seed=4)
+    with torch.no_grad():
+        logits = model(ids[:, :-1], documents)
     losses = model.loss(ids[:, :-1], ids[:, 1:], documents=documents)
     losses.sum().backward()
     complete_gradients(model.sharded_parameters(), groups)
-    return losses.detach(), parts_of(model, groups, lambda parameter: parameter.grad)
+    return logits, losses.detach(), parts_of(model, groups, lambda parameter: parameter.grad)
 
 
 @pytest.mark.parametrize(
@@ -43,10 +48,14 @@ def test_packed_documents_have_the_losses_and_gradients_of_each_alone(ranks: Ran
     alone = ArgonneModel(config, ProcessGroups.single(), DOUBLE)
     alone.initialise(seed=4)
     expected = torch.cat([alone.loss(t[:, :-1], t[:, 1:]) for t in texts], 1)
+    every_logit = torch.cat([alone(t[:, :-1]) for t in texts], 1)
     results = ranks.run(layout, packed, config, whole, numbers)
-    for rank, (losses, _) in enumerate(results):
-        context = ProcessGroups.of_rank(layout, rank).context
-        places = context_positions(ids.shape[1], context)
+    for rank, (logits, losses, _) in enumerate(results):
+        groups = ProcessGroups.of_rank(layout, rank)
+        places = context_positions(ids.shape[1], groups.context)
+        held = VocabularyRange.of_rank(config.vocab_size, layout.tensor, groups.tensor.rank)
+        own_logits = every_logit[:, places, held.start : held.stop]
+        assert_close(logits, own_logits, 1e-10, f"logits of rank {rank}")
         same = own[:, places]
         assert_close(losses[same], expected[:, places][same], 1e-10, f"losses of rank {rank}")
 
@@ -57,6 +66,6 @@ def test_packed_documents_have_the_losses_and_gradients_of_each_alone(ranks: Ran
         total = total + alone.loss(whole[:, begin : begin + length], whole[:, begin + 1 : begin + length + 1]).sum()
         begin += length
     total.backward()
-    gradients = assemble(parts for _, parts in results)
+    gradients = assemble(parts for *_, parts in results)
     for region, value in parts_of(alone, ProcessGroups.single(), lambda parameter: parameter.grad):
         assert_close(gradients[region.name], value, 1e-10, region.name)

@@ -22,31 +22,31 @@ from tests.whole import assemble, assert_close
 FAST = [
     Case(Layout(pipeline=2), "1f1b", tied=True, accumulation=4),
     Case(Layout(pipeline=2), "zb", tied=True, accumulation=1),
-    Case(Layout(pipeline=2), "interleaved", tied=False, accumulation=4),
+    Case(Layout(pipeline=2), "interleaved", tied=False, accumulation=4, documents=True),
     Case(Layout(context=2), kind="zero1", tied=False, accumulation=4),
     Case(Layout(data=2), "zb", "fsdp", tied=True, accumulation=4),  # a schedule, but no pipeline
     Case(Layout(pipeline=2, data=2), "gpipe", "fsdp", tied=True, accumulation=1),
-    Case(Layout(pipeline=2, tensor=2, sequence_parallel=True), "zb", tied=False, accumulation=4),
-    Case(Layout(data=2, context=2), kind="replicate", tied=True, accumulation=1),
+    Case(Layout(pipeline=2, tensor=2, sequence_parallel=True), "zb", tied=False, accumulation=4, documents=True),
+    Case(Layout(data=2, context=2), kind="replicate", tied=True, accumulation=1, documents=True),
     Case(Layout(context=2, tensor=2, sequence_parallel=True), kind="fsdp", tied=True, accumulation=4),
 ]
 SLOW = [
     Case(Layout(pipeline=2, data=2, tensor=2, sequence_parallel=True), "interleaved", "zero1", True, 4),
-    Case(Layout(pipeline=2, data=2, context=2), "1f1b", "fsdp", False, 4),
+    Case(Layout(pipeline=2, data=2, context=2), "1f1b", "fsdp", False, 4, documents=True),
     Case(Layout(pipeline=4, context=2), "zb", "zero1", True, 4),
     Case(Layout(tensor=8, sequence_parallel=True), tied=False, accumulation=4),
 ]
 
 
 @cache
-def alone(layers: int, tied: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+def alone(layers: int, tied: bool, documents: bool = False) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The run in one process; accumulation changes nothing but the last bits."""
-    losses, parts = train(ProcessGroups.single(), Case(Layout(), tied=tied, blocks=layers))
+    losses, parts = train(ProcessGroups.single(), Case(Layout(), tied=tied, blocks=layers, documents=documents))
     return losses, assemble([parts])
 
 
 def compare(ranks: RankPool, case: Case) -> None:
-    losses, weights = alone(case.layers, case.tied)
+    losses, weights = alone(case.layers, case.tied, case.documents)
     assert len(set(losses)) == STEPS, "nothing happened"
     results = ranks.run(case.layout, train, case)
     for rank, (found, _) in enumerate(results):
@@ -72,13 +72,14 @@ def test_a_checkpoint_of_any_layout_goes_on_in_any_other(ranks: RankPool, exampl
     @settings(max_examples=examples)
     @given(cases, cases, cases, st.integers(1, STEPS - 3), st.data())
     def claim(first: Case, second: Case, third: Case, stop: int, data: st.DataObject) -> None:
+        documents = first.documents
         stops = [0, stop, data.draw(st.integers(stop + 1, STEPS - 1)), STEPS]
         tied = first.tied
-        losses, weights = alone(5, tied)
+        losses, weights = alone(5, tied, documents)
         found: list[float] = []
         with TemporaryDirectory() as name:
             for case, (begin, end) in zip((first, second, third), pairwise(stops), strict=True):
-                case = replace(case, tied=tied, blocks=5)
+                case = replace(case, tied=tied, blocks=5, documents=documents)
                 results = ranks.run(case.layout, train, case, begin, end, Path(name))
                 found += results[0][0]
         assert found == pytest.approx(losses, rel=1e-9)

@@ -1,0 +1,70 @@
+"""Packed documents: where they end in a batch, and attention within each of them by flash attention on a GPU."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class DocumentBounds:
+    """The documents of a batch, laid end to end."""
+
+    cumulative: Tensor
+    """int32 ``[documents + 1]``: where each begins among the ``batch * sequence`` positions, and their number."""
+    longest: int
+    """Positions of the longest document."""
+
+
+def document_bounds(documents: Tensor) -> DocumentBounds:
+    """Where the documents of ``[batch, sequence]`` numbers begin: at every change of number, and in every row."""
+    changes = torch.ones_like(documents, dtype=torch.bool)
+    changes[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    begins = changes.flatten().nonzero().flatten()
+    cumulative = torch.cat([begins, begins.new_tensor([documents.numel()])])
+    return DocumentBounds(cumulative.int(), int(cumulative.diff().max()))
+
+
+@functools.cache
+def _takes_groups() -> bool:
+    """Whether this PyTorch has variable-length attention with a causal window and grouped heads."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+
+
+def can_vary_length(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether ``variable_length_attention`` can compute there; elsewhere documents are masked."""
+    return device.type == "cuda" and dtype in FLASH_DTYPES and head_dim % 8 == 0 and head_dim <= 256 and _takes_groups()
+
+
+def variable_length_attention(query: Tensor, key: Tensor, value: Tensor, bounds: DocumentBounds) -> Tensor:
+    """Causal attention within each document, without a mask and without the work that a mask throws away.
+
+    Args:
+        query: ``[batch, heads, sequence, dim]``, bfloat16 or float16, on a GPU.
+        key: ``[batch, kv_heads, sequence, dim]``.
+        value: ``[batch, kv_heads, sequence, dim]``.
+        bounds: of the batch.
+
+    Returns:
+        ``[batch, heads, sequence, dim]``
+    """
+    from torch.nn.attention import varlen
+
+    attend: Any = varlen.varlen_attn  # its types differ from release to release
+    flat = [rearrange(x, "batch head sequence dim -> (batch sequence) head dim") for x in (query, key, value)]
+    ends, longest = bounds.cumulative, bounds.longest
+    grouped = query.shape[1] != key.shape[1]
+    out = attend(*flat, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=grouped)
+    return rearrange(out, "(batch sequence) head dim -> batch head sequence dim", batch=len(query))
