@@ -7,6 +7,7 @@ global order of samples stays the same for every data-parallel size and after ev
 from argonne.data.batches import Batch, BatchStream, check_data_parallel, served_lanes
 from argonne.data.documents import REASONS, rejection
 from argonne.data.errors import DataError
+from argonne.data.mixture import LaneStream, Mixture, Weighted, parse_globs, states_of_source
 from argonne.data.position import DataPosition, LaneState
 from argonne.data.prefetch import Prefetcher
 from argonne.data.reader import check_block_size
@@ -39,10 +40,13 @@ __all__ = [
     "DataPosition",
     "Encoder",
     "LaneState",
+    "LaneStream",
+    "Mixture",
     "Packed",
     "Prefetcher",
     "SequenceStream",
     "Shard",
+    "Weighted",
     "boundary_tokens",
     "check_block_size",
     "check_data_parallel",
@@ -53,9 +57,11 @@ __all__ = [
     "load_tokenizer",
     "open_shard",
     "open_shards",
+    "parse_globs",
     "read_texts",
     "rejection",
     "served_lanes",
+    "states_of_source",
     "tokenizer_fingerprint",
     "train_tokenizer",
 ]

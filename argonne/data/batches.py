@@ -16,8 +16,9 @@ import numpy.typing as npt
 from einops import rearrange
 
 from argonne.data.errors import DataError
+from argonne.data.mixture import LaneStream, Mixture
 from argonne.data.position import LaneState
-from argonne.data.stream import SequenceStream, Tokens
+from argonne.data.stream import Tokens
 
 Number = TypeVar("Number", bound=np.generic)
 
@@ -31,7 +32,7 @@ class Batch:
     documents: npt.NDArray[np.int32]
     """The same shape: the number of each token's document within its sequence."""
     states: Mapping[int, LaneState]
-    """State of each lane served here once this batch is consumed."""
+    """State of each lane served here once this batch is consumed; keys as of ``Mixture.states``."""
     step_sample: int
     """Number of the first global sample after this batch."""
 
@@ -68,7 +69,7 @@ class BatchStream:
 
     def __init__(
         self,
-        sequences: SequenceStream,
+        sequences: LaneStream | Mixture,
         *,
         dp_rank: int,
         dp_size: int,
@@ -79,10 +80,11 @@ class BatchStream:
         for name, size in (("micro_batch", micro_batch), ("accumulation", accumulation)):
             if size < 1:
                 raise DataError(f"{name}={size} is not a positive number")
-        missing = set(served_lanes(sequences.lanes, dp_rank, dp_size)) - set(sequences.served)
+        mixture = sequences if isinstance(sequences, Mixture) else Mixture([sequences])
+        missing = set(served_lanes(mixture.lanes, dp_rank, dp_size)) - set(mixture.served)
         if missing:
             raise DataError(f"data-parallel rank {dp_rank} needs lanes {sorted(missing)}; they are not served here")
-        self._sequences = sequences
+        self._mixture = mixture
         self._rank = dp_rank
         self._ranks = dp_size
         self._accumulation = accumulation
@@ -93,14 +95,12 @@ class BatchStream:
         """This rank's part of the next global batch."""
         start, end = self._sample, self._sample + self._global_batch
         first = start + (self._rank - start) % self._ranks
-        mine = [
-            self._sequences.next_sequence(sample % self._sequences.lanes) for sample in range(first, end, self._ranks)
-        ]
+        mine = [self._mixture.sample(number) for number in range(first, end, self._ranks)]
         self._sample = end
         return Batch(
             tokens=self._micro_batches([each.tokens for each in mine]),
             documents=self._micro_batches([each.documents for each in mine]),
-            states={lane: self._sequences.state(lane) for lane in self._sequences.served},
+            states=self._mixture.states(),
             step_sample=end,
         )
 
