@@ -91,12 +91,16 @@ class DataFlags:
     """Tokens of a training sequence."""
     add_document_boundary_tokens: bool = False
     """Put BOS before and EOS after every document."""
+    document_mask: bool = False
+    """Keep attention within documents: what else is packed into a sequence is not seen."""
     data_lanes: int | None = None
     """Virtual streams that the data is dealt to; a data-parallel size divides it [64; fewer for tiny data]."""
     streaming: bool = True
     """Tokenise while training. --no-streaming (once, to a cache, shuffled) is not built yet and is refused."""
     num_proc: int = 8
     """Processes that tokenise with --no-streaming."""
+    prefetch_batches: int = 2
+    """Batches that are read and tokenised ahead of training."""
 
 
 @dataclass(frozen=True)
@@ -244,6 +248,7 @@ class RunConfig:
             "seed": (t.seed, 0),
             "block_size": (d.block_size, 1),
             "num_proc": (d.num_proc, 1),
+            "prefetch_batches": (d.prefetch_batches, 1),
             "validation_sequences": (d.validation_sequences, 1),
             "save_interval": (r.save_interval, 1),
             "keep_checkpoints": (r.keep_checkpoints, 1),

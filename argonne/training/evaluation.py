@@ -25,9 +25,9 @@ def held_out_sequences(
     limit: int,
     groups: ProcessGroups,
 ) -> Tensor:
-    """The first sequences of the held-out text, ``[sequences, block_size + 1]`` on every rank (collective).
+    """The first sequences of the held-out text, ``[2, sequences, block_size + 1]`` on every rank (collective).
 
-    Read once, on the first rank; at most ``limit``, and none twice.
+    First their ids, then the numbers of their documents. At most ``limit``, read once on the first rank, none twice.
 
     Raises:
         DataError: the text is shorter than one sequence.
@@ -40,7 +40,8 @@ def held_out_sequences(
         stream = SequenceStream(shards, tokenizer, block_size, lanes=1, boundary=boundary, served=[0])
         found: list[Tensor] = []
         while len(found) < limit:
-            sequence = torch.from_numpy(stream.next_sequence(0).tokens)
+            packed = stream.next_sequence(0)
+            sequence = torch.stack([torch.from_numpy(packed.tokens), torch.from_numpy(packed.documents)])
             state = stream.state(0).position
             # A sequence that runs into the second pass repeats text, unless it ends the first exactly.
             if state.epoch > 0 and (state.epoch, state.shard, state.row_group, state.row, state.token) > (
@@ -60,19 +61,25 @@ def held_out_sequences(
 
     found = collectively(read, groups.world)
     count = gather_objects(len(found), groups.world)[0]
-    sequences = torch.stack(found) if found else torch.empty(count, block_size + 1, dtype=torch.int64)
+    sequences = torch.stack(found, 1) if found else torch.empty(2, count, block_size + 1, dtype=torch.int64)
     return broadcast(sequences.to(groups.device), groups.world)
 
 
 @torch.no_grad()
-def held_out_loss(model: ArgonneModel | PipelinedModel, sequences: Tensor, micro_batch: int) -> float:
-    """The mean loss per token over ``sequences``, the data-parallel ranks sharing the work (collective)."""
+def held_out_loss(
+    model: ArgonneModel | PipelinedModel, sequences: Tensor, micro_batch: int, document_mask: bool = False
+) -> float:
+    """The mean loss per token over what ``held_out_sequences`` gave, with documents apart if training has them so.
+
+    The data-parallel ranks share the work (collective).
+    """
     data = model.groups.data
     total = torch.zeros((), dtype=torch.float64, device=sequences.device)
-    for batch in sequences[data.rank :: data.size].split(micro_batch):
-        total += model.loss(batch[:, :-1], batch[:, 1:], reduction="sum").double()
+    for ids, documents in zip(*(part[data.rank :: data.size].split(micro_batch) for part in sequences), strict=True):
+        own = documents[:, :-1] if document_mask else None
+        total += model.loss(ids[:, :-1], ids[:, 1:], reduction="sum", documents=own).double()
     all_reduce(total, model.groups.replicas)
-    return total.item() / sequences[:, 1:].numel()
+    return total.item() / sequences[0, :, 1:].numel()
 
 
 def sample_text(

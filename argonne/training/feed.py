@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from argonne.data import Batch, BatchStream, DataError, LaneState, Prefetcher
 from argonne.parallel import ProcessGroups
 from argonne.parallel.collectives import all_gather, broadcast, gather_objects
+from argonne.training.staging import Staged, Staging
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Fed:
 
     tokens: Tensor
     """``[accumulation, micro_batch, block_size + 1]`` ids."""
+    documents: Tensor | None
+    """The same shape: the number of each token's document within its sequence; None unless asked for."""
     digest: str | None
     """A hash of the global batch's ids in their order, the same at every layout; on feeding ranks only."""
     states: Mapping[int, LaneState]
@@ -34,12 +39,40 @@ class BatchFeed:
     """Reads ahead on the first of the ranks that share a batch (``groups.model``), and hands it out to them.
 
     What ``Fed.states`` tells belongs to the batch that was handed out, however far the reading is ahead.
+
+    Args:
+        stream: on the ranks that read.
+        shape: ``[accumulation, micro_batch, block_size + 1]`` of each batch.
+        groups: the processes.
+        documents: hand out the numbers of documents too.
+        depth: batches that are read ahead.
     """
 
-    def __init__(self, stream: BatchStream | None, shape: tuple[int, int, int], groups: ProcessGroups) -> None:
+    def __init__(
+        self,
+        stream: BatchStream | None,
+        shape: tuple[int, int, int],
+        groups: ProcessGroups,
+        documents: bool = False,
+        depth: int = 2,
+    ) -> None:
         self.groups = groups
-        self.shape = shape
-        self.prefetcher = Prefetcher(stream.next_batch) if stream is not None else None
+        # Ids, and the numbers of their documents where they are asked for.
+        self.shape = (1 + documents, *shape)
+        self.prefetcher: Prefetcher[tuple[Batch, Staged]] | None = None
+        if stream is not None:
+            staging = Staging(groups.device)
+
+            def read() -> tuple[Batch, Staged]:
+                batch = stream.next_batch()
+                parts: list[npt.NDArray[np.generic]] = [batch.tokens.reshape(-1)]
+                if documents:
+                    parts.append(batch.documents.reshape(-1))
+                # One element more says that the batch is there.
+                message = np.concatenate([*parts, [1]], dtype=np.int64)
+                return batch, staging.put(message)
+
+            self.prefetcher = Prefetcher(read, depth)
 
     def next(self) -> Fed:
         """The next batch (collective over ``groups.model``).
@@ -49,24 +82,24 @@ class BatchFeed:
         """
         batch: Batch | None = None
         problem: str | None = None
-        accumulation, micro_batch, length = self.shape
-        # The ids, and one more element that says whether they are there.
-        message = torch.zeros(accumulation * micro_batch * length + 1, dtype=torch.int64)
+        message: Tensor | None = None
         if self.prefetcher is not None:
             try:
-                batch = self.prefetcher.get()
-                message[:-1] = torch.from_numpy(batch.tokens.reshape(-1))
-                message[-1] = 1
+                batch, staged = self.prefetcher.get()
+                message = staged.take()
             except DataError as error:
                 problem = str(error)
-        message = broadcast(message.to(self.groups.device), self.groups.model)
+        if message is None:
+            message = torch.zeros(math.prod(self.shape) + 1, dtype=torch.int64, device=self.groups.device)
+        message = broadcast(message, self.groups.model)
         if message[-1] != 1:
             told = [line for line in gather_objects(problem, self.groups.model) if line]
             raise DataError(told[0])
-        tokens = message[:-1].view(self.shape)
+        tokens, *rest = message[:-1].view(self.shape)
+        documents = rest[0] if rest else None
         if batch is None:
-            return Fed(tokens, None, {}, 0)
-        return Fed(tokens, self._digest(batch), batch.states, batch.step_sample)
+            return Fed(tokens, documents, None, {}, 0)
+        return Fed(tokens, documents, self._digest(batch), batch.states, batch.step_sample)
 
     def close(self) -> None:
         """Stop reading ahead."""

@@ -122,10 +122,13 @@ class Progress:
         at = record["data_position"]
         if record["validation_loss"] is not None:
             self.held_out = f" (held-out {record['validation_loss']:.4f})"
+        # Reading ahead hides the data pipeline; what it does not hide is worth a word.
+        share = record["data_wait"] / record["step_time"]
+        data = f" | waited {share:.0%} for data" if share >= 0.05 else ""
         mfu = "" if record["mfu"] is None else f" | MFU {record['mfu']:.1%}"
         return (
             f"step {step:,}/{self.last:,} | loss {record['loss']:.4f}{self.held_out} | {record['tokens']:,} tokens | "
-            f"lr {record['learning_rate']:.2e} | {record['tokens_per_second']:,.0f} tokens/s{mfu} | "
+            f"lr {record['learning_rate']:.2e} | {record['tokens_per_second']:,.0f} tokens/s{data}{mfu} | "
             f"{record['memory_gib']:.1f} GiB | "
             f"sample {at['sample']:,}, {at['shard']} row {at['row']} token {at['token']} | ETA {_duration(seconds)}"
         )

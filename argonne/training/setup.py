@@ -142,6 +142,7 @@ def prepare(
             "lanes": lanes,
             "block_size": config.data.block_size,
             "document_boundary_tokens": config.data.add_document_boundary_tokens,
+            "document_mask": config.data.document_mask,
         },
         "seed": config.training.seed,
         "schedule": schedule_identity(config),

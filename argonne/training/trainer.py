@@ -37,7 +37,8 @@ class Trainer:
         self.global_batch = self.micro_batch * accumulation * groups.data.size
         self.tokens_per_step = self.global_batch * config.data.block_size
         shape = (accumulation, self.micro_batch, config.data.block_size + 1)
-        self.feed = BatchFeed(self._stream(accumulation), shape, groups)
+        data = config.data
+        self.feed = BatchFeed(self._stream(accumulation), shape, groups, data.document_mask, data.prefetch_batches)
         self.held_out = None
         if workload.validation_shards:
             self.held_out = held_out_sequences(
@@ -62,18 +63,21 @@ class Trainer:
         while state.step < last and not self._out_of_time():
             began = time.perf_counter()
             batch = self.feed.next()
+            waited = time.perf_counter() - began
             loss = self._forward_backward(batch)
             norm = self._update()
             self._advance(batch)
             seconds = time.perf_counter() - began
-            record = self._record(batch, loss, norm, seconds)
+            record = self._record(batch, loss, norm, seconds, waited)
             if not self.step_seconds:  # every rank is up: from now on a slow collective is a lost peer
                 self.groups.set_timeout(TRAINING_TIMEOUT)
             self.step_seconds = max(self.step_seconds, seconds)
 
             save_now = state.step % flags.save_interval == 0 or state.step == last
             if save_now and self.held_out is not None:
-                record["validation_loss"] = held_out_loss(state.model, self.held_out, self.micro_batch)
+                record["validation_loss"] = held_out_loss(
+                    state.model, self.held_out, self.micro_batch, self.config.data.document_mask
+                )
             if progress:
                 self.metrics.write(record)
                 progress.step(record)
@@ -100,9 +104,10 @@ class Trainer:
     def _forward_backward(self, batch: Fed) -> float:
         """Gradients of the mean loss per target token of the global batch; returns that loss."""
         ids, targets = batch.tokens[..., :-1], batch.tokens[..., 1:]
+        documents = None if batch.documents is None else batch.documents[..., :-1]
         model, scale = self.state.model, self.state.loss_scale.scale
         self.state.replicas.begin(len(ids), deferred=model.defers_weight_gradients)
-        loss = model.forward_backward(ids, targets, self.tokens_per_step / scale)
+        loss = model.forward_backward(ids, targets, self.tokens_per_step / scale, documents)
         loss_of_step = all_reduce(loss, self.groups.replicas).item() / scale
         self._require_finite("loss", loss_of_step)
         return loss_of_step
@@ -170,7 +175,7 @@ class Trainer:
         late = torch.tensor(float(seconds_since_start() + margin > limit), device=self.groups.device)
         return bool(broadcast(late, self.groups.world).item())
 
-    def _record(self, batch: Fed, loss: float, norm: float | None, seconds: float) -> dict[str, Any]:
+    def _record(self, batch: Fed, loss: float, norm: float | None, seconds: float, waited: float) -> dict[str, Any]:
         """The line of ``metrics.jsonl`` for this step."""
         rate = self.tokens_per_step / seconds
         peak = peak_flops(self.groups.device)
@@ -191,6 +196,7 @@ class Trainer:
             "grad_norm": norm,
             "tokens_per_second": rate,
             "step_time": seconds,
+            "data_wait": waited,
             "mfu": rate * flops / (peak * self.groups.world.size) if peak else None,
             "memory_gib": memory_gib(self.groups.device),
             "data_position": position,

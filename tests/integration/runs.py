@@ -40,7 +40,7 @@ SCHEDULE = {
 }
 
 # What depends on the clock or the memory of the machine, not on the run.
-MEASURED = ("tokens_per_second", "step_time", "memory_gib", "mfu")
+MEASURED = ("tokens_per_second", "step_time", "data_wait", "memory_gib", "mfu")
 
 
 @dataclass(frozen=True)
