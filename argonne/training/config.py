@@ -78,7 +78,8 @@ class DataFlags:
     """The data: shards of Parquet or Arrow with a text column, and the tokenizer."""
 
     data_glob: tuple[str, ...] | None = None
-    """Globs of the training shards [../data/CC-MAIN-2025-26/*.parquet, or the next default that matches]."""
+    """Globs of the training shards, GLOB:WEIGHT each to mix several corpora
+    [../data/CC-MAIN-2025-26/*.parquet, or the next default that matches]."""
     validation_glob: tuple[str, ...] | None = None
     """Globs of held-out shards, on which the loss is measured at every save [none]."""
     validation_sequences: int = 64

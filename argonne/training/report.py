@@ -48,11 +48,9 @@ def _stats(
     global_batch: int,
 ) -> dict[str, Any]:
     t, model, layout = config.training, workload.model, state.model.groups.layout
-    positions = [lane.position for lane in lanes.values()]
     dropped: Counter[str] = Counter()
     for lane in lanes.values():
         dropped.update(lane.dropped)
-    whole = any(position.epoch > 0 for position in positions)
     return {
         "total_tokens": state.tokens,
         "batch_size": t.initial_batch_size,
@@ -61,7 +59,7 @@ def _stats(
         "num_attention_heads": model.num_attention_heads,
         "hidden_size": model.hidden_size,
         "model_params": model.parameter_count,
-        "data_shards_seen": len(workload.shards) if whole else 1 + max((p.shard for p in positions), default=-1),
+        "data_shards_seen": workload.data.shards_seen(lanes),
         "documents_seen": sum(lane.documents for lane in lanes.values()),
         "documents_dropped": dict(dropped),
         "base_learning_rate": t.learning_rate,

@@ -74,7 +74,8 @@ def flags_to_json(config: RunConfig) -> dict[str, Any]:
     }
     for name in ("data_glob", "validation_glob"):
         if flags["data"][name] is not None:
-            flags["data"][name] = [os.path.abspath(glob) for glob in flags["data"][name]]
+            globs = flags["data"][name]
+            flags["data"][name] = [glob if "://" in glob else os.path.abspath(glob) for glob in globs]
     return flags
 
 

@@ -18,13 +18,9 @@ from argonne.data import (
     DataError,
     Shard,
     boundary_tokens,
-    check_block_size,
     check_data_parallel,
-    default_lanes,
-    find_shards,
     fingerprint,
     load_tokenizer,
-    open_shards,
     read_texts,
     tokenizer_fingerprint,
     train_tokenizer,
@@ -37,6 +33,7 @@ from argonne.parallel.collectives import collectively, gather_objects
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.layout import require_divisible
 from argonne.training.config import RunConfig
+from argonne.training.corpora import Corpora
 from argonne.training.run_directory import require_same, schedule_identity
 
 TOKENIZER_TRAINING_BYTES = 16 << 20
@@ -56,9 +53,7 @@ class Workload:
 
     model: ArgonneConfig
     precision: Precision
-    shards: tuple[Shard, ...]
-    validation_shards: tuple[Shard, ...]
-    lanes: int
+    data: Corpora
     tokenizer: PreTrainedTokenizerFast | None
     """On the ranks that read data; None elsewhere."""
     boundary: tuple[int, int] | None
@@ -88,11 +83,7 @@ def check(config: RunConfig, world_size: int) -> None:
         raise DataError(
             f"tokenizer_path={str(path)!r} does not exist; legal: the directory of a Hugging Face tokenizer"
         )
-    shards = open_shards(find_shards(config.data.data_glob or ()))
-    if config.data.validation_glob:
-        open_shards(find_shards(config.data.validation_glob))
-    rows = sum(sum(shard.rows) for shard in shards)
-    check_data_parallel(layout.data, config.data.data_lanes or default_lanes(rows), layout.data)
+    check_data_parallel(layout.data, Corpora.open(config.data).lanes, layout.data)
     _check_output(config.run.output_dir)
 
 
@@ -133,17 +124,9 @@ def prepare(
         ArgonneError: on every rank, what is wrong.
     """
     directory = config.run.output_dir
-    shards = open_shards(find_shards(config.data.data_glob or ()))
-    validation_shards = open_shards(find_shards(config.data.validation_glob)) if config.data.validation_glob else ()
-    lanes = config.data.data_lanes or default_lanes(sum(sum(shard.rows) for shard in shards))
+    data = Corpora.open(config.data)
     identity: dict[str, Any] = {
-        "data": {
-            "fingerprint": fingerprint(shards),
-            "lanes": lanes,
-            "block_size": config.data.block_size,
-            "document_boundary_tokens": config.data.add_document_boundary_tokens,
-            "document_mask": config.data.document_mask,
-        },
+        "data": data.identity(config.data),
         "seed": config.training.seed,
         "schedule": schedule_identity(config),
     }
@@ -156,7 +139,7 @@ def prepare(
         if kept_tokenizer is not None:
             return kept_tokenizer
         if groups.is_first:
-            train_kept_tokenizer(shards, directory / "tokenizer")
+            train_kept_tokenizer(data.shards, directory / "tokenizer")
         return directory / "tokenizer"
 
     source = collectively(find_tokenizer, groups.world)
@@ -170,7 +153,8 @@ def prepare(
 
     def enough() -> None:
         if groups.is_first:
-            check_block_size(shards, tokenizer, config.data.block_size, boundary)
+            assert tokenizer is not None
+            data.check_block_size(tokenizer, config.data.block_size, boundary)
 
     collectively(enough, groups.world)
     told = ("", 0)
@@ -186,7 +170,7 @@ def prepare(
     if saved_identity is not None:
         require_same(saved_identity, identity, directory)
     precision = resolve_precision(config.training.precision, groups.device)
-    return Workload(model, precision, shards, validation_shards, lanes, tokenizer, boundary, identity)
+    return Workload(model, precision, data, tokenizer, boundary, identity)
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:

@@ -144,7 +144,7 @@ class TrainingState:
             **self._scale(),
             "data": {
                 "next_sample": self.next_sample,
-                "shards": [shard.path.name for shard in workload.shards],
+                "shards": [shard.path.name for shard in workload.data.shards],
                 "lanes": {str(lane): state.to_dict() for lane, state in lanes.items()},
             },
             # Nothing random is carried from step to step: initial weights and samples are drawn by seed and step.

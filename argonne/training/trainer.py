@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from argonne.checkpoint import prune
-from argonne.data import BatchStream, SequenceStream, served_lanes
+from argonne.data import BatchStream, served_lanes
 from argonne.models import PipelinedModel
 from argonne.parallel import clip_gradients, global_gradient_norm
 from argonne.parallel.collectives import all_reduce, broadcast
@@ -40,9 +40,9 @@ class Trainer:
         data = config.data
         self.feed = BatchFeed(self._stream(accumulation), shape, groups, data.document_mask, data.prefetch_batches)
         self.held_out = None
-        if workload.validation_shards:
+        if workload.data.validation:
             self.held_out = held_out_sequences(
-                workload.validation_shards,
+                workload.data.validation,
                 workload.tokenizer if groups.is_first else None,
                 config.data.block_size,
                 workload.boundary,
@@ -184,7 +184,7 @@ class Trainer:
         if 0 in batch.states:  # the first rank reads lane 0
             position = dataclasses.asdict(batch.states[0].position)
             position |= {
-                "shard": self.workload.shards[position["shard"]].path.name,
+                "shard": self.workload.data.shard_of(0, batch.states[0]).path.name,
                 "sample": batch.next_sample,
             }
         return {
@@ -209,18 +209,12 @@ class Trainer:
         workload, data = self.workload, self.groups.data
         if workload.tokenizer is None:
             return None
-        lanes = self.state.lanes
-        sequences = SequenceStream(
-            workload.shards,
-            workload.tokenizer,
-            self.config.data.block_size,
-            workload.lanes,
-            workload.boundary,
-            served_lanes(workload.lanes, data.rank, data.size),
-            [lanes[lane] for lane in range(workload.lanes)] if lanes else None,
+        served = served_lanes(workload.data.lanes, data.rank, data.size)
+        mixture = workload.data.mixture(
+            workload.tokenizer, self.config.data.block_size, workload.boundary, served, self.state.lanes
         )
         return BatchStream(
-            sequences,
+            mixture,
             dp_rank=data.rank,
             dp_size=data.size,
             micro_batch=self.micro_batch,

@@ -66,7 +66,9 @@ def train(
             say(groups, *continue_at(directory, state.step))
 
     collectively(begin, groups.world)
-    shards = f"{len(workload.shards)} shard{'s' if len(workload.shards) > 1 else ''}, {workload.lanes} lanes"
+    count = len(workload.data.shards)
+    mixed = f" of {len(workload.data.parts)} corpora" if len(workload.data.parts) > 1 else ""
+    shards = f"{count} shard{'s' if count > 1 else ''}{mixed}, {workload.data.lanes} lanes"
     facts = [
         f"{workload.model.parameter_count:,} parameters",
         f"{groups.layout} on {groups.device.type}",

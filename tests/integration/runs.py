@@ -65,8 +65,11 @@ def write_corpus(directory: Path, documents: int = 120, shards: int = 3) -> Path
 
 
 def words_of(flags: dict[str, Any]) -> list[str]:
-    """Flags as the words of a command line; one whose value is None stands alone."""
-    return [str(word) for name, value in flags.items() for word in ([name] if value is None else [name, value])]
+    """Flags as the words of a command line; one whose value is None stands alone, a list is several words."""
+    words: list[Any] = []
+    for name, value in flags.items():
+        words += [name] if value is None else [name, *value] if isinstance(value, list) else [name, value]
+    return [str(word) for word in words]
 
 
 def command(driver: str, flags: dict[str, Any], nproc: int = 2, torchrun: bool = False, restarts: int = 0) -> list[str]:

@@ -145,3 +145,29 @@ def test_a_layout_that_cannot_be_is_refused_in_one_line(
     assert len(done.output.splitlines()) == 1, done.output
     assert words in done.output, done.output
     assert not (tmp_path / "run").exists()
+
+
+def test_documents_apart_and_corpora_mixed_by_weight_are_the_same_run_in_every_layout(
+    deeper: dict[str, Any], corpus: Path, tmp_path: Path
+) -> None:
+    mixed = [f"{corpus}/part-0.parquet:0.7", f"{corpus}/part-[12].parquet:0.3"]
+    packed = {**deeper, "--data-glob": mixed, "--document-mask": None, "--validation-glob": corpus / "part-1.parquet"}
+    succeed("pretrain", {**packed, "--output-dir": tmp_path / "alone"}, nproc=1)
+    expected = metrics(tmp_path / "alone")
+    layouts: Layouts = [(2, ZB), (2, {"--context-parallel": 2}), (4, {**SEQUENCE, "--data-parallel": 2})]
+    found = moved(packed, tmp_path / "moved", layouts)
+    assert_same_run(found, expected)
+    for line, wanted in zip(found, expected, strict=True):
+        assert (line["validation_loss"] is None) == (wanted["validation_loss"] is None)
+        if line["validation_loss"] is not None:
+            assert line["validation_loss"] == pytest.approx(wanted["validation_loss"], rel=1e-9)
+    done = run(
+        "pretrain", {**packed, "--document-mask": None, "--output-dir": tmp_path / "alone", "--seed": 0}, nproc=1
+    )
+    assert done.status == 0, done.output  # the same flags: nothing is left to do
+    without = {name: value for name, value in packed.items() if name != "--document-mask"}
+    done = run("pretrain", {**without, "--output-dir": tmp_path / "alone"}, nproc=1)
+    assert "document_mask: true -> false" in done.output
+    done = run("pretrain", {**packed, "--data-glob": mixed[::-1], "--output-dir": tmp_path / "alone"}, nproc=1)
+    assert done.status != 0
+    assert "data." in done.output
