@@ -110,6 +110,8 @@ def record(step: int, **changed: Any) -> dict[str, Any]:
         "tokens": 12_345 * step,
         "learning_rate": 1e-4,
         "tokens_per_second": 98_765.4,
+        "step_time": 2.0,
+        "data_wait": 0.01,
         "memory_gib": 1.25,
         "mfu": None,
         "validation_loss": None,
@@ -121,7 +123,8 @@ def record(step: int, **changed: Any) -> dict[str, Any]:
 def test_a_log_line_is_printed_at_the_first_step_every_interval_and_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(first=2, last=7, interval=2)
     for step in range(3, 8):
-        progress.step(record(step, validation_loss=2.5 if step == 4 else None, mfu=0.421 if step == 7 else None))
+        changed = {"validation_loss": 2.5 if step == 4 else None, "mfu": 0.421 if step == 7 else None}
+        progress.step(record(step, **changed, data_wait=0.3 if step == 6 else 0.01))
     progress.close()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     assert [line.split(" ")[1] for line in lines] == ["3/7", "4/7", "6/7", "7/7"]
@@ -139,3 +142,5 @@ def test_a_log_line_is_printed_at_the_first_step_every_interval_and_the_end(caps
     assert "MFU" not in lines[0]
     assert "MFU 42.1%" in lines[3]
     assert lines[3].endswith("ETA 0:00")
+    # Waiting for data is said where it is worth a word.
+    assert ["waited 15% for data" in line for line in lines] == [False, False, True, False]
