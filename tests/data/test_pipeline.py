@@ -1,0 +1,146 @@
+"""The whole data pipeline, read ahead and stopped anywhere: the same tokens, and every row accounted for."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from argonne.data import (
+    BatchStream,
+    LaneState,
+    Mixture,
+    Prefetcher,
+    SequenceStream,
+    served_lanes,
+    states_of_source,
+)
+from tests.data.reference import Reference
+
+shapes = st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=4), min_size=1, max_size=3).filter(
+    lambda shards: all(map(sum, shards))
+)
+segments = st.lists(
+    st.tuples(st.integers(0, 3), st.sampled_from([1, 2, 4]), st.integers(1, 3), st.integers(1, 2), st.integers(1, 4)),
+    min_size=1,
+    max_size=4,
+)
+
+
+@dataclass
+class Training:
+    """A run as its data sees it: between segments it is stopped, saved, and started in another layout."""
+
+    corpora: list
+    shares: list[float]
+    tokenizer: object
+    block_size: int
+    lanes: int
+    boundary: tuple[int, int] | None
+    sample: int = 0
+    states: dict[int, LaneState] = field(default_factory=dict)
+
+    def go_on(self, steps: int, ranks: int, micro_batch: int, accumulation: int, depth: int) -> list[np.ndarray]:
+        """The samples of ``steps`` steps in their order, ids above the numbers of their documents."""
+        streams = [self._stream(rank, ranks, micro_batch, accumulation) for rank in range(ranks)]
+        prefetchers = [Prefetcher(stream.next_batch, depth) for stream in streams]
+        samples = []
+        count = ranks * micro_batch * accumulation
+        for _ in range(steps):
+            batches = [prefetcher.get() for prefetcher in prefetchers]
+            rows = [
+                iter(np.stack([batch.tokens, batch.documents], -2).reshape(-1, 2, self.block_size + 1))
+                for batch in batches
+            ]
+            samples += [next(rows[number % ranks]) for number in range(self.sample, self.sample + count)]
+            (self.sample,) = {batch.step_sample for batch in batches}
+            states = {key: state for batch in batches for key, state in batch.states.items()}
+            self.states = {
+                key: LaneState.from_dict(json.loads(json.dumps(state.to_dict()))) for key, state in states.items()
+            }
+        for prefetcher in prefetchers:
+            prefetcher.close()
+        return samples
+
+    def _stream(self, rank: int, ranks: int, micro_batch: int, accumulation: int) -> BatchStream:
+        served = served_lanes(self.lanes, rank, ranks)
+        sources = [
+            SequenceStream(
+                shards,
+                self.tokenizer,
+                self.block_size,
+                self.lanes,
+                self.boundary,
+                served,
+                states_of_source(self.states, number, self.lanes),
+            )
+            for number, shards in enumerate(self.corpora)
+        ]
+        return BatchStream(
+            Mixture(sources, self.shares),
+            dp_rank=rank,
+            dp_size=ranks,
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            start_sample=self.sample,
+        )
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.lists(shapes, min_size=1, max_size=2),
+    st.integers(0, 10**6),
+    st.floats(0, 0.7),
+    st.sampled_from([4, 8]),
+    st.integers(1, 40),
+    st.sampled_from([None, (0, 2)]),
+    segments,
+)
+def test_any_stops_layouts_and_reading_ahead_leave_every_token_in_its_place(
+    shards_of, corpus_of, tokenizer, shapes, seed, rejected, lanes, block_size, boundary, segments
+) -> None:
+    texts = [corpus_of(shape, seed + number, rejected) for number, shape in enumerate(shapes)]
+    shares = [1.0, 0.4][: len(texts)]
+    arguments = ([shards_of(each) for each in texts], shares, tokenizer, block_size, lanes, boundary)
+    broken, whole = Training(*arguments), Training(*arguments)
+    samples = [sample for segment in segments for sample in broken.go_on(*segment)]
+    expected = whole.go_on(len(samples), 1, 1, 1, 1)
+    np.testing.assert_array_equal(np.array(samples), np.array(expected))
+    assert broken.states == whole.states
+
+    delivered: Counter[int] = Counter()
+    for number, (ids, documents) in enumerate(samples):
+        source = broken_source(shares, number)
+        delivered[source * lanes + number % lanes] += len(ids)
+        # Numbers begin at 0 and rise by one where a document begins.
+        assert documents[0] == 0
+        assert set(np.diff(documents)) <= {0, 1}
+    for key, state in broken.states.items():
+        assert state.tokens == delivered[key]
+        passed(state, Reference(texts[key // lanes], tokenizer, lanes, boundary), key % lanes)
+
+
+def broken_source(shares: list[float], number: int) -> int:
+    place = (number + 1) * 0x9E3779B97F4A7C15 % 2**64 / 2**64
+    return int(place >= shares[0] / sum(shares))
+
+
+def passed(state: LaneState, reference: Reference, lane: int) -> None:
+    """Every row before the position was delivered or is counted among the dropped, and nothing else was."""
+    tokens = documents = 0
+    dropped: Counter[str] = Counter()
+    for position, outcome in islice(reference.rows(lane), 100_000):
+        place = (position.epoch, position.shard, position.row_group, position.row)
+        if place == (state.position.epoch, state.position.shard, state.position.row_group, state.position.row):
+            break
+        if isinstance(outcome, str):
+            dropped[outcome] += 1
+        else:
+            documents += 1
+            tokens += len(outcome)
+    assert (state.tokens, state.documents, state.dropped) == (tokens + state.position.token, documents, dict(dropped))
