@@ -5,6 +5,8 @@ global order of samples stays the same for every data-parallel size and after ev
 """
 
 from argonne.data.batches import Batch, BatchStream, check_data_parallel, served_lanes
+from argonne.data.cache import TokenCache, open_cache
+from argonne.data.cache_build import build_cache
 from argonne.data.documents import REASONS, rejection
 from argonne.data.errors import DataError
 from argonne.data.mixture import LaneStream, Mixture, Weighted, parse_globs, states_of_source
@@ -46,8 +48,10 @@ __all__ = [
     "Prefetcher",
     "SequenceStream",
     "Shard",
+    "TokenCache",
     "Weighted",
     "boundary_tokens",
+    "build_cache",
     "check_block_size",
     "check_data_parallel",
     "default_lanes",
@@ -55,6 +59,7 @@ __all__ = [
     "find_shards",
     "fingerprint",
     "load_tokenizer",
+    "open_cache",
     "open_shard",
     "open_shards",
     "parse_globs",
