@@ -7,6 +7,7 @@ global order of samples stays the same for every data-parallel size and after ev
 from argonne.data.batches import Batch, BatchStream, check_data_parallel, served_lanes
 from argonne.data.cache import TokenCache, open_cache
 from argonne.data.cache_build import build_cache
+from argonne.data.cached import CachedStream, check_cache
 from argonne.data.documents import REASONS, rejection
 from argonne.data.errors import DataError
 from argonne.data.mixture import LaneStream, Mixture, Weighted, parse_globs, states_of_source
@@ -38,6 +39,7 @@ __all__ = [
     "REASONS",
     "Batch",
     "BatchStream",
+    "CachedStream",
     "DataError",
     "DataPosition",
     "Encoder",
@@ -53,6 +55,7 @@ __all__ = [
     "boundary_tokens",
     "build_cache",
     "check_block_size",
+    "check_cache",
     "check_data_parallel",
     "default_lanes",
     "encode",

@@ -69,7 +69,7 @@ class DocumentReader:
                 dropped = Counter()
                 productive = place.epoch
             place = self.plan.next_unit(lane, place)
-        raise DataError(f"no usable documents in the data; rows dropped: {_summary(dropped)}")
+        raise DataError(f"no usable documents in the data; rows dropped: {dropped_summary(dropped)}")
 
     def _outcomes(self, unit: Unit, first: int) -> Iterator[tuple[int, TokenIds | str]]:
         rows = self._texts(unit.shard, unit.row_group)[first : unit.end]
@@ -118,5 +118,6 @@ def check_block_size(
             return
 
 
-def _summary(dropped: Mapping[str, int]) -> str:
+def dropped_summary(dropped: Mapping[str, int]) -> str:
+    """Rows dropped by reason, for a message."""
     return ", ".join(f"{reason} {count}" for reason, count in sorted(dropped.items())) or "none"

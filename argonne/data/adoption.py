@@ -1,0 +1,51 @@
+"""Going on with changed data, on purpose: each lane keeps its place where that place is still there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from argonne.data.errors import DataError
+from argonne.data.inventory import describe
+from argonne.data.position import LaneState
+from argonne.data.shards import Shard
+from argonne.data.units import LanePlan
+
+
+def adopt(
+    states: Sequence[LaneState], saved: Sequence[Mapping[str, Any]], shards: Sequence[Shard], same_tokens: bool
+) -> tuple[list[LaneState], int]:
+    """The lanes of a run as they go on in ``shards``, and how many of them keep their places.
+
+    A lane keeps its place if the shard is unchanged and still on its way there; else it begins its pass over the
+    data anew. What it delivered so far stays counted.
+
+    Args:
+        states: of all lanes, in lane order, as they were saved.
+        saved: the listing of the shards then, as of ``describe``.
+        shards: the shards now.
+        same_tokens: whether documents still have the tokens that they had; if not, a lane begins anew with the
+            document it was in.
+    """
+    plan = LanePlan(shards, len(states))
+    entries = {json.dumps(entry): index for index, entry in enumerate(describe(shards))}
+    moved = {index: entries.get(json.dumps(entry)) for index, entry in enumerate(saved)}
+    adopted, kept = [], 0
+    for lane, state in enumerate(states):
+        unreadable = tuple(
+            sorted((place, group) for shard, group in state.unreadable if (place := moved.get(shard)) is not None)
+        )
+        position = state.position
+        index = moved.get(position.shard)
+        try:
+            if index is None:
+                raise DataError("its shard is gone, or another")
+            position = replace(position, shard=index, token=position.token if same_tokens else 0)
+            plan.find(lane, position)
+            kept += 1
+        except DataError:
+            position = plan.position(plan.enter(lane, position.epoch), token=0)
+        adopted.append(replace(state, position=position, unreadable=unreadable))
+    return adopted, kept
