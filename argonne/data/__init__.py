@@ -9,6 +9,7 @@ from argonne.data.cache import TokenCache, open_cache
 from argonne.data.cache_build import build_cache
 from argonne.data.cached import CachedStream, check_cache
 from argonne.data.documents import REASONS, rejection
+from argonne.data.encoder import Encoder, encode
 from argonne.data.errors import DataError
 from argonne.data.mixture import LaneStream, Mixture, Weighted, parse_globs, states_of_source
 from argonne.data.position import DataPosition, LaneState
@@ -25,9 +26,7 @@ from argonne.data.shards import (
 )
 from argonne.data.stream import Packed, SequenceStream
 from argonne.data.tokenizer import (
-    Encoder,
     boundary_tokens,
-    encode,
     load_tokenizer,
     tokenizer_fingerprint,
     train_tokenizer,

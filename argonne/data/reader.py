@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerFast
 
 from argonne.data.documents import TokenIds, tokenise_rows
+from argonne.data.encoder import Encoder, batch_rows
 from argonne.data.errors import DataError
 from argonne.data.shards import Shard, read_texts
-from argonne.data.tokenizer import Encoder, batch_rows
 from argonne.data.units import LanePlan, Place, Unit
 
 # Lanes that share a split row group start on its parts at about the same time; each keeps its own part.

@@ -1,19 +1,14 @@
-"""Loading or training a tokenizer, and turning documents into token ids with it."""
+"""Loading or training a tokenizer, and the tokens that it puts between documents."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import os
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from argonne.data.documents import TokenIds
 from argonne.data.errors import DataError, one_line
 
 # With a configuration alone, transformers would make a tokenizer that has no vocabulary.
@@ -29,9 +24,6 @@ SPECIAL_TOKENS = {
 }
 BOS_NAMES = ("<|im_start|>", "<s>", "[CLS]")
 EOS_NAMES = ("<|im_end|>", "</s>", "[SEP]")
-
-BATCH_ROWS_VARIABLE, DEFAULT_BATCH_ROWS, MIN_BATCH_ROWS = "RESUME_TOKENIZER_BATCH_ROWS", 64, 16
-WORKERS_VARIABLE, MIN_WORKERS = "RESUME_TOKENIZER_WORKERS", 1
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
@@ -104,59 +96,17 @@ def boundary_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
     return bos, eos
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """A SHA-256 (hex) of all that decides how text becomes ids; padding and truncation settings do not."""
-    return hashlib.sha256(_plain_copy(tokenizer).to_str().encode()).hexdigest()
-
-
-class Encoder:
-    """Turns batches of documents into ids, with a private copy of the tokenizer's backend.
-
-    The copy reads special tokens that are written out in a document as ordinary text, while the tokenizer
-    itself stays as it is and may be used by another thread meanwhile.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        workers = _from_environment(WORKERS_VARIABLE, MIN_WORKERS)
-        if workers is not None:  # read by the backend when its thread pool starts, at its first batch
-            os.environ.setdefault("RAYON_NUM_THREADS", str(workers))
-        self._backend = _plain_copy(tokenizer)
-        self._backend.encode_special_tokens = True
-
-    def __call__(self, texts: list[str]) -> list[TokenIds | None]:
-        """Ids of each text, no special tokens added; None for a text that cannot be tokenised even alone."""
-        try:
-            return [_ids(each) for each in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
-        except Exception:
-            # One bad text fails its whole batch.
-            return [self._alone(text) for text in texts]
-
-    def _alone(self, text: str) -> TokenIds | None:
-        try:
-            return _ids(self._backend.encode(text, add_special_tokens=False))
-        except Exception:
-            return None
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[TokenIds | None]:
-    """One batch through an `Encoder`; keep one of these for many."""
-    return Encoder(tokenizer)(texts)
-
-
-def batch_rows() -> int:
-    """Documents tokenised at a time, from the environment."""
-    return _from_environment(BATCH_ROWS_VARIABLE, MIN_BATCH_ROWS) or DEFAULT_BATCH_ROWS
-
-
-def _plain_copy(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """A copy of the tokenizer's backend, without the padding and truncation that are set on it."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_padding()
     backend.no_truncation()
     return backend
 
 
-def _ids(encoding: Encoding) -> TokenIds:
-    return np.array(encoding.ids, dtype=np.int32)
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """A SHA-256 (hex) of all that decides how text becomes ids; padding and truncation settings do not."""
+    return hashlib.sha256(plain_backend(tokenizer).to_str().encode()).hexdigest()
 
 
 def _first_id(tokenizer: PreTrainedTokenizerFast, own: str | None, names: tuple[str, ...]) -> int | None:
@@ -166,17 +116,4 @@ def _first_id(tokenizer: PreTrainedTokenizerFast, own: str | None, names: tuple[
         # The id of an absent token is that of the unknown token, or None.
         if isinstance(token_id, int) and tokenizer.convert_ids_to_tokens(token_id) == token:
             return token_id
-    return None
-
-
-def _from_environment(variable: str, least: int) -> int | None:
-    value = os.environ.get(variable)
-    return None if value is None else _whole_number(variable, value, least)
-
-
-@functools.cache  # so that a bad value is reported once
-def _whole_number(variable: str, value: str, least: int) -> int | None:
-    if value.isdecimal() and int(value) >= least:
-        return int(value)
-    warnings.warn(f"{variable}={value} is ignored; it must be a whole number, at least {least}", stacklevel=2)
     return None

@@ -21,7 +21,8 @@ from argonne.data import (
     tokenizer_fingerprint,
     train_tokenizer,
 )
-from argonne.data.tokenizer import SPECIAL_TOKENS, batch_rows
+from argonne.data.encoder import batch_rows
+from argonne.data.tokenizer import SPECIAL_TOKENS
 
 TRAIN = """
 import sys
