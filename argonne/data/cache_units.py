@@ -26,7 +26,7 @@ from argonne.data.documents import tokenise_rows
 from argonne.data.errors import DataError
 from argonne.data.reader import cut_batches
 from argonne.data.shards import Shard, read_texts
-from argonne.data.tokenizer import Encoder, batch_rows
+from argonne.data.encoder import Encoder, batch_rows
 
 UNREADABLE = "unreadable"
 IDLE_SECONDS = 1.0
