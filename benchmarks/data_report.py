@@ -1,0 +1,100 @@
+"""What ``benchmarks/data_pipeline.py`` makes of its measurements: ratios, flatness of memory, the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from benchmarks.data_contestants import DATASETS, FAST, FAST_ALONE, LOOP, SLOW, SLOW_ALONE
+from benchmarks.report import table
+
+CONTROLS = {"tokenizer_alone": {FAST: FAST_ALONE, SLOW: SLOW_ALONE}, "datasets": DATASETS, "loop": LOOP}
+"""What the ratios compare with: the pipeline with the tokenizer that is inside it, all with the others."""
+WARM_UP = 0.1
+"""Part of the samples of memory, the first, that tell of its start."""
+KEPT_SAMPLES = 200
+"""Samples of memory in the JSON, evenly taken."""
+
+
+@dataclass
+class Record:
+    """What one contestant did."""
+
+    tokens: list[int] = field(default_factory=list)
+    """In each round."""
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    """Of all its threads."""
+    resident: list[int] = field(default_factory=list)
+    """Bytes of its memory, sampled while it had its turns."""
+
+    @property
+    def rates(self) -> list[float]:
+        """Tokens per second of each round."""
+        return [tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds, strict=True)]
+
+
+def spread(resident: Sequence[int]) -> dict[str, Any] | None:
+    """How flat memory was after the start: the range over the median, and the samples; None without samples."""
+    settled = resident[int(len(resident) * WARM_UP) :]
+    if not settled:
+        return None
+    step = -(-len(settled) // KEPT_SAMPLES)
+    return {
+        "range_over_median": (max(settled) - min(settled)) / median(settled),
+        "median_bytes": median(settled),
+        "peak_bytes": max(resident),
+        "samples": len(resident),
+        "settled_bytes": list(settled[::step]),
+    }
+
+
+def summarise(records: dict[str, Record]) -> dict[str, dict[str, Any]]:
+    """Medians over the rounds; a ratio is taken within each round first."""
+
+    def ratio(name: str, control: str | None) -> float | None:
+        if control not in records:
+            return None
+        return median(a / b for a, b in zip(records[name].rates, records[control].rates, strict=True))
+
+    return {
+        name: {
+            "ratios": {
+                kind: ratio(name, control.get(name) if isinstance(control, dict) else control)
+                for kind, control in CONTROLS.items()
+            },
+            "tokens_per_second": {"median": median(record.rates), "best": max(record.rates), "rounds": record.rates},
+            "tokens": record.tokens,
+            "cpu_seconds_per_million_tokens": 1e6 * sum(record.cpu_seconds) / sum(record.tokens),
+            "memory": spread(record.resident),
+        }
+        for name, record in records.items()
+    }
+
+
+def show(found: dict[str, dict[str, Any]], machine: dict[str, Any], rounds: int) -> None:
+    """The table."""
+    print(f"\n{machine['cpu']}, {machine['cores']} cores; medians of {rounds} rounds")
+    rows = []
+    for name, own in found.items():
+        memory = own["memory"]
+        rows.append(
+            (
+                name,
+                *("-" if ratio is None else f"{ratio:.2f}" for ratio in own["ratios"].values()),
+                f"{own['tokens_per_second']['median']:,.0f}",
+                f"{own['tokens_per_second']['best']:,.0f}",
+                f"{own['cpu_seconds_per_million_tokens']:.2f}",
+                *(("-", "-") if memory is None else (f"{memory['peak_bytes'] / 2**20:,.0f}", percent(memory))),
+            )
+        )
+    header = ("", "x tokenizer", "x datasets", "x loop", "tokens/s", "best", "CPU s/M tokens", "peak MiB", "+-")
+    print(table(header, rows))
+    print("+-: the range of its memory after the start, over the median")
+
+
+def percent(memory: dict[str, Any]) -> str:
+    """The flatness of memory, for people."""
+    return f"{memory['range_over_median']:.1%}"
