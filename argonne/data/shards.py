@@ -1,24 +1,18 @@
-"""Finding and reading the shards of a corpus: Parquet, the Arrow file format and the Arrow stream format."""
+"""The shards of a corpus: finding, opening and reading them, and setting aside those that cannot be read."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
-import pyarrow as pa
-import pyarrow.ipc as ipc
-import pyarrow.parquet as pq
-
-from argonne.data.errors import DataError, one_line
+from argonne.data.errors import DataError
+from argonne.data.formats import Format, inspect, read_column
+from argonne.data.location import Location, Url, expand
 
 DEFAULT_GLOBS = (
     "../data/CC-MAIN-2025-26/*.parquet",
@@ -26,75 +20,100 @@ DEFAULT_GLOBS = (
     "../data/*.arrow",
     "data/*.arrow",
 )
-SUFFIXES = ("parquet", "arrow")
-TEXT = "text"
 
-Format = Literal["Parquet file", "Arrow file", "Arrow stream"]
-# A stream starts with the marker that precedes every message.
-_MAGIC: dict[bytes, Format] = {
-    b"PAR1": "Parquet file",
-    b"ARROW1": "Arrow file",
-    b"\xff\xff\xff\xff": "Arrow stream",
-}
+OnBad = Literal["raise", "skip"]
 
 
 @dataclass(frozen=True)
 class Shard:
     """One file of the corpus: its row counts are known, its text is not yet read."""
 
-    path: Path
+    path: Location
     rows: tuple[int, ...]
     """Rows of each Parquet row group or Arrow record batch, in file order."""
     size: int
     """Bytes on disk."""
-    format: Format
+    format: Format | None
+    """None for a shard that is quarantined."""
+    unreadable: str = ""
+    """Why the shard as a whole is quarantined: none of its rows can be had. Empty for a good shard."""
 
 
-def find_shards(patterns: Sequence[str] = ()) -> tuple[Path, ...]:
-    """The files that `patterns` (paths, globs or directories) name together, each once.
+def find_shards(patterns: Sequence[str] = ()) -> tuple[Location, ...]:
+    """The files that `patterns` (paths, globs, directories, or URLs of these) name together, each once.
 
     They come in natural numeric order of their base names (`part-2` before `part-10`), then of their paths.
     Without patterns, the first of `DEFAULT_GLOBS` that matches anything is taken, alone.
 
     Raises:
-        DataError: nothing matches.
+        DataError: nothing matches, or a URL cannot be used.
     """
     attempts = [list(patterns)] if patterns else [[default] for default in DEFAULT_GLOBS]
     for attempt in attempts:
-        found = {os.path.abspath(path): path for pattern in attempt for path in _expand(pattern)}
+        found = {_identity(path): path for pattern in attempt for path in expand(pattern)}
         if found:
-            return tuple(sorted(found.values(), key=lambda path: (_natural(path.name), str(path))))
+            return tuple(sorted(found.values(), key=canonical))
     tried = ", ".join(pattern for attempt in attempts for pattern in attempt)
     raise DataError(f"no data shards match {tried}; a shard is a Parquet or Arrow file")
 
 
-def open_shards(paths: Sequence[Path]) -> tuple[Shard, ...]:
+def open_shards(paths: Sequence[Location], on_bad: OnBad = "raise") -> tuple[Shard, ...]:
     """Read the footers of all `paths`, in the given order; no text is read.
 
+    With `on_bad="skip"` a file that cannot be opened keeps its place, quarantined and without rows.
+
     Raises:
-        DataError: a file is no Parquet or Arrow file, cannot be read, has no rows or no string column `text`.
+        DataError: a file is no Parquet or Arrow file, cannot be read, has no rows or no string column `text`;
+            with "skip", when this is so of every file.
     """
-    return tuple(open_shard(path) for path in paths)
+    return require_rows([open_shard(path) if on_bad == "raise" else open_or_quarantine(path) for path in paths])
 
 
-def open_shard(path: Path) -> Shard:
+def open_shard(path: Location) -> Shard:
     """Read the footer of one shard; see `open_shards`."""
-    with _reading(f"shard {path}"):
-        size = path.stat().st_size
-        kind = _format(path)
-        if kind == "Parquet file":
-            with pq.ParquetFile(path) as parquet:
-                _text_column(path, parquet.schema_arrow)
-                metadata = parquet.metadata
-                rows = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
-        else:
-            with pa.memory_map(str(path)) as source:
-                reader = _arrow_reader(path, kind, source)
-                # Arrow lists no row counts, so all messages are walked; being mapped, hardly a byte is read.
-                rows = tuple(batch.num_rows for batch in _batches(reader))
+    kind, size, rows = inspect(path)
     if not sum(rows):
         raise DataError(f"shard {path} has no rows; remove it from the data glob")
     return Shard(path, rows, size, kind)
+
+
+def open_or_quarantine(path: Location) -> Shard:
+    """The shard, or where it cannot be opened one without rows that says why."""
+    try:
+        return open_shard(path)
+    except DataError as error:
+        return Shard(path, (), 0, None, str(error).removeprefix(f"shard {path} "))
+
+
+def quarantined(shards: Sequence[Shard]) -> dict[int, str]:
+    """Why, for the index of each shard that is quarantined as a whole."""
+    return {index: shard.unreadable for index, shard in enumerate(shards) if shard.unreadable}
+
+
+def quarantine(shards: Sequence[Shard], reasons: Mapping[int, str], keep_rows: bool = False) -> tuple[Shard, ...]:
+    """The shards with those at the indices in `reasons` quarantined: what every rank makes of the union of all ranks'.
+
+    Args:
+        shards: as opened here.
+        reasons: the union of what `quarantined` says on each rank.
+        keep_rows: their row counts are known from a listing and stay, so that lanes keep their ways.
+
+    Raises:
+        DataError: no shard is left.
+    """
+    changed = list(shards)
+    for index, reason in reasons.items():
+        kept = changed[index] if keep_rows else replace(changed[index], rows=(), size=0)
+        changed[index] = replace(kept, format=None, unreadable=reason)
+    return require_rows(changed)
+
+
+def require_rows(shards: Sequence[Shard]) -> tuple[Shard, ...]:
+    """The shards; raises DataError where every one of them is quarantined."""
+    if shards and all(shard.unreadable for shard in shards):
+        first = shards[0]
+        raise DataError(f"none of the {len(shards)} data shards can be read; shard {first.path} {first.unreadable}")
+    return tuple(shards)
 
 
 def read_texts(shard: Shard, row_group: int) -> list[object]:
@@ -104,14 +123,9 @@ def read_texts(shard: Shard, row_group: int) -> list[object]:
         DataError: the row group cannot be read, fails its checksum, or is not the one that was opened.
     """
     where = f"row group {row_group} of shard {shard.path}"
-    with _reading(where):
-        if shard.format == "Parquet file":
-            with pq.ParquetFile(shard.path, page_checksum_verification=True) as parquet:
-                texts = _strings(parquet.read_row_group(row_group, columns=[TEXT]).column(TEXT))
-        else:
-            with pa.memory_map(str(shard.path)) as source:
-                reader = _arrow_reader(shard.path, shard.format, source)
-                texts = [text for each in _batches(reader, row_group) for text in _strings(each.column(TEXT))]
+    if shard.unreadable or shard.format is None:
+        raise DataError(f"{where} cannot be read: the shard {shard.unreadable}")
+    texts = read_column(shard.path, shard.format, shard.size, row_group)
     if len(texts) != shard.rows[row_group]:
         raise DataError(f"{where} has {len(texts)} rows, not {shard.rows[row_group]}: the file was changed")
     return texts
@@ -126,77 +140,12 @@ def fingerprint(shards: Sequence[Shard]) -> str:
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
-def _expand(pattern: str) -> list[Path]:
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        return [file for suffix in SUFFIXES for file in path.glob(f"*.{suffix}") if file.is_file()]
-    if path.is_file():  # taken as it stands: a file name may hold the characters of a glob
-        return [path]
-    return [Path(file) for file in glob.glob(str(path), recursive=True) if os.path.isfile(file)]
-
-
-def _natural(name: str) -> list[str | int]:
+def canonical(path: Location) -> tuple[list[str | int], str]:
+    """The key by which shards are sorted: their base names with numbers as numbers, then their paths."""
     # Splitting on digits alternates text and number, so that keys always compare like with like.
-    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]+)", name))]
+    parts = re.split(r"([0-9]+)", path.name)
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)], str(path)
 
 
-@contextmanager
-def _reading(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{what} cannot be read: {one_line(error)}") from error
-
-
-def _format(path: Path) -> Format:
-    with path.open("rb") as file:
-        head = file.read(8)
-    if not head:
-        raise DataError(f"shard {path} is empty (0 bytes)")
-    for magic, kind in _MAGIC.items():
-        if head.startswith(magic):
-            return kind
-    raise DataError(f"shard {path} starts with {head!r}; expected the content of a {', '.join(_MAGIC.values())}")
-
-
-def _text_column(path: Path, schema: pa.Schema) -> int:
-    """The index of the string column `text`; raises DataError where there is none."""
-    index: int = schema.get_field_index(TEXT)
-    kind = schema.field(index).type if index >= 0 else None
-    if isinstance(kind, pa.DictionaryType):
-        kind = kind.value_type
-    if kind not in (pa.string(), pa.large_string(), pa.string_view()):
-        columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
-        raise DataError(f"shard {path} has no string column {TEXT!r}; its columns: {columns or 'none'}")
-    return index
-
-
-def _arrow_reader(path: Path, kind: Format, source: pa.NativeFile) -> Any:
-    """A reader of the `text` column alone."""
-    connect = ipc.open_file if kind == "Arrow file" else ipc.open_stream
-    index = _text_column(path, connect(source).schema)
-    source.seek(0)
-    return connect(source, options=ipc.IpcReadOptions(included_fields=[index]))
-
-
-def _batches(reader: Any, only: int | None = None) -> Iterator[pa.RecordBatch]:
-    """All record batches, or just number `only`."""
-    if isinstance(reader, ipc.RecordBatchFileReader):
-        numbers = range(reader.num_record_batches) if only is None else [only]
-        return (reader.get_batch(number) for number in numbers)
-    # A stream has no index: the messages before the one wanted are passed over.
-    return iter(reader) if only is None else itertools.islice(reader, only, only + 1)
-
-
-def _strings(column: pa.Array | pa.ChunkedArray) -> list[object]:
-    try:
-        return list(column.to_pylist())
-    except UnicodeDecodeError:
-        return [_decode(value) for value in column.cast(pa.large_binary()).to_pylist()]
-
-
-def _decode(value: bytes | None) -> str | None:
-    try:
-        return None if value is None else value.decode()
-    except UnicodeDecodeError:
-        return None
+def _identity(path: Location) -> str:
+    return str(path) if isinstance(path, Url) else os.path.abspath(path)

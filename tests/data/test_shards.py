@@ -190,7 +190,7 @@ def test_a_shard_that_changed_since_it_was_opened_is_refused(kind, tmp_path: Pat
     shard_to(path, [["a", "b"]], kind)
     (shard,) = open_shards([path])
     shard_to(path, [["a", "b", "c"]], kind)
-    with pytest.raises(DataError, match="row group 0 of .* has 3 rows, not 2: the file was changed"):
+    with pytest.raises(DataError, match="row group 0 of .*, not .*: the file was changed"):
         read_texts(shard, 0)
     path.unlink()
     with pytest.raises(DataError, match="row group 0 of .* cannot be read"):

@@ -1,0 +1,203 @@
+"""The formats of shards: Parquet, the Arrow file format and the Arrow stream format.
+
+Files may be damaged anywhere. Whatever pyarrow makes of that becomes a DataError, and what it would take for
+good (it checks neither a footer's counts nor an Arrow array's offsets) is checked here before it is used.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.ipc as ipc
+import pyarrow.parquet as pq
+
+from argonne.data.errors import DataError, one_line
+from argonne.data.location import Location, open_source
+
+TEXT = "text"
+
+Format = Literal["Parquet file", "Arrow file", "Arrow stream"]
+# A stream starts with the marker that precedes every message.
+_MAGIC: dict[bytes, Format] = {
+    b"PAR1": "Parquet file",
+    b"ARROW1": "Arrow file",
+    b"\xff\xff\xff\xff": "Arrow stream",
+}
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
+# Columns that hold text, and the same bytes without the promise that they are UTF-8. Some writers leave the
+# promise out: their columns are binary, and read as text too.
+_BYTES = {
+    pa.string(): pa.binary(),
+    pa.large_string(): pa.large_binary(),
+    pa.string_view(): pa.binary_view(),
+    **{kind: kind for kind in (pa.binary(), pa.large_binary(), pa.binary_view())},
+}
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Whatever fails within becomes a DataError that names `what`."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # damage surfaces as any of a dozen types, SystemError and MemoryError among them
+        raise DataError(f"{what} cannot be read: {one_line(error)}") from error
+
+
+def inspect(location: Location) -> tuple[Format, int, tuple[int, ...]]:
+    """Format, size in bytes, and the rows of each row group or record batch; no text is read.
+
+    Raises:
+        DataError: it is no Parquet or Arrow file, cannot be read, or has no column of text called `text`.
+    """
+    with reading(f"shard {location}"):
+        with open_source(location) as source:
+            size: int = source.size()
+            kind = _format(location, source.read(8))
+            if kind == "Parquet file":
+                source.seek(0)
+                with pq.ParquetFile(source) as parquet:
+                    _text_column(location, parquet.schema_arrow)
+                    return kind, size, _parquet_rows(location, parquet.metadata)
+        with open_source(location, mapped=True) as source:
+            reader = _arrow_reader(location, kind, source)
+            # Arrow lists no row counts, so all messages are walked; being mapped, hardly a byte is read.
+            rows = tuple(batch.num_rows for batch in _batches(reader))
+            if kind == "Arrow stream":
+                _check_end(location, source)
+            return kind, size, rows
+
+
+def read_column(location: Location, kind: Format, size: int, row_group: int) -> list[object]:
+    """The `text` of one row group, where the file still has `size` bytes; see `read_texts`."""
+    where = f"row group {row_group} of shard {location}"
+    with reading(where), open_source(location, mapped=kind != "Parquet file") as source:
+        if source.size() != size:
+            raise DataError(f"{where}: the file has {source.size():,} bytes, not {size:,}: the file was changed")
+        if kind != "Parquet file":
+            reader = _arrow_reader(location, kind, source)
+            return [text for batch in _batches(reader, row_group) for text in _strings(batch.column(TEXT))]
+        with pq.ParquetFile(source, page_checksum_verification=True) as parquet:
+            column = parquet.read_row_group(row_group, columns=[TEXT]).column(TEXT)
+            statistics = _text_chunk(parquet.metadata, row_group).statistics
+            if statistics is not None and statistics.has_null_count and statistics.null_count != column.null_count:
+                raise DataError(
+                    f"{where} has {column.null_count:,} null rows, not the {statistics.null_count:,} of its statistics"
+                )
+            return [text for chunk in column.chunks for text in _strings(chunk)]
+
+
+def _format(location: Location, head: bytes) -> Format:
+    if not head:
+        raise DataError(f"shard {location} is empty (0 bytes)")
+    for magic, kind in _MAGIC.items():
+        if head.startswith(magic):
+            return kind
+    raise DataError(f"shard {location} starts with {head!r}; expected the content of a {', '.join(_MAGIC.values())}")
+
+
+def _text_column(location: Location, schema: pa.Schema) -> int:
+    """The index of the column `text`; raises DataError where there is none, or none of strings."""
+    index: int = schema.get_field_index(TEXT)
+    kind = schema.field(index).type if index >= 0 else None
+    if isinstance(kind, pa.DictionaryType):
+        kind = kind.value_type
+    if kind not in _BYTES:
+        columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        raise DataError(f"shard {location} has no string column {TEXT!r}; its columns: {columns or 'none'}")
+    return index
+
+
+def _parquet_rows(location: Location, metadata: Any) -> tuple[int, ...]:
+    """The row counts, once the footer agrees with itself: it has no checksum of its own."""
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    rows = tuple(group.num_rows for group in groups)
+    if sum(rows) != metadata.num_rows or any(count < 0 for count in rows):
+        raise DataError(
+            f"shard {location} has a damaged footer: row groups of {sum(rows):,} rows in {metadata.num_rows:,}"
+        )
+    extents = []
+    for index, group in enumerate(groups):
+        for number in range(group.num_columns):
+            chunk = group.column(number)
+            if group.num_rows:  # an empty one has no place in the file
+                extents.append((_start(chunk), chunk.total_compressed_size, index))
+            if chunk.path_in_schema == TEXT and chunk.num_values != group.num_rows:
+                raise DataError(
+                    f"shard {location} has a damaged footer: row group {index} has {group.num_rows:,} rows and "
+                    f"{chunk.num_values:,} texts"
+                )
+    extents.sort()
+    for (first, length, index), (second, _, other) in itertools.pairwise(extents):
+        if first + length > second:
+            raise DataError(f"shard {location} has a damaged footer: columns of row groups {index} and {other} overlap")
+    return rows
+
+
+def _start(chunk: Any) -> int:
+    offsets = [chunk.data_page_offset]
+    if chunk.has_dictionary_page:
+        offsets.append(chunk.dictionary_page_offset)
+    return min(offsets)
+
+
+def _text_chunk(metadata: Any, row_group: int) -> Any:
+    group = metadata.row_group(row_group)
+    columns = (group.column(number) for number in range(group.num_columns))
+    return next(column for column in columns if column.path_in_schema == TEXT)
+
+
+def _arrow_reader(location: Location, kind: Format, source: pa.NativeFile) -> Any:
+    """A reader of the `text` column alone."""
+    connect = ipc.open_file if kind == "Arrow file" else ipc.open_stream
+    index = _text_column(location, connect(source).schema)
+    source.seek(0)
+    return connect(source, options=ipc.IpcReadOptions(included_fields=[index]))
+
+
+def _batches(reader: Any, only: int | None = None) -> Iterator[pa.RecordBatch]:
+    """All record batches, or just number `only`."""
+    if isinstance(reader, ipc.RecordBatchFileReader):
+        numbers = range(reader.num_record_batches) if only is None else [only]
+        return (reader.get_batch(number) for number in numbers)
+    # A stream has no index: the messages before the one wanted are passed over.
+    return iter(reader) if only is None else itertools.islice(reader, only, only + 1)
+
+
+def _check_end(location: Location, source: pa.NativeFile) -> None:
+    """A stream says nowhere how many batches it has: one cut off between two of them lacks its end marker."""
+    end, size = source.tell(), source.size()
+    source.seek(max(0, size - len(_END_OF_STREAM)))
+    if end != size or source.read() != _END_OF_STREAM:
+        raise DataError(
+            f"shard {location} cannot be read: the stream ends at byte {end:,} of {size:,}, or has no end marker"
+        )
+
+
+def _strings(array: pa.Array) -> list[object]:
+    # Offsets that point outside the data would end the process. Arrow checks them when asked to, but refuses an
+    # array for one bad text: as plain bytes it passes.
+    if isinstance(array, pa.DictionaryArray):
+        values = array.dictionary.view(_BYTES[array.dictionary.type])
+        raw = pa.DictionaryArray.from_arrays(array.indices, values)
+    else:
+        raw = array.view(_BYTES[array.type])
+    raw.validate(full=True)
+    try:
+        texts = array.to_pylist()
+    except UnicodeDecodeError:
+        texts = raw.to_pylist()
+    return [_decode(text) if isinstance(text, bytes) else text for text in texts]
+
+
+def _decode(value: bytes) -> str | None:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return None
