@@ -11,17 +11,22 @@ from argonne.data.cached import CachedStream, check_cache
 from argonne.data.documents import REASONS, rejection
 from argonne.data.encoder import Encoder, encode
 from argonne.data.errors import DataError
+from argonne.data.inventory import changes, describe, restore
+from argonne.data.location import Location, Url, is_url
 from argonne.data.mixture import LaneStream, Mixture, Weighted, parse_globs, states_of_source
 from argonne.data.position import DataPosition, LaneState
 from argonne.data.prefetch import Prefetcher
 from argonne.data.reader import check_block_size
 from argonne.data.shards import (
     DEFAULT_GLOBS,
+    OnBad,
     Shard,
     find_shards,
     fingerprint,
     open_shard,
     open_shards,
+    quarantine,
+    quarantined,
     read_texts,
 )
 from argonne.data.stream import Packed, SequenceStream
@@ -44,29 +49,38 @@ __all__ = [
     "Encoder",
     "LaneState",
     "LaneStream",
+    "Location",
     "Mixture",
+    "OnBad",
     "Packed",
     "Prefetcher",
     "SequenceStream",
     "Shard",
     "TokenCache",
+    "Url",
     "Weighted",
     "boundary_tokens",
     "build_cache",
+    "changes",
     "check_block_size",
     "check_cache",
     "check_data_parallel",
     "default_lanes",
+    "describe",
     "encode",
     "find_shards",
     "fingerprint",
+    "is_url",
     "load_tokenizer",
     "open_cache",
     "open_shard",
     "open_shards",
     "parse_globs",
+    "quarantine",
+    "quarantined",
     "read_texts",
     "rejection",
+    "restore",
     "served_lanes",
     "states_of_source",
     "tokenizer_fingerprint",

@@ -23,10 +23,10 @@ from transformers import PreTrainedTokenizerFast
 
 from argonne.data.cache import TEMPORARY, CachedUnit, Span, is_whole, padded, read_sealed, write_sealed, writing
 from argonne.data.documents import tokenise_rows
+from argonne.data.encoder import Encoder, batch_rows
 from argonne.data.errors import DataError
 from argonne.data.reader import cut_batches
 from argonne.data.shards import Shard, read_texts
-from argonne.data.encoder import Encoder, batch_rows
 
 UNREADABLE = "unreadable"
 IDLE_SECONDS = 1.0

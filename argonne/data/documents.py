@@ -12,13 +12,14 @@ import numpy.typing as npt
 TokenIds = npt.NDArray[np.int32]
 Encode = Callable[[list[str]], "list[TokenIds | None]"]
 
-NOT_TEXT, EMPTY, DIGITS, SYMBOLS, SHORT, UNTOKENIZABLE = REASONS = (
+NOT_TEXT, EMPTY, DIGITS, SYMBOLS, SHORT, UNTOKENIZABLE, UNREADABLE = REASONS = (
     "not_text",
     "empty",
     "digits",
     "symbols",
     "short",
     "untokenizable",
+    "unreadable",
 )
 
 # The thresholds of the original Argonne pipeline.

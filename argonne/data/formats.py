@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from argonne.data.errors import DataError, one_line
 from argonne.data.location import Location, open_source
+from argonne.data.pages import page_fault
 
 TEXT = "text"
 
@@ -85,11 +86,7 @@ def read_column(location: Location, kind: Format, size: int, row_group: int) -> 
             return [text for batch in _batches(reader, row_group) for text in _strings(batch.column(TEXT))]
         with pq.ParquetFile(source, page_checksum_verification=True) as parquet:
             column = parquet.read_row_group(row_group, columns=[TEXT]).column(TEXT)
-            statistics = _text_chunk(parquet.metadata, row_group).statistics
-            if statistics is not None and statistics.has_null_count and statistics.null_count != column.null_count:
-                raise DataError(
-                    f"{where} has {column.null_count:,} null rows, not the {statistics.null_count:,} of its statistics"
-                )
+            _check_chunk(where, source, parquet.metadata, row_group, len(column), column.null_count)
             return [text for chunk in column.chunks for text in _strings(chunk)]
 
 
@@ -115,42 +112,35 @@ def _text_column(location: Location, schema: pa.Schema) -> int:
 
 
 def _parquet_rows(location: Location, metadata: Any) -> tuple[int, ...]:
-    """The row counts, once the footer agrees with itself: it has no checksum of its own."""
-    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    rows = tuple(group.num_rows for group in groups)
+    """The row counts, once the footer agrees with itself: it has no checksum of its own.
+
+    Columns are left alone: asking for one whose description is damaged ends the process (pyarrow 26).
+    """
+    rows = tuple(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups))
     if sum(rows) != metadata.num_rows or any(count < 0 for count in rows):
-        raise DataError(
-            f"shard {location} has a damaged footer: row groups of {sum(rows):,} rows in {metadata.num_rows:,}"
-        )
-    extents = []
-    for index, group in enumerate(groups):
-        for number in range(group.num_columns):
-            chunk = group.column(number)
-            if group.num_rows:  # an empty one has no place in the file
-                extents.append((_start(chunk), chunk.total_compressed_size, index))
-            if chunk.path_in_schema == TEXT and chunk.num_values != group.num_rows:
-                raise DataError(
-                    f"shard {location} has a damaged footer: row group {index} has {group.num_rows:,} rows and "
-                    f"{chunk.num_values:,} texts"
-                )
-    extents.sort()
-    for (first, length, index), (second, _, other) in itertools.pairwise(extents):
-        if first + length > second:
-            raise DataError(f"shard {location} has a damaged footer: columns of row groups {index} and {other} overlap")
+        total = f"{metadata.num_rows:,} rows in all and {sum(rows):,} in its row groups"
+        raise DataError(f"shard {location} cannot be read: its footer counts {total}")
     return rows
 
 
-def _start(chunk: Any) -> int:
-    offsets = [chunk.data_page_offset]
-    if chunk.has_dictionary_page:
-        offsets.append(chunk.dictionary_page_offset)
-    return min(offsets)
+def _check_chunk(where: str, source: pa.NativeFile, metadata: Any, row_group: int, rows: int, nulls: int) -> None:
+    """Compare what was read with the statistics and the page headers: a damaged header can turn texts into nulls.
 
-
-def _text_chunk(metadata: Any, row_group: int) -> Any:
-    group = metadata.row_group(row_group)
-    columns = (group.column(number) for number in range(group.num_columns))
-    return next(column for column in columns if column.path_in_schema == TEXT)
+    To be called once the column was read without fault; see `_parquet_rows`.
+    """
+    paths = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
+    chunk = metadata.row_group(row_group).column(paths.index(TEXT))
+    if chunk.physical_type != "BYTE_ARRAY":  # asking for statistics of another type ends the process, too
+        raise DataError(f"{where} cannot be read: its footer says that the texts are {chunk.physical_type}")
+    statistics = chunk.statistics
+    if statistics is not None and statistics.has_null_count and statistics.null_count != nulls:
+        told = f"not the {statistics.null_count:,} of its statistics"
+        raise DataError(f"{where} cannot be read: {nulls:,} null rows, {told}")
+    start = chunk.data_page_offset
+    if chunk.has_dictionary_page and chunk.dictionary_page_offset > 0:
+        start = min(start, chunk.dictionary_page_offset)
+    if fault := page_fault(source, start, rows, nulls):
+        raise DataError(f"{where} cannot be read: {fault}")
 
 
 def _arrow_reader(location: Location, kind: Format, source: pa.NativeFile) -> Any:

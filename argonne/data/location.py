@@ -112,7 +112,8 @@ def _expand_url(pattern: str, scheme: str, rest: str) -> list[Url]:
     fixed = path[: wildcard.start()] if wildcard else path
     folder, wanted = path[: fixed.rfind("/") + 1], path[fixed.rfind("/") + 1 :]
     prefix = f"{scheme}://{host}/{folder}"
-    address = f"{scheme}://{host}/{quote(folder, safe='/%')}{query}"
+    plain = scheme.startswith("fsspec+")  # pyarrow hands these on as they are
+    address = f"{scheme}://{host}/{folder if plain else quote(folder, safe='/%')}{query}"
     try:
         system, base = _connect(address)
         found = _list(system, base, wanted)
@@ -154,7 +155,8 @@ def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:
         return not parts
     first, rest = patterns[0], patterns[1:]
     if first == "**":
-        return any(_matches(parts[skip:], rest) for skip in range(len(parts) + 1))
+        hidden = [index for index, part in enumerate(parts) if part.startswith(".")] or [len(parts)]
+        return any(_matches(parts[skip:], rest) for skip in range(hidden[0] + 1))
     if not parts or (parts[0].startswith(".") and not first.startswith(".")):
         return False
     return fnmatch.fnmatchcase(parts[0], first) and _matches(parts[1:], rest)

@@ -47,6 +47,8 @@ class LaneState:
     """Tokens delivered."""
     dropped: Mapping[str, int] = field(default_factory=dict)
     """Rows passed over before the position, by reason."""
+    unreadable: tuple[tuple[int, int], ...] = ()
+    """The (shard, row group) of each row group that this lane could not read, sorted: it stays quarantined."""
 
     def to_dict(self) -> dict[str, Any]:
         """The state as JSON-able values."""
@@ -55,17 +57,28 @@ class LaneState:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LaneState:
         """The inverse of `to_dict`; raises DataError for anything else."""
+        if isinstance(values, Mapping):
+            values = {"unreadable": (), **values}  # states from before there was a quarantine
         _check_fields(cls, values)
         if not isinstance(values["dropped"], Mapping):
             raise DataError(f"dropped={values['dropped']!r} of a lane state is not a count for each reason")
         _check_counts(values, [values["documents"], values["tokens"], *values["dropped"].values()])
-        return cls(**{**values, "position": DataPosition.from_dict(values["position"])})
+        position = DataPosition.from_dict(values["position"])
+        return cls(**{**values, "position": position, "unreadable": _row_groups(values)})
 
 
 def _check_fields(kind: type[DataPosition] | type[LaneState], values: object) -> None:
     names = [each.name for each in fields(kind)]
     if not isinstance(values, Mapping) or set(values) != set(names):
         raise DataError(f"saved data position {values!r} does not have the fields {', '.join(names)}")
+
+
+def _row_groups(values: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+    pairs = values["unreadable"]
+    if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
+        raise DataError(f"unreadable={pairs!r} of a lane state is not a list of (shard, row group)")
+    _check_counts(values, [number for pair in pairs for number in pair])
+    return tuple(sorted({(shard, row_group) for shard, row_group in pairs}))
 
 
 def _check_counts(values: Mapping[str, Any], counts: Iterable[object]) -> None:

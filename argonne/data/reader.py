@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from argonne.data.documents import TokenIds, tokenise_rows
+from argonne.data.documents import UNREADABLE, TokenIds, tokenise_rows
 from argonne.data.encoder import Encoder, batch_rows
 from argonne.data.errors import DataError
-from argonne.data.shards import Shard, read_texts
+from argonne.data.shards import OnBad, Shard, read_texts
 from argonne.data.units import LanePlan, Place, Unit
 
 # Lanes that share a split row group start on its parts at about the same time; each keeps its own part.
@@ -30,10 +30,18 @@ class Document:
     """Token ids, with BOS and EOS where boundary tokens are asked for."""
     dropped: Mapping[str, int]
     """Rows that the lane passed over between the document before and this one, by reason."""
+    unreadable: tuple[tuple[int, int], ...] = ()
+    """The (shard, row group) of each row group among them that was found to be unreadable."""
 
 
 class DocumentReader:
-    """Reads any lane from any place. Holds the few row groups that were read last."""
+    """Reads any lane from any place. Holds the few row groups that were read last.
+
+    Args:
+        on_bad: "raise" stops at a row group that cannot be read; "skip" passes over its rows, counts them as
+            "unreadable" and goes on. Each lane decides from the files alone, so that no layout changes a sample.
+        report: is given one line for each row group that is passed over, once.
+    """
 
     def __init__(
         self,
@@ -41,8 +49,14 @@ class DocumentReader:
         plan: LanePlan,
         tokenizer: PreTrainedTokenizerFast,
         boundary: tuple[int, int] | None,
+        on_bad: OnBad = "raise",
+        report: Callable[[str], None] | None = None,
     ) -> None:
         self.plan = plan
+        self._shards = shards
+        self._on_bad = on_bad
+        self._report = report
+        self._failed: set[tuple[int, int]] = set()
         self._encode = Encoder(tokenizer)
         self._boundary = boundary
         self._batch_rows = batch_rows()
@@ -50,8 +64,11 @@ class DocumentReader:
             lambda shard, row_group: read_texts(shards[shard], row_group)
         )
 
-    def documents(self, lane: int, place: Place) -> Iterator[Document]:
+    def documents(self, lane: int, place: Place, unreadable: Sequence[tuple[int, int]] = ()) -> Iterator[Document]:
         """The lane's documents from `place` on, epoch after epoch, without end.
+
+        What the lane found `unreadable` before is not tried again, whatever it is by now: a lane that goes on
+        delivers what it would have delivered without the stop.
 
         Raises:
             DataError: a row group cannot be read, or the lane went once through the whole corpus
@@ -60,16 +77,42 @@ class DocumentReader:
         lanes = self.plan.lanes
         productive = place.epoch - (self.plan.enter(lane, place.epoch) == place)
         dropped: Counter[str] = Counter()
+        known, met = set(unreadable), []
         while place.epoch - productive <= lanes:
-            for row, outcome in self._outcomes(self.plan.units[place.unit], place.row):
+            unit = self.plan.units[place.unit]
+            row_group = (unit.shard, unit.row_group)
+            if row_group not in known and not self._readable(*row_group):
+                known.add(row_group)
+                met.append(row_group)
+            if row_group in known:
+                dropped[UNREADABLE] += unit.end - place.row
+                place = self.plan.next_unit(lane, place)
+                continue
+            for row, outcome in self._outcomes(unit, place.row):
                 if isinstance(outcome, str):
                     dropped[outcome] += 1
                     continue
-                yield Document(Place(place.epoch, place.unit, row), outcome, dropped)
-                dropped = Counter()
+                yield Document(Place(place.epoch, place.unit, row), outcome, dropped, tuple(met))
+                dropped, met = Counter(), []
                 productive = place.epoch
             place = self.plan.next_unit(lane, place)
         raise DataError(f"no usable documents in the data; rows dropped: {dropped_summary(dropped)}")
+
+    def _readable(self, shard: int, row_group: int) -> bool:
+        """Whether the row group can be read; a failure is remembered. Raises DataError if that is to stop the run."""
+        if (shard, row_group) in self._failed:
+            return False
+        try:
+            self._texts(shard, row_group)
+        except DataError as error:
+            if self._on_bad == "raise":
+                raise
+            self._failed.add((shard, row_group))
+            if self._report is not None:
+                rows = self._shards[shard].rows[row_group]
+                self._report(f"{error}; its {rows:,} rows are passed over (--on-bad-shard skip)")
+            return False
+        return True
 
     def _outcomes(self, unit: Unit, first: int) -> Iterator[tuple[int, TokenIds | str]]:
         rows = self._texts(unit.shard, unit.row_group)[first : unit.end]
@@ -98,6 +141,7 @@ def check_block_size(
     tokenizer: PreTrainedTokenizerFast,
     block_size: int,
     boundary: tuple[int, int] | None = None,
+    on_bad: OnBad = "raise",
 ) -> None:
     """Refuse a corpus that cannot fill one sequence of block_size + 1 tokens, reading no further than needed.
 
@@ -107,7 +151,7 @@ def check_block_size(
     plan = LanePlan(shards, lanes=1)
     start = plan.enter(0, epoch=0)
     tokens = 0
-    for document in DocumentReader(shards, plan, tokenizer, boundary).documents(0, start):
+    for document in DocumentReader(shards, plan, tokenizer, boundary, on_bad).documents(0, start):
         if document.place.epoch > start.epoch:
             raise DataError(
                 f"block_size={block_size} needs {block_size + 1} tokens and the data holds only {tokens}; "

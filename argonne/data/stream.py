@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from argonne.data.errors import DataError
 from argonne.data.position import LaneState
 from argonne.data.reader import Document, DocumentReader
-from argonne.data.shards import Shard
+from argonne.data.shards import OnBad, Shard
 from argonne.data.units import LanePlan
 
 Tokens = npt.NDArray[np.int64]
@@ -40,6 +40,8 @@ class SequenceStream:
         boundary: the (BOS, EOS) ids put around each document, or None.
         served: the lanes that are read here.
         states: the states of all lanes, in lane order, to go on from; None starts at the beginning.
+        on_bad: what a row group that cannot be read does: "raise", or "skip" it (see `DocumentReader`).
+        report: is given one line for each row group that is skipped, once.
 
     Raises:
         DataError: an argument is out of range, or a state does not belong to this corpus.
@@ -54,6 +56,8 @@ class SequenceStream:
         boundary: tuple[int, int] | None,
         served: Sequence[int],
         states: Sequence[LaneState] | None = None,
+        on_bad: OnBad = "raise",
+        report: Callable[[str], None] | None = None,
     ) -> None:
         plan = LanePlan(shards, lanes)
         if block_size < 1:
@@ -65,7 +69,7 @@ class SequenceStream:
         self.block_size = block_size
         self.lanes = lanes
         self.served = tuple(served)
-        reader = DocumentReader(shards, plan, tokenizer, boundary)
+        reader = DocumentReader(shards, plan, tokenizer, boundary, on_bad, report)
         self._served = {
             lane: _Lane(lane, reader, states[lane] if states else _beginning(plan, lane)) for lane in served
         }
@@ -90,7 +94,8 @@ class _Lane:
         self._token = state.position.token
         self._finished = state.documents
         self._dropped = Counter(state.dropped)
-        self._documents = reader.documents(lane, self._place)
+        self._unreadable = state.unreadable
+        self._documents = reader.documents(lane, self._place, state.unreadable)
         self._open: Document | None = None
 
     def take(self, count: int) -> Packed:
@@ -111,11 +116,15 @@ class _Lane:
             documents=self._finished,
             tokens=self.state.tokens + count,
             dropped=dict(self._dropped),
+            unreadable=self._unreadable,
         )
         return taken
 
     def _next_document(self) -> Document:
         document = next(self._documents)
+        self._unreadable = tuple(sorted({*self._unreadable, *document.unreadable}))
+        if self._plan.row_group(self._place) in self._unreadable:  # the document it was in cannot be read any more
+            self._token = 0
         if self._token and (document.place != self._place or len(document.tokens) <= self._token):
             raise DataError(
                 f"data position {self.state.position.to_dict()} of lane {self._lane} is in no document; "

@@ -96,6 +96,11 @@ class LanePlan:
         unit = self.units[place.unit]
         return DataPosition(place.epoch, unit.shard, unit.row_group, place.row, token)
 
+    def row_group(self, place: Place) -> tuple[int, int]:
+        """The (shard, row group) that a place is in."""
+        unit = self.units[place.unit]
+        return unit.shard, unit.row_group
+
     def find(self, lane: int, position: DataPosition) -> Place:
         """The inverse of `position`; raises DataError where the lane never comes by."""
         wanted = (position.shard, position.row_group, position.row)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,14 @@ STATE = LaneState(DataPosition(1, 2, 3, 4, 5), documents=6, tokens=7, dropped={"
 def test_a_lane_state_survives_its_dictionary() -> None:
     assert LaneState.from_dict(STATE.to_dict()) == STATE
     assert LaneState.from_dict(LaneState(STATE.position).to_dict()) == LaneState(STATE.position)
+    bad = replace(STATE, unreadable=((0, 3), (2, 1)))
+    assert LaneState.from_dict(json.loads(json.dumps(bad.to_dict()))) == bad
+
+
+def test_a_lane_state_from_before_there_was_a_quarantine_is_accepted() -> None:
+    old = STATE.to_dict()
+    del old["unreadable"]
+    assert LaneState.from_dict(old) == STATE
 
 
 @pytest.mark.parametrize(
@@ -119,6 +129,10 @@ def test_a_lane_state_survives_its_dictionary() -> None:
         {"documents": "6"},
         {"dropped": {"short": 0.5}},
         {"dropped": None},
+        {"unreadable": None},
+        {"unreadable": [1]},
+        {"unreadable": [[1, -1]]},
+        {"unreadable": [[1, 2, 3]]},
         {"extra": 1},
         {"position": None},
         {"position": {"epoch": 1}},
@@ -128,5 +142,5 @@ def test_a_lane_state_survives_its_dictionary() -> None:
     ids=str,
 )
 def test_a_dictionary_that_is_not_a_lane_state_is_refused(change: dict[str, object]) -> None:
-    with pytest.raises(DataError, match="does not have the fields|not a whole number|not a count"):
+    with pytest.raises(DataError, match="does not have the fields|not a whole number|not a count|not a list"):
         LaneState.from_dict({**STATE.to_dict(), **change})
