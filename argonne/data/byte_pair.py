@@ -20,7 +20,7 @@ import json
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -202,21 +202,20 @@ def _check_merges(model: dict[str, Any]) -> dict[str, int]:
         raise Declined(f"its vocabulary lacks {len(missing)} of the 256 bytes")
     ranks = {byte: rank for rank, byte in enumerate(_ALPHABET)}
     merges = _Merges(len(ranks))
-    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    pairs = (tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"])
     # Some tokenizers list every way to cut a token in two, one after the other.
     for token, group in itertools.groupby(pairs, "".join):
         if token in ranks:
             raise Declined(f"its merges come back to {token!r}")
-        try:
-            listed = [(ranks[left], ranks[right]) for left, right in group]
-        except KeyError as part:
-            raise Declined(f"its merges make {token!r} of {part}, which comes later") from None
-        reached = next(filter(merges.reached, listed), None)
+        cuts = list(group)
+        reached = next(filter(merges.reached, _ranked(cuts, ranks)), None)
         if reached is None:
-            cuts = ((ranks.get(token[:at]), ranks.get(token[at:])) for at in range(1, len(token)))
-            if not model["ignore_merges"] or any(
-                left is not None and right is not None and merges.reached((left, right)) for left, right in cuts
-            ):
+            # Such a token is only found whole, if that is looked for, and if no way to make it is ever open.
+            cuts += ((token[:at], token[at:]) for at in range(1, len(token)))
+            for part in itertools.chain.from_iterable(cut for cut in cuts if vocabulary.keys() >= set(cut)):
+                if part not in ranks:
+                    raise Declined(f"its merges make {token!r} of {part!r}, which comes later")
+            if not model["ignore_merges"] or any(map(merges.reached, _ranked(cuts, ranks))):
                 raise Declined(f"its merge for {token!r} is not the one that is reached by rank")
         merges.append(reached)
         ranks[token] = len(ranks)
@@ -226,6 +225,13 @@ def _check_merges(model: dict[str, Any]) -> dict[str, int]:
             if alphabet.issuperset(token):
                 raise Declined(f"its token {token!r} is of no merge")
     return ranks
+
+
+def _ranked(cuts: Iterable[tuple[str, ...]], ranks: dict[str, int]) -> Iterator[tuple[int, int]]:
+    """The ranks of the two parts of each cut, where both have one."""
+    for left, right in cuts:
+        if left in ranks and right in ranks:
+            yield ranks[left], ranks[right]
 
 
 class _Merges:

@@ -237,7 +237,12 @@ def test_a_vocabulary_is_taken_only_if_all_words_have_equal_ids(data: st.DataObj
         pair = (data.draw(st.sampled_from(tokens)), data.draw(st.sampled_from(tokens)))
         merges.append(pair)
         tokens.append("".join(pair))
-    backend = small(merges, ignore_merges=data.draw(st.booleans()))
+    if data.draw(st.booleans(), label="every cut is listed"):
+        distinct = dict.fromkeys(tokens)
+        cuts = [(token[:at], token[at:]) for token in distinct for at in range(1, len(token))]
+        merges = [pair for pair in cuts if set(pair) <= distinct.keys()]
+        tokens = [*distinct]
+    backend = listed(small([], ignore_merges=data.draw(st.booleans()), more=tokens[3:]), merges)
     words = ["".join(word) for size in range(1, 7) for word in itertools.product("abc", repeat=size)]
     try:
         fast = byte_pair(backend)
