@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from argonne.data import documents
 from argonne.data.documents import rejection, tokenise_rows
 
 
@@ -47,12 +50,29 @@ def test_thresholds_are_exact(text: str, reason: str | None) -> None:
     assert rejection(text) == reason
 
 
-alphabet = st.one_of(st.sampled_from("0123456789#$ ab"), st.characters())
+# With lone surrogates, and digits and letters beyond U+FFFF.
+alphabet = st.one_of(st.sampled_from("0123456789#$ ab"), st.characters(), st.sampled_from("\ud800\U0001d7d8\U0001d400"))
 
 
-@given(st.text(alphabet, max_size=120))
-def test_the_filter_equals_the_rule_for_any_text(text: str) -> None:
+@given(st.text(alphabet, max_size=120), st.sampled_from([1, 7, 60, documents.SLICE]))
+def test_the_filter_equals_the_rule_for_any_text(text: str, size: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "SLICE", size)
+        assert rejection(text) == rule(text)
+
+
+@given(st.text(st.characters(max_codepoint=127), max_size=120))
+def test_the_filter_equals_the_rule_for_ascii(text: str) -> None:
     assert rejection(text) == rule(text)
+
+
+def test_a_huge_text_is_judged_in_little_memory() -> None:
+    for text in ("1 " * 10_000_000 + "1", "\u0661\u3000" * 5_000_000 + "1"):
+        tracemalloc.start()
+        assert rejection(text) == "digits"
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 3 << 20
 
 
 def by_length(texts: list[str]) -> list[np.ndarray | None]:
