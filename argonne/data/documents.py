@@ -31,6 +31,7 @@ MIN_TOKENS = 10
 DIGIT, READABLE = 1, 2
 # Characters looked at together: what they take in memory stays in the processor's cache.
 SLICE = 1 << 16
+READABLE_ASCII = bytes(code for code in range(128) if chr(code).isalpha() or chr(code).isspace())
 
 
 def rejection(text: object) -> str | None:
@@ -45,6 +46,8 @@ def rejection(text: object) -> str | None:
         return EMPTY
     if len(text) <= LONG_CHARACTERS:
         return None
+    if len(text) <= SLICE and text.isascii() and 2 * len(text.encode().translate(None, READABLE_ASCII)) <= len(text):
+        return None  # almost every text: where half is readable, no more than half are digits
     digits, readable = _counts(text)
     if digits / len(text) > MAX_DIGITS:
         return DIGITS
@@ -76,21 +79,12 @@ def _document(tokens: TokenIds | None, boundary: tuple[int, int] | None) -> Toke
 def _counts(text: str) -> tuple[int, int]:
     """How many of the characters are digits, and how many are letters or white space."""
     digits = readable = 0
-    ascii_only = text.isascii()
     for start in range(0, len(text), SLICE):
-        part = text[start : start + SLICE]
-        if ascii_only:
-            kinds = np.frombuffer(part.encode().translate(_ascii_kinds()), dtype=np.uint8)
-        else:
-            kinds = _character_kinds()[np.frombuffer(part.encode("utf-32-le", "surrogatepass"), dtype="<u4")]
+        part = text[start : start + SLICE].encode("utf-32-le", "surrogatepass")
+        kinds = _character_kinds()[np.frombuffer(part, dtype="<u4")]
         digits += np.count_nonzero(kinds == DIGIT)
         readable += np.count_nonzero(kinds == READABLE)
     return digits, readable
-
-
-@functools.cache
-def _ascii_kinds() -> bytes:
-    return _character_kinds()[:256].tobytes()
 
 
 @functools.cache
