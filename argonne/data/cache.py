@@ -144,10 +144,9 @@ class TokenCache:
         unit, span = self._mapped(index), self.units[index].span
         document = int(np.searchsorted(unit.ends, begin, side="right"))
         row = int(unit.rows[document])
-        first_rows = [0, *accumulate(span.rows)]
-        group = bisect_right(first_rows, row) - 1
+        group = bisect_right(unit.first_rows, row) - 1
         before = int(unit.ends[document - 1]) if document else 0
-        return span.shard, span.first + group, row - first_rows[group], begin - before
+        return span.shard, span.first + group, row - unit.first_rows[group], begin - before
 
     def _find(self, start: int) -> tuple[int, int]:
         """The unit that holds a token, and the token's place in it."""
@@ -164,16 +163,18 @@ class TokenCache:
             raise DataError(f"token cache {self.path} cannot be read: {one_line(error)}") from error
         table = content[size - 16 * unit.documents :].view("<i8")
         tokens = content[: unit.tokens * self.dtype.itemsize].view(self.dtype)
-        return _Mapped(tokens, table[: unit.documents], table[unit.documents :])
+        first_rows = [0, *accumulate(unit.span.rows)]
+        return _Mapped(tokens, table[: unit.documents], table[unit.documents :], first_rows)
 
 
 @dataclass(frozen=True)
 class _Mapped:
-    """The three arrays of a unit."""
+    """The three arrays of a unit, and the first row of each of its row groups."""
 
     tokens: npt.NDArray[Any]
     ends: npt.NDArray[np.int64]
     rows: npt.NDArray[np.int64]
+    first_rows: list[int]
 
 
 def open_cache(path: Path, verify: bool = False) -> TokenCache:

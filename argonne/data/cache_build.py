@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -185,7 +185,7 @@ class _Progress:
     """A bar on a terminal; elsewhere a line at the beginning, now and then, and at the end."""
 
     def __init__(self, rows: int, path: Path, show: bool) -> None:
-        self._rows, self._path, self._show = rows, path, show
+        self._rows, self._path = rows, path
         self._done = self._kept = self._documents = self._tokens = 0
         self._began = self._told = time.monotonic()
         self._bar = tqdm(
@@ -196,6 +196,7 @@ class _Progress:
             desc="tokenising",
             disable=None if show else True,
         )
+        self._lines = show and self._bar.disable
 
     def __enter__(self) -> _Progress:
         self._say(f"tokenising {self._rows:,} rows, once, into {self._path}")
@@ -236,6 +237,5 @@ class _Progress:
         self._told = time.monotonic()
 
     def _say(self, line: str) -> None:
-        if self._show and self._bar.disable:
-            with suppress(OSError):
-                print(line, flush=True)
+        if self._lines:
+            print(line, flush=True)
