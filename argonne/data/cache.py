@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
-from argonne.data import documents
+from argonne.data.documents import FILTERS
 from argonne.data.errors import DataError, one_line
 from argonne.data.shards import Shard, fingerprint
 from argonne.data.stream import Packed
@@ -204,12 +204,7 @@ def made_from(
         "data": fingerprint(shards),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "boundary": None if boundary is None else list(boundary),
-        "filters": {
-            "long_characters": documents.LONG_CHARACTERS,
-            "max_digits": documents.MAX_DIGITS,
-            "min_readable": documents.MIN_READABLE,
-            "min_tokens": documents.MIN_TOKENS,
-        },
+        "filters": FILTERS,
         "unit_rows": _unit_rows(shards),
     }
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
@@ -29,9 +28,8 @@ from argonne.data.cache import (
 )
 from argonne.data.cache_units import Kept, Tally, UnitMaker, in_processes, in_this_process
 from argonne.data.errors import DataError
-from argonne.data.shards import Shard
+from argonne.data.shards import OnBad, Shard
 
-OnBad = Literal["raise", "skip"]
 TICK_SECONDS = 1.0
 LINE_SECONDS = 30.0
 
@@ -44,7 +42,7 @@ def build_cache(
     processes: int = 1,
     on_bad: OnBad = "raise",
     progress: bool = True,
-    tick: Callable[[], None] | None = None,
+    tick: Callable[[], object] | None = None,
 ) -> TokenCache:
     """The cache of this corpus under `directory`: opened if it is complete, else built, or built on.
 
@@ -171,7 +169,7 @@ def _alone(path: Path, beat: _Beat) -> Iterator[None]:
 class _Beat:
     """Calls `tick` when it is time."""
 
-    def __init__(self, tick: Callable[[], None] | None) -> None:
+    def __init__(self, tick: Callable[[], object] | None) -> None:
         self._tick = tick
         self._next = time.monotonic()
 

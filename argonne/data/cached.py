@@ -102,6 +102,17 @@ class CachedStream:
             dropped,
         )
 
+    @classmethod
+    def adopt(
+        cls, cache: TokenCache, block_size: int, lanes: int, seed: int, states: Sequence[LaneState]
+    ) -> list[LaneState]:
+        """The states of all lanes as they go on in another cache: as many sequences on, in its order."""
+        stream = cls(cache, block_size, lanes, range(lanes), seed)
+        for lane, state in enumerate(states):
+            stream._delivered[lane] = state.tokens // stream._length
+            stream._documents[lane] = state.documents
+        return [stream.state(lane) for lane in range(lanes)]
+
     def _next(self, lane: int) -> tuple[int, int]:
         """The epoch of the lane's next sequence, and its first token's place on the circle."""
         number = self._delivered[lane] * self.lanes + lane

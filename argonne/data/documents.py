@@ -27,6 +27,13 @@ LONG_CHARACTERS = 50
 MAX_DIGITS = 0.5
 MIN_READABLE = 0.3
 MIN_TOKENS = 10
+FILTERS = {
+    "long_characters": LONG_CHARACTERS,
+    "max_digits": MAX_DIGITS,
+    "min_readable": MIN_READABLE,
+    "min_tokens": MIN_TOKENS,
+}
+"""What decides which rows are dropped, as JSON values."""
 
 DIGIT, READABLE = 1, 2
 # Characters looked at together: what they take in memory stays in the processor's cache.

@@ -108,6 +108,12 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[TokenId
     return Encoder(tokenizer)(texts)
 
 
+@functools.lru_cache(maxsize=2)
+def shared_encoder(tokenizer: PreTrainedTokenizerFast) -> Encoder:
+    """One encoder for all readers of a process: its proofs take seconds. For a tokenizer that stays as it is."""
+    return Encoder(tokenizer)
+
+
 def batch_rows() -> int:
     """Documents tokenised at a time, from the environment."""
     return _from_environment(BATCH_ROWS_VARIABLE, MIN_BATCH_ROWS) or DEFAULT_BATCH_ROWS
@@ -120,7 +126,9 @@ def _threads(workers: int, process: int) -> ThreadPoolExecutor:
 
 
 def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Of this machine, this rank's share."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _ids(encoding: Encoding) -> TokenIds:

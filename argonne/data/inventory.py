@@ -33,15 +33,15 @@ def describe(shards: Sequence[Shard]) -> Listing:
     ]
 
 
-def changes(listing: Sequence[Mapping[str, Any]], shards: Sequence[Shard]) -> list[str]:
-    """A line for each shard that was added, removed or changed since `listing` was made; empty if there is none.
+def changes(listing: Sequence[Mapping[str, Any]], now_listed: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each shard that was added, removed or changed between two listings; empty if there is none.
 
     Directories do not count: a copy of the corpus is the same corpus. After the first lines comes a count.
 
     Raises:
-        DataError: `listing` is not what `describe` makes.
+        DataError: a listing is not what `describe` makes.
     """
-    saved, now = _numbered(_parse(listing)), _numbered(_parse(describe(shards)))
+    saved, now = _numbered(_parse(listing)), _numbered(_parse(now_listed))
     lines = []
     for key, entry in saved.items():
         if key not in now:
@@ -102,7 +102,8 @@ class _Entry:
     def __str__(self) -> str:
         if not self.rows:
             return "quarantined"
-        return f"{sum(self.rows):,} rows in {len(self.rows):,} row groups"
+        plural = "s" if len(self.rows) > 1 else ""
+        return f"{sum(self.rows):,} rows in {len(self.rows):,} row group{plural}"
 
 
 def _parse(listing: Sequence[Mapping[str, Any]]) -> list[_Entry]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerFast
 
 from argonne.data.documents import UNREADABLE, TokenIds, tokenise_rows
-from argonne.data.encoder import Encoder, batch_rows
+from argonne.data.encoder import batch_rows, shared_encoder
 from argonne.data.errors import DataError
 from argonne.data.shards import OnBad, Shard, read_texts
 from argonne.data.units import LanePlan, Place, Unit
@@ -57,7 +57,7 @@ class DocumentReader:
         self._on_bad = on_bad
         self._report = report
         self._failed: set[tuple[int, int]] = set()
-        self._encode = Encoder(tokenizer)
+        self._encode = shared_encoder(tokenizer)
         self._boundary = boundary
         self._batch_rows = batch_rows()
         self._texts = functools.lru_cache(maxsize=RECENT_ROW_GROUPS)(

@@ -96,10 +96,16 @@ class DataFlags:
     """Keep attention within documents: what else is packed into a sequence is not seen."""
     data_lanes: int | None = None
     """Virtual streams that the data is dealt to; a data-parallel size divides it [64; fewer for tiny data]."""
+    on_bad_shard: Literal["raise", "skip"] = "raise"
+    """What becomes of a shard, or a row group of one, that cannot be read: stop, or pass over it and record that."""
+    accept_data_change: bool = False
+    """Go on with shards, weights or a tokenizer other than those that the run was saved with."""
     streaming: bool = True
-    """Tokenise while training. --no-streaming (once, to a cache, shuffled) is not built yet and is refused."""
+    """Tokenise while training. --no-streaming: once, before it, to a cache on disk, shuffled anew in every epoch."""
     num_proc: int = 8
     """Processes that tokenise with --no-streaming."""
+    cache_dir: Path | None = None
+    """Where the caches of --no-streaming lie, which several runs may share [token_cache in the output directory]."""
     prefetch_batches: int = 2
     """Batches that are read and tokenised ahead of training."""
 
@@ -280,8 +286,6 @@ class RunConfig:
         for name, globs in (("data_glob", d.data_glob), ("validation_glob", d.validation_glob)):
             if globs is not None and not all(globs or [""]):
                 raise ArgonneError(f"{name}={' '.join(globs)!r} is empty; legal: a glob, or leave the flag out")
-        if not d.streaming:
-            raise ArgonneError("no_streaming=True is not built yet; leave the flag out to stream")
 
 
 @dataclass(frozen=True)

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from argonne.data import (
+    CachedStream,
     LaneState,
     Mixture,
     SequenceStream,
     Shard,
+    TokenCache,
     check_block_size,
+    check_cache,
     default_lanes,
+    describe,
     find_shards,
     fingerprint,
     open_shards,
     parse_globs,
+    quarantine,
+    quarantined,
+    restore,
     states_of_source,
 )
+from argonne.data.adoption import adopt
+from argonne.data.documents import FILTERS
 from argonne.training.config import DataFlags
 
 
@@ -28,10 +37,11 @@ from argonne.training.config import DataFlags
 class Corpus:
     """One of the corpora that a run mixes."""
 
-    globs: tuple[str, ...]
     weight: float
     """Its share of the sequences."""
     shards: tuple[Shard, ...]
+    cache: TokenCache | None = None
+    """Its tokens, where they are made before training."""
 
 
 @dataclass(frozen=True)
@@ -42,68 +52,140 @@ class Corpora:
     validation: tuple[Shard, ...]
     """The held-out text; empty where there is none."""
     lanes: int
+    flags: DataFlags
+    seed: int
 
     @classmethod
-    def open(cls, flags: DataFlags) -> Corpora:
+    def open(
+        cls,
+        flags: DataFlags,
+        seed: int,
+        saved: Mapping[str, Any] | None = None,
+    ) -> Corpora:
         """Find the shards and read their footers.
+
+        Args:
+            flags: of the data.
+            seed: of the order of ``--no-streaming``.
+            saved: the ``identity`` of the run that is continued, if one is. With ``on_bad_shard="skip"`` what it
+                had to do without stays away, and what can be opened no more keeps its place.
 
         Raises:
             DataError: a glob matches nothing, or a shard cannot be read.
         """
-        parts = tuple(
-            Corpus(each.globs, each.weight, open_shards(find_shards(each.globs)))
-            for each in parse_globs(flags.data_glob or ())
-        )
+        saved = saved or {}
+        globs = parse_globs(flags.data_glob or ())
+        parts = []
+        for number, each in enumerate(globs):
+            listing = _nth(saved.get("shards"), number)
+            paths = find_shards(each.globs)
+            if listing and flags.on_bad_shard == "skip" and not flags.accept_data_change:
+                shards = restore(listing, paths, "skip")
+            else:
+                shards = open_shards(paths, flags.on_bad_shard)
+            parts.append(Corpus(each.weight, shards))
         validation = open_shards(find_shards(flags.validation_glob)) if flags.validation_glob else ()
         rows = sum(sum(shard.rows) for part in parts for shard in part.shards)
-        return cls(parts, validation, flags.data_lanes or default_lanes(rows))
+        lanes = flags.data_lanes or saved.get("lanes") or default_lanes(rows)
+        return cls(tuple(parts), validation, lanes, flags, seed)
 
     @property
     def shards(self) -> tuple[Shard, ...]:
         """Those of every corpus, one after the other."""
         return tuple(shard for part in self.parts for shard in part.shards)
 
-    def identity(self, flags: DataFlags) -> dict[str, Any]:
+    @property
+    def identity(self) -> dict[str, Any]:
         """What makes the run's data this data: JSON values."""
         mixed = {"weights": [part.weight for part in self.parts]} if len(self.parts) > 1 else {}
         return {
             "fingerprint": fingerprint(self.shards),
+            "shards": [describe(part.shards) for part in self.parts],
             **mixed,
+            "filters": FILTERS,
             "lanes": self.lanes,
-            "block_size": flags.block_size,
-            "document_boundary_tokens": flags.add_document_boundary_tokens,
-            "document_mask": flags.document_mask,
+            "streaming": self.flags.streaming,
+            "block_size": self.flags.block_size,
+            "document_boundary_tokens": self.flags.add_document_boundary_tokens,
+            "document_mask": self.flags.document_mask,
         }
 
-    def check_block_size(
-        self, tokenizer: PreTrainedTokenizerFast, block_size: int, boundary: tuple[int, int] | None
-    ) -> None:
+    @property
+    def quarantined(self) -> list[dict[int, str]]:
+        """For each corpus, why the shards at these indices cannot be read."""
+        return [quarantined(part.shards) for part in self.parts]
+
+    def without(self, reasons: Sequence[Mapping[int, str]], keep_rows: bool) -> Corpora:
+        """The same with these shards quarantined: what every rank makes of the union of all ranks'."""
+        parts = [
+            replace(part, shards=quarantine(part.shards, away, keep_rows))
+            for part, away in zip(self.parts, reasons, strict=True)
+        ]
+        return replace(self, parts=tuple(parts))
+
+    def with_caches(self, caches: Sequence[TokenCache]) -> Corpora:
+        """The same with the tokens of each corpus made."""
+        return replace(
+            self, parts=tuple(replace(part, cache=cache) for part, cache in zip(self.parts, caches, strict=True))
+        )
+
+    def check_block_size(self, tokenizer: PreTrainedTokenizerFast, boundary: tuple[int, int] | None) -> None:
         """Raise ``DataError`` unless every corpus fills a sequence."""
         for part in self.parts:
-            check_block_size(part.shards, tokenizer, block_size, boundary)
+            if part.cache is not None:
+                check_cache(part.cache, self.flags.block_size)
+            else:
+                check_block_size(part.shards, tokenizer, self.flags.block_size, boundary, self.flags.on_bad_shard)
 
     def mixture(
         self,
         tokenizer: PreTrainedTokenizerFast,
-        block_size: int,
         boundary: tuple[int, int] | None,
         served: Sequence[int],
         states: Mapping[int, LaneState],
     ) -> Mixture:
         """The samples of the lanes ``served``, from ``states`` (of all lanes, or none yet) on."""
-        streams = [
-            SequenceStream(
-                part.shards,
-                tokenizer,
-                block_size,
-                self.lanes,
-                boundary,
-                served,
-                states_of_source(states, source, self.lanes),
+        streams: list[SequenceStream | CachedStream] = []
+        for source, part in enumerate(self.parts):
+            own = states_of_source(states, source, self.lanes)
+            size = self.flags.block_size
+            if part.cache is not None:
+                streams.append(CachedStream(part.cache, size, self.lanes, served, self.seed + source, own))
+                continue
+            streams.append(
+                SequenceStream(
+                    part.shards,
+                    tokenizer,
+                    size,
+                    self.lanes,
+                    boundary,
+                    served,
+                    own,
+                    on_bad=self.flags.on_bad_shard,
+                    report=lambda line: print(line, flush=True),
+                )
             )
-            for source, part in enumerate(self.parts)
-        ]
         return Mixture(streams, [part.weight for part in self.parts])
+
+    def adopted(
+        self, states: Mapping[int, LaneState], saved: Mapping[str, Any], same_tokens: bool
+    ) -> tuple[dict[int, LaneState], str]:
+        """The lanes of a run that was saved with other data as they go on with this, and a line that says how."""
+        found: dict[int, LaneState] = {}
+        kept = total = 0
+        for source, part in enumerate(self.parts):
+            listing = _nth(saved.get("shards"), source)
+            own = states_of_source(states, source, self.lanes) if listing else None
+            if own is None:
+                continue
+            if part.cache is not None:
+                size, seed = self.flags.block_size, self.seed + source
+                lanes, here = CachedStream.adopt(part.cache, size, self.lanes, seed, own), self.lanes
+            else:
+                lanes, here = adopt(own, listing, part.shards, same_tokens)
+            found |= {source * self.lanes + lane: state for lane, state in enumerate(lanes)}
+            kept, total = kept + here, total + self.lanes
+        return found, f"{kept} of {total} lanes keep their places, the others begin their pass over the data anew"
 
     def shard_of(self, lane_key: int, state: LaneState) -> Shard:
         """The shard in which a lane stands; keys are those of ``Mixture.states``."""
@@ -115,5 +197,15 @@ class Corpora:
         for source, part in enumerate(self.parts):
             own = [state.position for key, state in states.items() if key // self.lanes == source]
             whole = any(position.epoch > 0 for position in own)
-            seen += len(part.shards) if whole else 1 + max((position.shard for position in own), default=-1)
+            # In a shuffled order, positions tell nothing of what was before them.
+            seen += (
+                len(part.shards)
+                if whole or part.cache is not None
+                else 1 + max((position.shard for position in own), default=-1)
+            )
         return seen
+
+
+def _nth(lists: Sequence[Any] | None, number: int) -> list[Any]:
+    """Element ``number``, or nothing where there are fewer."""
+    return list(lists[number]) if lists and number < len(lists) else []

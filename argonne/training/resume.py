@@ -13,10 +13,10 @@ from argonne.parallel.collectives import collectively
 from argonne.parallel.errors import ArgonneError
 from argonne.training.command_line import parse, restarts_left
 from argonne.training.config import DataFlags, ResumeConfig, RunConfig
-from argonne.training.run_directory import differences, read_run, require_same, saved_flags
+from argonne.training.run_directory import differences, read_run, saved_flags
 from argonne.training.setup import accumulation_that_keeps, check, prepare
 from argonne.training.state import TrainingState
-from argonne.training.workflow import joined, say, train
+from argonne.training.workflow import joined, restore, say, train
 
 Flags = TypeVar("Flags")
 
@@ -71,10 +71,8 @@ def resume(config: ResumeConfig) -> None:
         if checkpoint is None:
             path = str(flags.checkpoint_path)
             raise CheckpointError(f"checkpoint path {path!r} holds no valid checkpoint: {reports[0]}")
-        workload = prepare(config, groups, kept_tokenizer=checkpoint)
         saved = collectively(lambda: _saved_run(checkpoint), groups.world)
-        fixed = {name: workload.identity[name] for name in _FIXED}
-        require_same({name: saved["identity"][name] for name in _FIXED}, fixed, checkpoint)
+        workload = prepare(config, groups, saved["identity"], _FIXED, kept_tokenizer=checkpoint)
         changed = differences(saved["identity"], workload.identity)
         say(groups, *(f"changed from here on: {line}" for line in changed))
 
@@ -87,7 +85,7 @@ def resume(config: ResumeConfig) -> None:
             state.initialise(config.training.seed)
             train(config, workload, state, accumulation, None)
         else:
-            state.restore(checkpoint, flags.reset_optimizer, flags.rewarmup_steps)
+            restore(state, checkpoint, workload, flags.reset_optimizer, flags.rewarmup_steps)
             train(config, workload, state, accumulation, checkpoint)
 
 

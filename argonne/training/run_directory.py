@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from argonne.checkpoint import CheckpointError, checkpoints, step_of
+from argonne.data import changes, is_url
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import DataFlags, ModelFlags, ParallelFlags, RunConfig, RunFlags, TrainingFlags
 from argonne.training.metrics import MetricsLog
@@ -29,6 +30,9 @@ _SCHEDULE = (
     "gradient_clip",
 )
 
+# What --accept-data-change accepts.
+_DATA = ("data.shards", "data.fingerprint", "data.weights", "data.filters", "tokenizer.")
+
 
 def schedule_identity(config: RunConfig) -> dict[str, Any]:
     """The part of a run's identity that ``resume.py`` may change on purpose."""
@@ -36,15 +40,30 @@ def schedule_identity(config: RunConfig) -> dict[str, Any]:
 
 
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """``name: saved -> wanted`` for every entry that differs; nested entries as ``group.name``."""
+    """``name: saved -> wanted`` for every entry that differs; nested entries as ``group.name``.
+
+    Of ``shards``, which say more than their ``fingerprint``, what was added, removed or changed.
+    """
     found = []
     for name in sorted(set(saved) | set(wanted)):
         old, new = saved.get(name), wanted.get(name)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
+        if name == "shards" and isinstance(old, list) and isinstance(new, list):
+            found += [f"shards: {line}" for line in _changed_shards(old, new)]
+        elif name == "fingerprint" and saved.get("shards") != wanted.get("shards"):
+            continue
+        elif isinstance(old, Mapping) and isinstance(new, Mapping):
             found += [f"{name}.{line}" for line in differences(old, new)]
         elif old != new:
             found.append(f"{name}: {_short(old)} -> {_short(new)}")
     return found
+
+
+def _changed_shards(saved: list[Any], wanted: list[Any]) -> list[str]:
+    """A line for each change in the listings of the corpora."""
+    if len(saved) != len(wanted):
+        return [f"{len(saved)} corpora -> {len(wanted)} corpora"]
+    lines = [changes(old, new) for old, new in zip(saved, wanted, strict=True)]
+    return [line if len(lines) == 1 else f"corpus {number}: {line}" for number, of in enumerate(lines) for line in of]
 
 
 def read_run(directory: Path) -> dict[str, Any] | None:
@@ -75,7 +94,7 @@ def flags_to_json(config: RunConfig) -> dict[str, Any]:
     for name in ("data_glob", "validation_glob"):
         if flags["data"][name] is not None:
             globs = flags["data"][name]
-            flags["data"][name] = [glob if "://" in glob else os.path.abspath(glob) for glob in globs]
+            flags["data"][name] = [glob if is_url(glob) else os.path.abspath(glob) for glob in globs]
     return flags
 
 
@@ -142,14 +161,24 @@ def claim(directory: Path, patience: float = 10.0) -> IO[str]:
             return file  # a file system without locks
 
 
-def require_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], directory: Path) -> None:
-    """Raise ``ArgonneError`` naming what differs unless both identities are of one run."""
+def require_same(
+    saved: Mapping[str, Any], wanted: Mapping[str, Any], directory: Path, accept_data_change: bool = False
+) -> list[str]:
+    """Raise ``ArgonneError`` naming what differs unless both identities are of one run.
+
+    Returns the differences that ``accept_data_change`` accepts: shards, their weights, filters, the tokenizer.
+    """
     found = differences(saved, wanted)
+    data = [line for line in found if line.startswith(_DATA)]
+    if found == data and accept_data_change:
+        return data
     if found:
+        also = ", or --accept-data-change to go on with the new data on purpose" if found == data else ""
         raise ArgonneError(
             f"output_dir={str(directory)!r} holds a different run ({'; '.join(found)}); "
-            "legal: the run's own flags, or another --output-dir"
+            f"legal: the run's own flags, or another --output-dir{also}"
         )
+    return []
 
 
 def saved_flags(checkpoint: Path) -> RunConfig:

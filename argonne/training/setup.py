@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import shutil
-from collections.abc import Iterator
+from collections import ChainMap
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 from argonne.data import (
     DataError,
-    Shard,
     boundary_tokens,
     check_data_parallel,
-    fingerprint,
     load_tokenizer,
-    read_texts,
     tokenizer_fingerprint,
-    train_tokenizer,
 )
 from argonne.kernels.dispatch import Backend, interprets
 from argonne.models import ArgonneConfig
@@ -34,10 +29,9 @@ from argonne.parallel.errors import ArgonneError
 from argonne.parallel.layout import require_divisible
 from argonne.training.config import RunConfig
 from argonne.training.corpora import Corpora
-from argonne.training.run_directory import require_same, schedule_identity
-
-TOKENIZER_TRAINING_BYTES = 16 << 20
-"""The fallback tokenizer is trained on this much text at most, from the beginning of the data."""
+from argonne.training.kept_tokenizer import train_kept_tokenizer
+from argonne.training.run_directory import read_run, require_same, schedule_identity
+from argonne.training.token_caches import token_caches
 
 PRECISIONS = {
     "fp32": Precision(torch.float32, torch.float32),
@@ -83,7 +77,9 @@ def check(config: RunConfig, world_size: int) -> None:
         raise DataError(
             f"tokenizer_path={str(path)!r} does not exist; legal: the directory of a Hugging Face tokenizer"
         )
-    check_data_parallel(layout.data, Corpora.open(config.data).lanes, layout.data)
+    saved = read_run(config.run.output_dir)
+    data = Corpora.open(config.data, config.training.seed, saved["identity"].get("data") if saved else None)
+    check_data_parallel(layout.data, data.lanes, layout.data)
     _check_output(config.run.output_dir)
 
 
@@ -109,7 +105,8 @@ def check_sequence(block_size: int, layout: Layout) -> None:
 def prepare(
     config: RunConfig,
     groups: ProcessGroups,
-    saved_identity: dict[str, Any] | None = None,
+    saved: dict[str, Any] | None = None,
+    fixed: Collection[str] | None = None,
     kept_tokenizer: Path | None = None,
 ) -> Workload:
     """Settle the workload (collective).
@@ -117,21 +114,29 @@ def prepare(
     Args:
         config: the flags.
         groups: the processes.
-        saved_identity: that of the run which the output directory holds; anything else is refused.
+        saved: the identity of the run that is continued, if one is; anything else is refused.
+        fixed: the parts of it in which anything else is refused; all of them when left out.
         kept_tokenizer: the tokenizer that the run already has, used when the flags name none.
 
     Raises:
         ArgonneError: on every rank, what is wrong.
     """
     directory = config.run.output_dir
-    data = Corpora.open(config.data)
+    data = open_corpora(config, groups, saved)
     identity: dict[str, Any] = {
-        "data": data.identity(config.data),
+        "data": data.identity,
         "seed": config.training.seed,
         "schedule": schedule_identity(config),
     }
-    if saved_identity is not None:  # before a tokenizer is trained into another run's directory
-        require_same({name: saved_identity.get(name) for name in identity}, identity, directory)
+
+    def compare() -> list[str]:
+        if saved is None:
+            return []
+        names = [name for name in identity if fixed is None or name in fixed]
+        wanted = {name: identity[name] for name in names}
+        return require_same({n: saved.get(n) for n in names}, wanted, directory, config.data.accept_data_change)
+
+    compare()  # before a tokenizer is trained into another run's directory
 
     def find_tokenizer() -> Path:
         if config.data.tokenizer_path is not None:
@@ -139,7 +144,7 @@ def prepare(
         if kept_tokenizer is not None:
             return kept_tokenizer
         if groups.is_first:
-            train_kept_tokenizer(data.shards, directory / "tokenizer")
+            train_kept_tokenizer(data.shards, directory / "tokenizer", config.data.on_bad_shard)
         return directory / "tokenizer"
 
     source = collectively(find_tokenizer, groups.world)
@@ -151,10 +156,13 @@ def prepare(
     if config.data.add_document_boundary_tokens:
         boundary = collectively(lambda: boundary_tokens(tokenizer) if tokenizer else None, groups.world)
 
+    if not config.data.streaming:
+        data = data.with_caches(token_caches(data, tokenizer, boundary, directory / "token_cache", groups))
+
     def enough() -> None:
         if groups.is_first:
             assert tokenizer is not None
-            data.check_block_size(tokenizer, config.data.block_size, boundary)
+            data.check_block_size(tokenizer, boundary)
 
     collectively(enough, groups.world)
     told = ("", 0)
@@ -167,10 +175,25 @@ def prepare(
         "model": dataclasses.asdict(model),
         "tokenizer": {"fingerprint": tokenizer_hash, "size": tokenizer_size},
     }
-    if saved_identity is not None:
-        require_same(saved_identity, identity, directory)
+    accepted = compare()
+    if groups.is_first:
+        print(*(f"accepted from here on: {line}" for line in accepted), sep="\n", end="\n" if accepted else "")
     precision = resolve_precision(config.training.precision, groups.device)
     return Workload(model, precision, data, tokenizer, boundary, identity)
+
+
+def open_corpora(config: RunConfig, groups: ProcessGroups, saved: dict[str, Any] | None) -> Corpora:
+    """The data of a run, the same on every rank (collective): what one cannot open, none reads."""
+    kept = saved.get("data") if saved else None
+
+    data = collectively(lambda: Corpora.open(config.data, config.training.seed, kept), groups.world)
+    told = gather_objects(data.quarantined, groups.world)
+    # The first rank's reason stands where several have one.
+    reasons = [dict(ChainMap(*of_ranks)) for of_ranks in zip(*told, strict=True)]
+    for part, away in zip(data.parts, reasons, strict=True) if groups.is_first else ():
+        for index, reason in sorted(away.items()):
+            print(f"shard {part.shards[index].path} {reason}; it is passed over (--on-bad-shard skip)", flush=True)
+    return collectively(lambda: data.without(reasons, keep_rows=kept is not None), groups.world)
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:
@@ -226,34 +249,6 @@ def _model(config: RunConfig, tokenizer_size: int) -> ArgonneConfig:
 def _token_count(tokenizer: PreTrainedTokenizerFast) -> int:
     """One more than the largest id: some tokenizers leave ids out."""
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
-
-
-def train_kept_tokenizer(shards: tuple[Shard, ...], path: Path) -> None:
-    """The fallback: a byte-level BPE of the data's own text, kept at ``path`` with what it was trained on."""
-    origin = {"data": fingerprint(shards)}
-    record = path / "trained_on.json"
-    if record.exists() and json.loads(record.read_text()) == origin:
-        return
-    print("no --tokenizer-path: training a byte-level BPE of 12,000 on the data", flush=True)
-    tokenizer = train_tokenizer(_some_text(shards))
-    temporary = path.with_name(path.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    tokenizer.save_pretrained(temporary)
-    (temporary / record.name).write_text(json.dumps(origin))
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(temporary, path)
-
-
-def _some_text(shards: tuple[Shard, ...]) -> Iterator[str]:
-    left = TOKENIZER_TRAINING_BYTES
-    for shard in shards:
-        for row_group in range(len(shard.rows)):
-            for text in read_texts(shard, row_group):
-                if isinstance(text, str):
-                    yield text
-                    left -= len(text.encode(errors="replace"))
-                if left <= 0:
-                    return
 
 
 def _check_output(path: Path) -> None:

@@ -210,9 +210,7 @@ class Trainer:
         if workload.tokenizer is None:
             return None
         served = served_lanes(workload.data.lanes, data.rank, data.size)
-        mixture = workload.data.mixture(
-            workload.tokenizer, self.config.data.block_size, workload.boundary, served, self.state.lanes
-        )
+        mixture = workload.data.mixture(workload.tokenizer, workload.boundary, served, self.state.lanes)
         return BatchStream(
             mixture,
             dp_rank=data.rank,

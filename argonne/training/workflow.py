@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from argonne.checkpoint import CheckpointError, checkpoints, newest_valid
+from argonne.checkpoint import CheckpointError, checkpoints, load_trainer, newest_valid
 from argonne.checkpoint.format import write_json
 from argonne.parallel import ProcessGroups, choose_device, process_groups
 from argonne.parallel.collectives import collectively
@@ -38,8 +38,28 @@ def pretrain(config: RunConfig) -> None:
         if checkpoint is None:
             state.initialise(config.training.seed)
         else:
-            state.restore(checkpoint)
+            restore(state, checkpoint, workload)
         train(config, workload, state, accumulation, checkpoint)
+
+
+def restore(
+    state: TrainingState,
+    checkpoint: Path,
+    workload: Workload,
+    reset_optimizer: bool = False,
+    rewarmup_steps: int = 0,
+) -> None:
+    """Become what ``checkpoint`` says; where the data has changed since, each lane finds a place in what it is now."""
+    state.restore(checkpoint, reset_optimizer, rewarmup_steps)
+    saved = load_trainer(checkpoint)["identity"]
+    now = workload.identity
+    same_tokens = all(
+        saved[group].get(name) == now[group].get(name)
+        for group, name in (("tokenizer", "fingerprint"), ("data", "filters"))
+    )
+    if saved["data"].get("shards") != now["data"]["shards"] or not same_tokens:
+        state.lanes, line = workload.data.adopted(state.lanes, saved["data"], same_tokens)
+        say(state.model.groups, f"the data has changed since {checkpoint.name}: {line}")
 
 
 def train(

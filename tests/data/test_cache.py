@@ -33,7 +33,7 @@ from argonne.data import (
     open_shards,
     train_tokenizer,
 )
-from argonne.data.documents import tokenise_rows
+from argonne.data.documents import FILTERS, tokenise_rows
 
 run = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 shapes = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=5), min_size=1, max_size=3).filter(
@@ -139,7 +139,7 @@ def test_data_tokenizer_boundary_and_filters_have_caches_of_their_own(
         build(shards, other, tmp_path).path,
         build(shards, tokenizer, tmp_path, boundary=(0, 2)).path,
     ]
-    monkeypatch.setattr("argonne.data.documents.MIN_TOKENS", 11)
+    monkeypatch.setitem(FILTERS, "min_tokens", 11)
     paths.append(build(shards, tokenizer, tmp_path).path)
     assert len({path.name for path in paths}) == len(paths)
     assert all(len(path.name) == 16 and path.parent == tmp_path for path in paths)

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import numpy as np
+
+from argonne.data import SequenceStream, describe
+from argonne.data.adoption import adopt
+
+LANES, BLOCK = 4, 15
+
+
+def stream_of(shards, tokenizer, states=None) -> SequenceStream:
+    return SequenceStream(shards, tokenizer, BLOCK, LANES, None, range(LANES), states)
+
+
+def started(shards, tokenizer, steps: int = 5):
+    stream = stream_of(shards, tokenizer)
+    for _ in range(steps):
+        for lane in range(LANES):
+            stream.next_sequence(lane)
+    return stream, [stream.state(lane) for lane in range(LANES)]
+
+
+def test_shards_that_are_added_behind_the_others_leave_every_lane_at_its_place(shards_of, corpus_of, tokenizer) -> None:
+    groups = [[6] * 8, [6] * 8]
+    corpus = corpus_of([*groups, [6] * 4], seed=1)
+    longer = shards_of(corpus)
+    shorter = longer[:2]
+    stream, states = started(shorter, tokenizer)
+    adopted, kept = adopt(states, describe(shorter), longer, same_tokens=True)
+    assert (adopted, kept) == (states, LANES)
+    # Up to where the new shard comes in, the lanes deliver what they would have.
+    continued = stream_of(longer, tokenizer, adopted)
+    for lane in range(LANES):
+        for _ in range(5):
+            np.testing.assert_array_equal(
+                continued.next_sequence(lane).tokens, stream.next_sequence(lane).tokens, f"lane {lane}"
+            )
+
+
+def test_a_lane_whose_shard_has_changed_begins_its_pass_anew_and_keeps_its_counts(
+    shards_of, corpus_of, tokenizer
+) -> None:
+    corpus = corpus_of([[6] * 8, [6] * 8], seed=2)
+    before = shards_of(corpus)
+    _, states = started(before, tokenizer)
+    corpus[0] = corpus[0][:-1]
+    after = shards_of(corpus)
+    adopted, kept = adopt(states, describe(before), after, same_tokens=True)
+    assert kept == sum(state.position.shard == 1 for state in states)
+    for lane, (old, new) in enumerate(zip(states, adopted, strict=True)):
+        assert (new.tokens, new.documents, new.dropped) == (old.tokens, old.documents, old.dropped)
+        if old.position.shard == 0:
+            assert (new.position.epoch, new.position.row, new.position.token) == (old.position.epoch, 0, 0)
+            stream_of(after, tokenizer, adopted).next_sequence(lane)
+
+
+def test_with_another_tokenizer_a_lane_begins_the_document_it_was_in(shards_of, corpus_of, tokenizer) -> None:
+    shards = shards_of(corpus_of([[6] * 8], seed=3))
+    _, states = started(shards, tokenizer)
+    adopted, kept = adopt(states, describe(shards), shards, same_tokens=False)
+    assert kept == LANES
+    assert any(state.position.token for state in states)
+    for old, new in zip(states, adopted, strict=True):
+        assert new.position.token == 0
+        assert (new.position.shard, new.position.row_group, new.position.row) == (
+            old.position.shard,
+            old.position.row_group,
+            old.position.row,
+        )
+    stream_of(shards, tokenizer, adopted).next_sequence(0)
