@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from argonne.data import (
     Batch,
     BatchStream,
+    Encoder,
     Prefetcher,
     SequenceStream,
     Shard,
@@ -33,7 +34,6 @@ from argonne.data import (
 from argonne.data.documents import MIN_TOKENS
 from argonne.data.reader import batch_rows, cut_batches
 from argonne.data.units import cut_units
-from benchmarks.data_tokenizer import encoder, why_not_fast
 
 MAP_ROWS = 1000
 """Rows that `datasets` maps at a time: its default, and that of the recipe."""
@@ -87,7 +87,7 @@ def pipeline(fast: bool) -> Callable[[Job], Ready]:
         rows = sum(sum(shard.rows) for shard in shards)
         lanes = default_lanes(rows)
         tokenizer = load_tokenizer(job.tokenizer)
-        encode = encoder(tokenizer, fast)
+        encode = Encoder(tokenizer, fast=fast)
         with patch.object(reader, "Encoder", lambda _: encode):
             sequences = SequenceStream(shards, tokenizer, job.block_size, lanes, None, range(lanes))
         batches = BatchStream(sequences, dp_rank=0, dp_size=1, micro_batch=job.sequences, accumulation=1)
@@ -104,7 +104,7 @@ def pipeline(fast: bool) -> Callable[[Job], Ready]:
                 seen = _rows_seen(batch)
             return tokens
 
-        return Ready(turn, why_not_fast(encode) if fast else None, prefetcher.close)
+        return Ready(turn, encode.reason if fast else None, prefetcher.close)
 
     return prepare
 
@@ -113,7 +113,7 @@ def tokenizer_alone(fast: bool) -> Callable[[Job], Ready]:
     """Argonne's encoder, on lists that are in memory: those that the pipeline gives it."""
 
     def prepare(job: Job) -> Ready:
-        encode = encoder(load_tokenizer(job.tokenizer), fast)
+        encode = Encoder(load_tokenizer(job.tokenizer), fast=fast)
         lists = [
             [text for text in rows if isinstance(text, str) and rejection(text) is None]
             for texts in _units(open_shards(job.shards))
@@ -122,7 +122,7 @@ def tokenizer_alone(fast: bool) -> Callable[[Job], Ready]:
         encode(lists[0])
         return Ready(
             lambda: sum(len(ids) for texts in lists for ids in encode(texts) if ids is not None),
-            why_not_fast(encode) if fast else None,
+            encode.reason if fast else None,
         )
 
     return prepare

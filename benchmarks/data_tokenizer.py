@@ -1,14 +1,13 @@
-"""The tokenizer that the benchmarks of the data pipeline use, and the encoders that they compare."""
+"""The tokenizer that the benchmarks of the data pipeline use."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from argonne.data import Encoder, load_tokenizer, open_shard, read_texts, train_tokenizer
+from argonne.data import load_tokenizer, open_shard, read_texts, train_tokenizer
 from argonne.parallel import ArgonneError
 
 
@@ -22,20 +21,10 @@ def choose_tokenizer(name: str, shards: Sequence[Path]) -> PreTrainedTokenizerFa
         try:
             from tests.qwen import qwen
         except ImportError as error:
-            raise ArgonneError(f"tokenizer=qwen cannot be built: {error}; pip install 'argonne[test]'") from None
+            raise ArgonneError(f"tokenizer=qwen cannot be built: {error}; pip install 'argonne[bench]'") from None
         return qwen()
     if name == "trained":
         shard = open_shard(shards[0])
         texts = (text for group in range(len(shard.rows)) for text in read_texts(shard, group))
         return train_tokenizer(text for text in texts if isinstance(text, str))
     return load_tokenizer(name)
-
-
-def encoder(tokenizer: PreTrainedTokenizerFast, fast: bool) -> Encoder:
-    """Argonne's encoder, with its fast path or without."""
-    return Encoder(tokenizer, **({"fast": fast} if "fast" in inspect.signature(Encoder).parameters else {}))
-
-
-def why_not_fast(encode: Encoder) -> str | None:
-    """Why an encoder does not take the fast path; None if it does."""
-    return None if getattr(encode, "fast", False) else getattr(encode, "reason", "there is none")

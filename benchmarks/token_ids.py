@@ -27,7 +27,7 @@ from argonne.data.reader import batch_rows, cut_batches
 from argonne.parallel import ArgonneError
 from argonne.training.command_line import guarded, parse
 from benchmarks.data_corpus import DEFAULT_FOLDER, build
-from benchmarks.data_tokenizer import choose_tokenizer, encoder, why_not_fast
+from benchmarks.data_tokenizer import choose_tokenizer
 from benchmarks.report import environment, write_json
 
 SHOWN = 5
@@ -113,9 +113,9 @@ def run(flags: Flags) -> None:
     manifest = build(DEFAULT_FOLDER) if flags.corpus is None else None
     shards = open_shards(find_shards([str(flags.corpus or DEFAULT_FOLDER)]))
     tokenizer = choose_tokenizer(flags.tokenizer, [shard.path for shard in shards])
-    fast, plain = encoder(tokenizer, fast=True), encoder(tokenizer, fast=False)
-    if reason := why_not_fast(fast):
-        raise ArgonneError(f"tokenizer={flags.tokenizer} has no fast path to compare with: {reason}")
+    fast, plain = Encoder(tokenizer), Encoder(tokenizer, fast=False)
+    if not fast.fast:
+        raise ArgonneError(f"tokenizer={flags.tokenizer} has no fast path to compare with: {fast.reason}")
     found = compare(documents(shards), fast, plain)
     print(
         f"{found.documents:,} documents, {found.tokens:,} tokens of {len(tokenizer):,}, {len(found.different)} "
