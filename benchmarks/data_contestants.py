@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -28,7 +27,6 @@ from argonne.data import (
     load_tokenizer,
     open_shards,
     read_texts,
-    reader,
     rejection,
 )
 from argonne.data.documents import MIN_TOKENS
@@ -87,9 +85,8 @@ def pipeline(fast: bool) -> Callable[[Job], Ready]:
         rows = sum(sum(shard.rows) for shard in shards)
         lanes = default_lanes(rows)
         tokenizer = load_tokenizer(job.tokenizer)
-        encode = Encoder(tokenizer, fast=fast)
-        with patch.object(reader, "Encoder", lambda _: encode):
-            sequences = SequenceStream(shards, tokenizer, job.block_size, lanes, None, range(lanes))
+        encode = Encoder(tokenizer, fast=fast, workers=1)  # as training has it: lanes are tokenised side by side
+        sequences = SequenceStream(shards, tokenizer, job.block_size, lanes, None, range(lanes), encoder=encode)
         batches = BatchStream(sequences, dp_rank=0, dp_size=1, micro_batch=job.sequences, accumulation=1)
         prefetcher = Prefetcher(batches.next_batch)
         seen = _rows_seen(prefetcher.get())

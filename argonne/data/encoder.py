@@ -32,17 +32,22 @@ class Encoder:
     Args:
         sample: texts of the kind to come, on which the fast path is compared with the tokenizer.
         fast: use the fast path where there is one; the ids are the same.
+        workers: threads that share a batch; 1 for an encoder that is called from several threads.
 
     Attributes:
         fast: whether the fast path is used.
         reason: why it is not, in one line; None if it is.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, sample: Sequence[str] = (), fast: bool = True) -> None:
-        workers = _from_environment(WORKERS_VARIABLE, MIN_WORKERS)
-        if workers is not None:  # read by the backend when its thread pool starts, at its first batch
-            os.environ.setdefault("RAYON_NUM_THREADS", str(workers))
-        self._workers = workers or min(_processors(), MAX_DEFAULT_WORKERS)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        sample: Sequence[str] = (),
+        fast: bool = True,
+        workers: int | None = None,
+    ) -> None:
+        threads = tokeniser_threads()
+        self._workers = threads if workers is None else workers
         self._backend = plain_backend(tokenizer)
         self._backend.encode_special_tokens = True
         self._byte_pair: BytePair | None = None
@@ -81,7 +86,7 @@ class Encoder:
         def work(share: int) -> None:
             outcomes[share::shares] = [encode(text) for text in texts[share::shares]]
 
-        for _ in _threads(self._workers, os.getpid()).map(work, range(shares)):
+        for _ in tokeniser_pool().map(work, range(shares)):
             pass
         return outcomes
 
@@ -111,7 +116,21 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[TokenId
 @functools.lru_cache(maxsize=2)
 def shared_encoder(tokenizer: PreTrainedTokenizerFast) -> Encoder:
     """One encoder for all readers of a process: its proofs take seconds. For a tokenizer that stays as it is."""
-    return Encoder(tokenizer)
+    return Encoder(tokenizer, workers=1)
+
+
+def tokeniser_threads() -> int:
+    """Threads that tokenise, from the environment, or as many as this rank has processors."""
+    workers = _from_environment(WORKERS_VARIABLE, MIN_WORKERS)
+    if workers is None:
+        return min(_processors(), MAX_DEFAULT_WORKERS)
+    os.environ.setdefault("RAYON_NUM_THREADS", str(workers))  # read by the backend at its first batch
+    return workers
+
+
+def tokeniser_pool() -> ThreadPoolExecutor:
+    """Those threads, the same for all."""
+    return _threads(tokeniser_threads(), os.getpid())
 
 
 def batch_rows() -> int:
@@ -121,7 +140,7 @@ def batch_rows() -> int:
 
 @functools.lru_cache(maxsize=1)
 def _threads(workers: int, process: int) -> ThreadPoolExecutor:
-    """The threads of all encoders, as tiktoken warms up for each thread; `process`: a fork has none of them."""
+    """Of all encoders and readers, as tiktoken warms up for each thread; `process`: a fork has none of them."""
     return ThreadPoolExecutor(workers, thread_name_prefix="tokenise")
 
 

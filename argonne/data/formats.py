@@ -7,7 +7,7 @@ good (it checks neither a footer's counts nor an Arrow array's offsets) is check
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from argonne.data.location import Location, open_source
 from argonne.data.pages import page_fault
 
 TEXT = "text"
+STREAM_BUFFER = 1 << 20
 
 Format = Literal["Parquet file", "Arrow file", "Arrow stream"]
 # A stream starts with the marker that precedes every message.
@@ -75,19 +76,69 @@ def inspect(location: Location) -> tuple[Format, int, tuple[int, ...]]:
             return kind, size, rows
 
 
-def read_column(location: Location, kind: Format, size: int, row_group: int) -> list[object]:
-    """The `text` of one row group, where the file still has `size` bytes; see `read_texts`."""
+class Texts:
+    """Texts as Arrow holds them, checked and not yet decoded to Python."""
+
+    def __init__(self, arrays: Sequence[pa.Array]) -> None:
+        for array in arrays:
+            # Offsets that point outside the data would end the process. Arrow checks them when asked to, but
+            # refuses an array for one bad text: as plain bytes it passes.
+            _as_bytes(array).validate(full=True)
+        self._arrays = arrays
+
+    def __len__(self) -> int:
+        return sum(map(len, self._arrays))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory, or mapped."""
+        return sum(array.nbytes for array in self._arrays)
+
+    def rows(self, first: int, end: int) -> list[object]:
+        """The rows from `first` to `end`: `str`, or None where a text is null or not valid UTF-8."""
+        found: list[object] = []
+        begin = 0
+        for array in self._arrays:
+            if begin < end and first < begin + len(array):
+                start = max(first - begin, 0)
+                found += _strings(array.slice(start, end - begin - start))
+            begin += len(array)
+        return found
+
+
+def read_column(location: Location, kind: Format, size: int, row_group: int) -> Texts:
+    """The `text` of one row group, where the file still has `size` bytes; see `open_texts`."""
     where = f"row group {row_group} of shard {location}"
     with reading(where), open_source(location, mapped=kind != "Parquet file") as source:
-        if source.size() != size:
-            raise DataError(f"{where}: the file has {source.size():,} bytes, not {size:,}: the file was changed")
+        _check_size(where, source, size)
         if kind != "Parquet file":
             reader = _arrow_reader(location, kind, source)
-            return [text for batch in _batches(reader, row_group) for text in _strings(batch.column(TEXT))]
+            return Texts([batch.column(TEXT) for batch in _batches(reader, row_group)])
         with pq.ParquetFile(source, page_checksum_verification=True) as parquet:
             column = parquet.read_row_group(row_group, columns=[TEXT]).column(TEXT)
             _check_chunk(where, source, parquet.metadata, row_group, len(column), column.null_count)
-            return [text for chunk in column.chunks for text in _strings(chunk)]
+            return Texts(column.chunks)
+
+
+def stream_column(location: Location, size: int, row_group: int, rows: int) -> Iterator[Texts]:
+    """The `text` of one row group of a Parquet file, `rows` at a time: a few pages of it are in memory."""
+    where = f"row group {row_group} of shard {location}"
+    with reading(where), open_source(location) as source:
+        _check_size(where, source, size)
+        read = nulls = 0
+        with pq.ParquetFile(
+            source, page_checksum_verification=True, buffer_size=STREAM_BUFFER, pre_buffer=False
+        ) as parquet:
+            for batch in parquet.iter_batches(rows, row_groups=[row_group], columns=[TEXT], use_threads=False):
+                column = batch.column(TEXT)
+                read, nulls = read + len(column), nulls + column.null_count
+                yield Texts([column])
+            _check_chunk(where, source, parquet.metadata, row_group, read, nulls)
+
+
+def _check_size(where: str, source: pa.NativeFile, size: int) -> None:
+    if source.size() != size:
+        raise DataError(f"{where}: the file has {source.size():,} bytes, not {size:,}: the file was changed")
 
 
 def _format(location: Location, head: bytes) -> Format:
@@ -170,19 +221,19 @@ def _check_end(location: Location, source: pa.NativeFile) -> None:
         )
 
 
-def _strings(array: pa.Array) -> list[object]:
-    # Offsets that point outside the data would end the process. Arrow checks them when asked to, but refuses an
-    # array for one bad text: as plain bytes it passes.
+def _as_bytes(array: pa.Array) -> pa.Array:
+    """The same without the promise that the texts are UTF-8."""
     if isinstance(array, pa.DictionaryArray):
         values = array.dictionary.view(_BYTES[array.dictionary.type])
-        raw = pa.DictionaryArray.from_arrays(array.indices, values)
-    else:
-        raw = array.view(_BYTES[array.type])
-    raw.validate(full=True)
+        return pa.DictionaryArray.from_arrays(array.indices, values)
+    return array.view(_BYTES[array.type])
+
+
+def _strings(array: pa.Array) -> list[object]:
     try:
         texts = array.to_pylist()
     except UnicodeDecodeError:
-        texts = raw.to_pylist()
+        texts = _as_bytes(array).to_pylist()
     return [_decode(text) if isinstance(text, bytes) else text for text in texts]
 
 

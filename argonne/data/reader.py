@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerFast
 
 from argonne.data.documents import UNREADABLE, TokenIds, tokenise_rows
-from argonne.data.encoder import batch_rows, shared_encoder
+from argonne.data.encoder import Encoder, batch_rows, shared_encoder, tokeniser_pool
 from argonne.data.errors import DataError
-from argonne.data.shards import OnBad, Shard, read_texts
-from argonne.data.units import LanePlan, Place, Unit
+from argonne.data.row_groups import RowGroups
+from argonne.data.shards import OnBad, Shard
+from argonne.data.units import LanePlan, Place
 
-# Lanes that share a split row group start on its parts at about the same time; each keeps its own part.
-RECENT_ROW_GROUPS = 4
+T = TypeVar("T")
+
 # Text tokenised at a time: some documents are megabytes, and their encodings many times as large.
 BATCH_CHARACTERS = 1 << 20
 
@@ -34,13 +36,28 @@ class Document:
     """The (shard, row group) of each row group among them that was found to be unreadable."""
 
 
+@dataclass(frozen=True)
+class _List:
+    """Consecutive rows of a unit, tokenised; or a unit that cannot be read."""
+
+    place: Place
+    """Of the first row."""
+    outcomes: list[TokenIds | str]
+    """What became of each row."""
+    unreadable: int = 0
+    """Rows that are passed over because their row group cannot be read."""
+    found: tuple[tuple[int, int], ...] = ()
+    """Their (shard, row group), where the lane did not know of it."""
+
+
 class DocumentReader:
-    """Reads any lane from any place. Holds the few row groups that were read last.
+    """Reads any lane from any place. Lanes that are read are tokenised one list of rows ahead, in threads.
 
     Args:
         on_bad: "raise" stops at a row group that cannot be read; "skip" passes over its rows, counts them as
             "unreadable" and goes on. Each lane decides from the files alone, so that no layout changes a sample.
-        report: is given one line for each row group that is passed over, once.
+        report: is given one line for each row group that is passed over, once; from any thread.
+        encoder: of the tokenizer; one that all readers of the process share when left out.
     """
 
     def __init__(
@@ -51,18 +68,13 @@ class DocumentReader:
         boundary: tuple[int, int] | None,
         on_bad: OnBad = "raise",
         report: Callable[[str], None] | None = None,
+        encoder: Encoder | None = None,
     ) -> None:
         self.plan = plan
-        self._shards = shards
-        self._on_bad = on_bad
-        self._report = report
-        self._failed: set[tuple[int, int]] = set()
-        self._encode = shared_encoder(tokenizer)
+        self._row_groups = RowGroups(shards, on_bad, report)
+        self._encode = encoder or shared_encoder(tokenizer)
         self._boundary = boundary
         self._batch_rows = batch_rows()
-        self._texts = functools.lru_cache(maxsize=RECENT_ROW_GROUPS)(
-            lambda shard, row_group: read_texts(shards[shard], row_group)
-        )
 
     def documents(self, lane: int, place: Place, unreadable: Sequence[tuple[int, int]] = ()) -> Iterator[Document]:
         """The lane's documents from `place` on, epoch after epoch, without end.
@@ -74,55 +86,54 @@ class DocumentReader:
             DataError: a row group cannot be read, or the lane went once through the whole corpus
                 (as many epochs as there are lanes) and every row was dropped.
         """
-        lanes = self.plan.lanes
         productive = place.epoch - (self.plan.enter(lane, place.epoch) == place)
         dropped: Counter[str] = Counter()
-        known, met = set(unreadable), []
-        while place.epoch - productive <= lanes:
-            unit = self.plan.units[place.unit]
-            row_group = (unit.shard, unit.row_group)
-            if row_group not in known and not self._readable(*row_group):
-                known.add(row_group)
-                met.append(row_group)
-            if row_group in known:
-                dropped[UNREADABLE] += unit.end - place.row
-                place = self.plan.next_unit(lane, place)
-                continue
-            for row, outcome in self._outcomes(unit, place.row):
+        met: list[tuple[int, int]] = []
+        for each in ahead(self._lists(lane, place, set(unreadable)), tokeniser_pool()):
+            epoch, unit, row = each.place.epoch, each.place.unit, each.place.row
+            if epoch - productive > self.plan.lanes:
+                break
+            met += each.found
+            if each.unreadable:
+                dropped[UNREADABLE] += each.unreadable
+            for offset, outcome in enumerate(each.outcomes):
                 if isinstance(outcome, str):
                     dropped[outcome] += 1
                     continue
-                yield Document(Place(place.epoch, place.unit, row), outcome, dropped, tuple(met))
+                yield Document(Place(epoch, unit, row + offset), outcome, dropped, tuple(met))
                 dropped, met = Counter(), []
-                productive = place.epoch
-            place = self.plan.next_unit(lane, place)
+                productive = epoch
         raise DataError(f"no usable documents in the data; rows dropped: {dropped_summary(dropped)}")
 
-    def _readable(self, shard: int, row_group: int) -> bool:
-        """Whether the row group can be read; a failure is remembered. Raises DataError if that is to stop the run."""
-        if (shard, row_group) in self._failed:
-            return False
-        try:
-            self._texts(shard, row_group)
-        except DataError as error:
-            if self._on_bad == "raise":
-                raise
-            self._failed.add((shard, row_group))
-            if self._report is not None:
-                rows = self._shards[shard].rows[row_group]
-                self._report(f"{error}; its {rows:,} rows are passed over (--on-bad-shard skip)")
-            return False
-        return True
-
-    def _outcomes(self, unit: Unit, first: int) -> Iterator[tuple[int, TokenIds | str]]:
-        rows = self._texts(unit.shard, unit.row_group)[first : unit.end]
-        row = first
-        for batch in cut_batches(rows, self._batch_rows):
-            yield from enumerate(tokenise_rows(batch, self._encode, self._boundary), row)
-            row += len(batch)
+    def _lists(self, lane: int, place: Place, unreadable: set[tuple[int, int]]) -> Iterator[_List]:
+        """The lane's rows from `place` on, without end."""
+        while True:
+            unit = self.plan.units[place.unit]
+            row_group = (unit.shard, unit.row_group)
+            if row_group in unreadable:
+                yield _List(place, [], unit.end - place.row)
+            elif not self._row_groups.readable(*row_group):
+                unreadable.add(row_group)
+                yield _List(place, [], unit.end - place.row, (row_group,))
+            else:
+                row = place.row
+                for rows in cut_batches(self._row_groups.rows(unit, row, self._batch_rows), self._batch_rows):
+                    outcomes = tokenise_rows(rows, self._encode, self._boundary)
+                    yield _List(Place(place.epoch, place.unit, row), outcomes)
+                    row += len(rows)
+            place = self.plan.next_unit(lane, place)
 
 
-def cut_batches(rows: Sequence[object], most_rows: int) -> Iterator[list[object]]:
+def ahead(items: Iterator[T], pool: Executor) -> Iterator[T]:
+    """The same items, the next one being made in `pool` while one is used; what making it raises comes in its place."""
+    end: list[T] = []
+    future = pool.submit(next, items, end)
+    while (item := future.result()) is not end:
+        future = pool.submit(next, items, end)
+        yield item  # type: ignore[misc]
+
+
+def cut_batches(rows: Iterable[object], most_rows: int) -> Iterator[list[object]]:
     """Consecutive runs of at most `most_rows` rows; a run ends with the row that fills `BATCH_CHARACTERS`."""
     batch: list[object] = []
     characters = 0

@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from argonne.data.errors import DataError
-from argonne.data.formats import Format, inspect, read_column
+from argonne.data.formats import Format, Texts, inspect, read_column, stream_column
 from argonne.data.location import Location, Url, expand
 
 DEFAULT_GLOBS = (
@@ -122,13 +122,42 @@ def read_texts(shard: Shard, row_group: int) -> list[object]:
     Raises:
         DataError: the row group cannot be read, fails its checksum, or is not the one that was opened.
     """
-    where = f"row group {row_group} of shard {shard.path}"
-    if shard.unreadable or shard.format is None:
-        raise DataError(f"{where} cannot be read: the shard {shard.unreadable}")
-    texts = read_column(shard.path, shard.format, shard.size, row_group)
-    if len(texts) != shard.rows[row_group]:
-        raise DataError(f"{where} has {len(texts)} rows, not {shard.rows[row_group]}: the file was changed")
+    return open_texts(shard, row_group).rows(0, shard.rows[row_group])
+
+
+def open_texts(shard: Shard, row_group: int) -> Texts:
+    """The rows of one row group as Arrow holds them; see `read_texts`."""
+    kind = _require_readable(shard, row_group)
+    texts = read_column(shard.path, kind, shard.size, row_group)
+    _require_rows_of(shard, row_group, len(texts))
     return texts
+
+
+def stream_texts(shard: Shard, row_group: int, rows: int) -> Iterator[Texts]:
+    """The rows of one row group of a Parquet file, `rows` at a time: a few pages of it are in memory.
+
+    Raises:
+        DataError: as `read_texts`, but when the fault is come upon: rows before it have been handed out.
+    """
+    _require_readable(shard, row_group)
+    read = 0
+    for texts in stream_column(shard.path, shard.size, row_group, rows):
+        read += len(texts)
+        yield texts
+    _require_rows_of(shard, row_group, read)
+
+
+def _require_readable(shard: Shard, row_group: int) -> Format:
+    if shard.unreadable or shard.format is None:
+        where = f"row group {row_group} of shard {shard.path}"
+        raise DataError(f"{where} cannot be read: the shard {shard.unreadable}")
+    return shard.format
+
+
+def _require_rows_of(shard: Shard, row_group: int, rows: int) -> None:
+    if rows != shard.rows[row_group]:
+        where = f"row group {row_group} of shard {shard.path}"
+        raise DataError(f"{where} has {rows} rows, not {shard.rows[row_group]}: the file was changed")
 
 
 def fingerprint(shards: Sequence[Shard]) -> str:

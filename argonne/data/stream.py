@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
+from argonne.data.encoder import Encoder
 from argonne.data.errors import DataError
 from argonne.data.position import LaneState
 from argonne.data.reader import Document, DocumentReader
@@ -42,6 +43,7 @@ class SequenceStream:
         states: the states of all lanes, in lane order, to go on from; None starts at the beginning.
         on_bad: what a row group that cannot be read does: "raise", or "skip" it (see `DocumentReader`).
         report: is given one line for each row group that is skipped, once.
+        encoder: of the tokenizer; one that all readers of the process share when left out.
 
     Raises:
         DataError: an argument is out of range, or a state does not belong to this corpus.
@@ -58,6 +60,7 @@ class SequenceStream:
         states: Sequence[LaneState] | None = None,
         on_bad: OnBad = "raise",
         report: Callable[[str], None] | None = None,
+        encoder: Encoder | None = None,
     ) -> None:
         plan = LanePlan(shards, lanes)
         if block_size < 1:
@@ -69,7 +72,7 @@ class SequenceStream:
         self.block_size = block_size
         self.lanes = lanes
         self.served = tuple(served)
-        reader = DocumentReader(shards, plan, tokenizer, boundary, on_bad, report)
+        reader = DocumentReader(shards, plan, tokenizer, boundary, on_bad, report, encoder)
         self._served = {
             lane: _Lane(lane, reader, states[lane] if states else _beginning(plan, lane)) for lane in served
         }
@@ -122,7 +125,8 @@ class _Lane:
 
     def _next_document(self) -> Document:
         document = next(self._documents)
-        self._unreadable = tuple(sorted({*self._unreadable, *document.unreadable}))
+        if document.unreadable:
+            self._unreadable = tuple(sorted({*self._unreadable, *document.unreadable}))
         if self._plan.row_group(self._place) in self._unreadable:  # the document it was in cannot be read any more
             self._token = 0
         if self._token and (document.place != self._place or len(document.tokens) <= self._token):
@@ -130,7 +134,8 @@ class _Lane:
                 f"data position {self.state.position.to_dict()} of lane {self._lane} is in no document; "
                 "the data and the tokenizer must be those it was saved with"
             )
-        self._dropped.update(document.dropped)
+        if document.dropped:
+            self._dropped.update(document.dropped)
         self._place = document.place
         self._open = document
         return document

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from argonne.data.errors import DataError
 from argonne.data.position import DataPosition
@@ -89,7 +89,9 @@ class LanePlan:
     def next_row(self, lane: int, place: Place) -> Place:
         """The row that follows, in this unit or the next."""
         row = place.row + 1
-        return replace(place, row=row) if row < self.units[place.unit].end else self.next_unit(lane, place)
+        if row < self.units[place.unit].end:
+            return Place(place.epoch, place.unit, row)
+        return self.next_unit(lane, place)
 
     def position(self, place: Place, token: int) -> DataPosition:
         """What a checkpoint keeps of a place."""

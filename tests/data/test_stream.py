@@ -18,7 +18,7 @@ from argonne.data import (
     LaneState,
     SequenceStream,
     check_block_size,
-    reader,
+    row_groups,
 )
 from argonne.data.reader import cut_batches
 from tests.data.reference import Reference
@@ -147,10 +147,10 @@ def test_a_row_group_that_lanes_share_is_decoded_once_an_epoch_while_they_keep_s
 
     def counted(shard, row_group):
         reads.append((shard.path.name, row_group))
-        return read_texts(shard, row_group)
+        return open_texts(shard, row_group)
 
-    read_texts = reader.read_texts
-    monkeypatch.setattr(reader, "read_texts", counted)
+    open_texts = row_groups.open_texts
+    monkeypatch.setattr(row_groups, "open_texts", counted)
     stream = SequenceStream(shards_of(corpus_of([[64], [64]], 3, rejected=0)), tokenizer, 20, 8, None, range(8))
     while stream.state(0).position.epoch < 1:
         for lane in range(8):
@@ -160,12 +160,17 @@ def test_a_row_group_that_lanes_share_is_decoded_once_an_epoch_while_they_keep_s
 
 def test_documents_are_read_no_further_than_a_sequence_needs(shards_of, corpus_of, tokenizer, monkeypatch) -> None:
     sizes: list[int] = []
-    plain = Encoder.__call__
+
+    class Counting(Encoder):
+        def __call__(self, texts):
+            sizes.append(len(texts))
+            return super().__call__(texts)
+
     monkeypatch.setenv("RESUME_TOKENIZER_BATCH_ROWS", "16")
-    monkeypatch.setattr(Encoder, "__call__", lambda self, texts: sizes.append(len(texts)) or plain(self, texts))
-    stream = SequenceStream(shards_of(corpus_of([[500]], 4, rejected=0)), tokenizer, 20, 1, None, [0])
+    shards = shards_of(corpus_of([[500]], 4, rejected=0))
+    stream = SequenceStream(shards, tokenizer, 20, 1, None, [0], encoder=Counting(tokenizer, workers=1))
     stream.next_sequence(0)
-    assert sizes == [16]
+    assert sizes in ([16], [16, 16])  # one list ahead
 
 
 def test_an_untokenizable_document_is_counted_and_passed_over(shards_of, corpus_of, tokenizer, monkeypatch) -> None:

@@ -1,0 +1,93 @@
+"""The texts of row groups, each decoded once for the lanes that share it, and in bounded memory however large."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+
+from argonne.data.errors import DataError
+from argonne.data.formats import Texts
+from argonne.data.shards import OnBad, Shard, open_texts, stream_texts
+from argonne.data.units import Unit
+
+# Lanes that share a split row group go through its parts at about the same time, but not in step.
+KEPT_BYTES = 64 << 20
+# A lane holds what it reads of: beyond this (on disk, all columns counted) a row group is read piece by piece.
+STREAMED_BYTES = 4 << 20
+
+
+class RowGroups:
+    """Reads rows of a corpus; several threads may do so at a time.
+
+    Args:
+        shards: of the corpus.
+        on_bad: "raise" stops at a row group that cannot be read; with "skip" it has no rows.
+        report: is given one line for each row group that has none, once.
+    """
+
+    def __init__(self, shards: Sequence[Shard], on_bad: OnBad, report: Callable[[str], None] | None) -> None:
+        self._shards, self._on_bad, self._report = shards, on_bad, report
+        self._kept: OrderedDict[tuple[int, int], Texts] = OrderedDict()
+        self._failed: set[tuple[int, int]] = set()
+        self._streamed: set[tuple[int, int]] = set()
+        self._lock = threading.RLock()
+        self._most_bytes = STREAMED_BYTES
+
+    def readable(self, shard: int, row_group: int) -> bool:
+        """Whether the row group can be read; a failure is remembered. Raises DataError if that is to stop the run."""
+        key = (shard, row_group)
+        if key in self._failed:
+            return False
+        try:
+            if not self._streams(shard, row_group):
+                self._texts(shard, row_group)
+            elif self._on_bad == "skip" and key not in self._streamed:
+                # All of it before any of it: what a lane passes over does not depend on where it came in.
+                for _ in stream_texts(self._shards[shard], row_group, 1 << 10):
+                    pass
+                self._streamed.add(key)
+        except DataError as error:
+            if self._on_bad == "raise":
+                raise
+            with self._lock:
+                if self._report is not None and key not in self._failed:
+                    rows = self._shards[shard].rows[row_group]
+                    self._report(f"{error}; its {rows:,} rows are passed over (--on-bad-shard skip)")
+                self._failed.add(key)
+            return False
+        return True
+
+    def rows(self, unit: Unit, first: int, count: int) -> Iterator[object]:
+        """The rows of a unit from row `first` of its row group on, `count` of them decoded at a time.
+
+        Raises:
+            DataError: the row group cannot be read.
+        """
+        if self._streams(unit.shard, unit.row_group):
+            pieces = stream_texts(self._shards[unit.shard], unit.row_group, count)
+        else:
+            pieces = iter([self._texts(unit.shard, unit.row_group)])
+        begin = 0
+        for texts in pieces:
+            end = begin + len(texts)
+            for at in range(max(first, begin), min(unit.end, end), count):
+                yield from texts.rows(at - begin, min(at + count, unit.end, end) - begin)
+            if end >= unit.end:
+                return
+            begin = end
+
+    def _streams(self, shard: int, row_group: int) -> bool:
+        from_disk = self._shards[shard]
+        share = from_disk.rows[row_group] / max(1, sum(from_disk.rows))
+        return from_disk.format == "Parquet file" and from_disk.size * share > self._most_bytes
+
+    def _texts(self, shard: int, row_group: int) -> Texts:
+        key = (shard, row_group)
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = open_texts(self._shards[shard], row_group)
+            self._kept.move_to_end(key)
+            while len(self._kept) > 1 and sum(texts.nbytes for texts in self._kept.values()) > KEPT_BYTES:
+                self._kept.popitem(last=False)
+            return self._kept[key]
