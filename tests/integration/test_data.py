@@ -36,10 +36,11 @@ def damage(path: Path, row_group: int) -> None:
 
 
 def test_a_run_on_tokens_made_beforehand_is_the_same_in_every_layout_and_makes_them_once(
-    flags: dict[str, Any], tmp_path: Path
+    flags: dict[str, Any], corpus: Path, tmp_path: Path
 ) -> None:
     made = {**flags, "--no-streaming": None, "--num-proc": 2, "--precision": "fp64", "--data-lanes": 8}
-    made |= {"--cache-dir": tmp_path / "cache"}
+    made |= {"--cache-dir": tmp_path / "cache", "--document-mask": None}
+    made |= {"--data-glob": [f"{corpus}/part-0.parquet:2", f"{corpus}/part-[12].parquet:1"]}
     first = succeed("pretrain", {**made, "--output-dir": tmp_path / "alone"}, nproc=1)
     assert "rows tokenised" in first
     moved = tmp_path / "moved"
@@ -75,6 +76,7 @@ def test_a_damaged_row_group_stops_a_run_in_one_line_or_is_passed_over_alike_in_
     assert json.loads((two / "stats" / "step_00000012.json").read_text())["documents_dropped"]["unreadable"] > 0
 
 
+@pytest.mark.slow
 def test_a_shard_that_cannot_be_opened_stays_away_also_when_it_can_be_again(
     flags: dict[str, Any], own_corpus: Path, tmp_path: Path
 ) -> None:
@@ -92,6 +94,7 @@ def test_a_shard_that_cannot_be_opened_stays_away_also_when_it_can_be_again(
     assert hashes(tmp_path / "run") == hashes(tmp_path / "without")
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_lost_on_the_way_keeps_its_place_among_the_others(
     flags: dict[str, Any], own_corpus: Path, tmp_path: Path
 ) -> None:
