@@ -37,12 +37,18 @@ class Record:
 
 
 def spread(resident: Sequence[int]) -> dict[str, Any] | None:
-    """How flat memory was after the start: the range over the median, and the samples; None without samples."""
+    """How flat memory was after the start; None without samples.
+
+    ``growth`` is the median of the last fifth of the run over that of the first: what would go on for ever. The
+    range holds every row group that is decoded and let go of, too.
+    """
     settled = resident[int(len(resident) * WARM_UP) :]
     if not settled:
         return None
+    fifth = max(1, len(settled) // 5)
     step = -(-len(settled) // KEPT_SAMPLES)
     return {
+        "growth": median(settled[-fifth:]) / median(settled[:fifth]) - 1,
         "range_over_median": (max(settled) - min(settled)) / median(settled),
         "median_bytes": median(settled),
         "peak_bytes": max(resident),
@@ -87,14 +93,28 @@ def show(found: dict[str, dict[str, Any]], machine: dict[str, Any], rounds: int)
                 f"{own['tokens_per_second']['median']:,.0f}",
                 f"{own['tokens_per_second']['best']:,.0f}",
                 f"{own['cpu_seconds_per_million_tokens']:.2f}",
-                *(("-", "-") if memory is None else (f"{memory['peak_bytes'] / 2**20:,.0f}", percent(memory))),
+                *(("-",) * 3 if memory is None else (f"{memory['peak_bytes'] / 2**20:,.0f}", *percents(memory))),
             )
         )
-    header = ("", "x tokenizer", "x datasets", "x loop", "tokens/s", "best", "CPU s/M tokens", "peak MiB", "+-")
+    header = (
+        "",
+        "x tokenizer",
+        "x datasets",
+        "x loop",
+        "tokens/s",
+        "best",
+        "CPU s/M tokens",
+        "peak MiB",
+        "growth",
+        "+-",
+    )
     print(table(header, rows))
-    print("+-: the range of its memory after the start, over the median")
+    print(
+        "CPU s/M: CPU seconds per million tokens. After the start, growth: of the median of its memory from the first"
+    )
+    print("fifth to the last; +-: the range of its memory over the median")
 
 
-def percent(memory: dict[str, Any]) -> str:
+def percents(memory: dict[str, Any]) -> tuple[str, str]:
     """The flatness of memory, for people."""
-    return f"{memory['range_over_median']:.1%}"
+    return f"{memory['growth']:+.1%}", f"{memory['range_over_median']:.1%}"

@@ -20,7 +20,7 @@ from argonne.data.units import LanePlan, Place
 T = TypeVar("T")
 
 # Text tokenised at a time: some documents are megabytes, and their encodings many times as large.
-BATCH_CHARACTERS = 1 << 20
+BATCH_CHARACTERS = 1 << 18
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from argonne.data.formats import Texts
 from argonne.data.shards import OnBad, Shard, open_texts, stream_texts
 from argonne.data.units import Unit
 
-# Lanes that share a split row group go through its parts at about the same time, but not in step.
+# Lanes go through the row groups side by side, but not in step: these are enough for all of them at a time.
 KEPT_BYTES = 64 << 20
-# A lane holds what it reads of: beyond this (on disk, all columns counted) a row group is read piece by piece.
+# Beyond this (on disk, all columns counted) a row group is read piece by piece, by each lane for itself.
 STREAMED_BYTES = 4 << 20
 
 
@@ -64,15 +64,15 @@ class RowGroups:
         Raises:
             DataError: the row group cannot be read.
         """
-        if self._streams(unit.shard, unit.row_group):
-            pieces = stream_texts(self._shards[unit.shard], unit.row_group, count)
-        else:
-            pieces = iter([self._texts(unit.shard, unit.row_group)])
+        if not self._streams(unit.shard, unit.row_group):
+            for at in range(first, unit.end, count):  # asked for each time: a lane that waits keeps nothing in memory
+                yield from self._texts(unit.shard, unit.row_group).rows(at, min(at + count, unit.end))
+            return
         begin = 0
-        for texts in pieces:
+        for texts in stream_texts(self._shards[unit.shard], unit.row_group, count):
             end = begin + len(texts)
-            for at in range(max(first, begin), min(unit.end, end), count):
-                yield from texts.rows(at - begin, min(at + count, unit.end, end) - begin)
+            if end > first:
+                yield from texts.rows(max(first - begin, 0), min(unit.end, end) - begin)
             if end >= unit.end:
                 return
             begin = end

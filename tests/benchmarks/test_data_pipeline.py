@@ -122,6 +122,10 @@ def test_memory_is_judged_after_its_start() -> None:
     found = spread([1, 50, *[100] * 17, 104])
     assert found is not None
     assert found["range_over_median"] == 0.04
+    assert found["growth"] == 0
+    rising = spread([*[100] * 12, *[110] * 8])
+    assert rising is not None
+    assert rising["growth"] == pytest.approx(0.1)
     assert (found["peak_bytes"], found["samples"], len(found["settled_bytes"])) == (104, 20, 18)
     assert spread([]) is None
 
