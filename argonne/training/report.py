@@ -40,6 +40,20 @@ def write_report(
     plot_loss(records, directory / "loss.png", title)
 
 
+def data_line(lanes: Mapping[int, LaneState]) -> str:
+    """What was read and what was dropped, by reason: for the log at a save."""
+    documents, dropped = sum(lane.documents for lane in lanes.values()), _dropped(lanes)
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common()) or "none"
+    return f"data: {documents:,} documents read; rows dropped: {reasons}"
+
+
+def _dropped(lanes: Mapping[int, LaneState]) -> Counter[str]:
+    dropped: Counter[str] = Counter()
+    for lane in lanes.values():
+        dropped.update(lane.dropped)
+    return dropped
+
+
 def _stats(
     config: RunConfig,
     workload: Workload,
@@ -48,9 +62,6 @@ def _stats(
     global_batch: int,
 ) -> dict[str, Any]:
     t, model, layout = config.training, workload.model, state.model.groups.layout
-    dropped: Counter[str] = Counter()
-    for lane in lanes.values():
-        dropped.update(lane.dropped)
     return {
         "total_tokens": state.tokens,
         "batch_size": t.initial_batch_size,
@@ -61,7 +72,7 @@ def _stats(
         "model_params": model.parameter_count,
         "data_shards_seen": workload.data.shards_seen(lanes),
         "documents_seen": sum(lane.documents for lane in lanes.values()),
-        "documents_dropped": dict(dropped),
+        "documents_dropped": dict(_dropped(lanes)),
         "base_learning_rate": t.learning_rate,
         "min_learning_rate": t.min_learning_rate,
         "warmup_steps": t.warmup_steps,

@@ -22,7 +22,7 @@ from argonne.training.evaluation import held_out_loss, held_out_sequences, sampl
 from argonne.training.feed import BatchFeed, Fed
 from argonne.training.metrics import MetricsLog, Progress, flops_per_token, memory_gib, peak_flops
 from argonne.training.optimizer import set_learning_rate
-from argonne.training.report import write_report
+from argonne.training.report import data_line, write_report
 from argonne.training.setup import Workload
 from argonne.training.state import TrainingState
 
@@ -163,7 +163,7 @@ class Trainer:
         if progress:
             pruned = prune(self.config.run.output_dir, self.config.run.keep_checkpoints)
             gone = f"; {len(pruned)} older pruned" if pruned else ""
-            progress.say(f"saved {path}{gone}\n  {text!r}")
+            progress.say(f"saved {path}{gone}\n  {data_line(lanes)}\n  {text!r}")
         self.save_seconds = max(self.save_seconds, time.monotonic() - began)
 
     def _out_of_time(self) -> bool:

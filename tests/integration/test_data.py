@@ -68,6 +68,7 @@ def test_a_damaged_row_group_stops_a_run_in_one_line_or_is_passed_over_alike_in_
     skip = {**bad, "--on-bad-shard": "skip"}
     one = succeed("pretrain", {**skip, "--output-dir": tmp_path / "one"}, nproc=1)
     assert one.count("row group 2 of shard") == 1
+    assert "rows dropped: 7 unreadable" in one
     two = tmp_path / "two"
     same_batch = {**skip, "--gradient-accumulation-steps": 1, "--output-dir": two}
     succeed("pretrain", {**same_batch, "--data-parallel": 2, "--stop-at-step": 6})
