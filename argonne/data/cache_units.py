@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -244,6 +244,7 @@ def _serve(maker: UnitMaker, connection: Connection) -> None:
 @contextmanager
 def _interrupts_held_back() -> Iterator[None]:
     """Processes started meanwhile never see Ctrl-C, which the terminal sends to all: the first one ends them."""
+    resource_tracker.ensure_running()  # starts with the first process otherwise, and then lets interrupts through
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
