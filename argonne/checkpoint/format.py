@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from argonne.files import TEMPORARY, sync, write_json
 from argonne.parallel.errors import ArgonneError
 
 MANIFEST = "manifest.json"
 TRAINER = "trainer.json"
 INDEX = "model.safetensors.index.json"
-TEMPORARY = ".tmp"
 _STEP = re.compile(r"step_(\d{8,})")
 _READ = 1 << 22
 
@@ -87,23 +87,6 @@ def record_tensor(tensor: Tensor, file: str) -> TensorRecord:
     data = tensor.contiguous().view(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
     digest = hashlib.sha256(data.numpy().data).hexdigest()
     return TensorRecord(file, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), digest)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` and see it onto the disk; a reader finds the old file or the new one, never a part."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    sync(temporary)
-    os.replace(temporary, path)
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or a directory's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def commit(temporary: Path, final: Path, manifest: Manifest) -> None:

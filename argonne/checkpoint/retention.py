@@ -6,7 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
-from argonne.checkpoint.format import TEMPORARY, CheckpointError, faults, read_manifest, step_of
+from argonne.checkpoint.format import CheckpointError, faults, read_manifest, step_of
+from argonne.files import TEMPORARY
 from argonne.parallel import ProcessGroups
 from argonne.parallel.collectives import gather_objects
 

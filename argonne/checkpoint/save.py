@@ -19,7 +19,6 @@ from torch import Tensor
 
 from argonne.checkpoint.format import (
     INDEX,
-    TEMPORARY,
     CheckpointError,
     FileRecord,
     Manifest,
@@ -28,9 +27,8 @@ from argonne.checkpoint.format import (
     record_file,
     record_tensor,
     step_directory,
-    sync,
-    write_json,
 )
+from argonne.files import TEMPORARY, sync, write_json
 from argonne.parallel import ProcessGroups, Region
 from argonne.parallel.collectives import gather_objects
 

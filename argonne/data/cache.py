@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import zlib
 from bisect import bisect_right
 from collections import Counter
@@ -34,11 +33,11 @@ from argonne.data.errors import DataError, one_line
 from argonne.data.shards import Shard, fingerprint
 from argonne.data.stream import Packed
 from argonne.data.tokenizer import tokenizer_fingerprint
+from argonne.files import write_json
 
 FORMAT = 1
 """Raised whenever the same corpus and tokenizer would give other files."""
 INDEX = "index.json"
-TEMPORARY = ".tmp"
 # What a killed build loses is at most one unit per process; a corpus has about this many.
 UNITS = 1024
 MIN_UNIT_ROWS, MAX_UNIT_ROWS = 1 << 10, 1 << 16
@@ -250,12 +249,7 @@ def padded(size: int) -> int:
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object with its own SHA-256, through to the disk; the old file or the new one is there."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    with temporary.open("w") as file:
-        json.dump({"sha256": _seal(content), **content}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_json(path, {"sha256": _seal(content), **content})
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:

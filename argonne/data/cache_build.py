@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,6 @@ from transformers import PreTrainedTokenizerFast
 
 from argonne.data.cache import (
     INDEX,
-    TEMPORARY,
     CachedUnit,
     TokenCache,
     cache_key,
@@ -29,6 +27,7 @@ from argonne.data.cache import (
 from argonne.data.cache_units import Kept, Tally, UnitMaker, in_processes, in_this_process
 from argonne.data.errors import DataError
 from argonne.data.shards import OnBad, Shard
+from argonne.files import TEMPORARY, sync
 
 TICK_SECONDS = 1.0
 LINE_SECONDS = 30.0
@@ -126,22 +125,14 @@ def _complete(path: Path, recipe: dict[str, object], cache: TokenCache) -> None:
     with writing(path):
         for left in path.glob(f"*{TEMPORARY}"):  # of a build that was killed
             left.unlink()
-        _sync(path)  # the units' names are on the disk before the index that counts on them
+        sync(path)  # the units' names are on the disk before the index that counts on them
         write_sealed(path / INDEX, content)
-        _sync(path)
+        sync(path)
 
 
 def _largest_id(tokenizer: PreTrainedTokenizerFast) -> int:
     """Not the vocabulary's size less one: some tokenizers leave ids out."""
     return max(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).values())
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

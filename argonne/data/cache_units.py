@@ -21,12 +21,13 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from argonne.data.cache import TEMPORARY, CachedUnit, Span, is_whole, padded, read_sealed, write_sealed, writing
+from argonne.data.cache import CachedUnit, Span, is_whole, padded, read_sealed, write_sealed, writing
 from argonne.data.documents import UNREADABLE, tokenise_rows
 from argonne.data.encoder import Encoder, batch_rows
 from argonne.data.errors import DataError
 from argonne.data.reader import cut_batches
 from argonne.data.shards import Shard, read_texts
+from argonne.files import TEMPORARY
 
 IDLE_SECONDS = 1.0
 """How long a build waits for its processes before it says that it is still there."""

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from argonne.checkpoint.format import write_json
 from argonne.data import LaneState
+from argonne.files import write_json
 from argonne.training.config import RunConfig
 from argonne.training.plot import plot_loss
 from argonne.training.setup import Workload

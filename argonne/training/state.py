@@ -14,8 +14,9 @@ import transformers
 
 import argonne
 from argonne.checkpoint import CheckpointError, load_pieces, load_trainer, save_checkpoint, weight_pieces
-from argonne.checkpoint.format import TRAINER, write_json
+from argonne.checkpoint.format import TRAINER
 from argonne.data import LaneState
+from argonne.files import write_json
 from argonne.models import ArgonneModel, PipelinedModel, build_replicas, to_huggingface
 from argonne.parallel import DataParallel, ProcessGroups, ShardedParameter, initialise
 from argonne.parallel.collectives import gather_objects

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from argonne.checkpoint import CheckpointError, checkpoints, load_trainer, newest_valid
-from argonne.checkpoint.format import write_json
+from argonne.files import write_json
 from argonne.parallel import ProcessGroups, choose_device, process_groups
 from argonne.parallel.collectives import collectively
 from argonne.training.command_line import world_size

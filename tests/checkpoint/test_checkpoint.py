@@ -29,7 +29,8 @@ from argonne.checkpoint import (
     weight_pieces,
 )
 from argonne.checkpoint import save as module
-from argonne.checkpoint.format import record_tensor, write_json
+from argonne.checkpoint.format import record_tensor
+from argonne.files import write_json
 from argonne.models import ArgonneConfig, ArgonneModel, to_huggingface
 from argonne.parallel import ArgonneError, Layout, Normal, ProcessGroups, Region
 from argonne.training.optimizer import build_optimizer, moment_pieces

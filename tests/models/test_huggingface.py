@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from argonne.checkpoint import save_checkpoint, weight_pieces
-from argonne.checkpoint.format import write_json
+from argonne.files import write_json
 from argonne.models import ArgonneConfig, ArgonneModel, from_huggingface, to_huggingface
 from argonne.models.config import PRESETS
 from argonne.parallel import ArgonneError, ProcessGroups
