@@ -30,6 +30,7 @@ from argonne.data import (
     rejection,
 )
 from argonne.data.documents import MIN_TOKENS
+from argonne.data.encoder import shared_encoder
 from argonne.data.reader import batch_rows, cut_batches
 from argonne.data.units import cut_units
 
@@ -85,8 +86,7 @@ def pipeline(fast: bool) -> Callable[[Job], Ready]:
         rows = sum(sum(shard.rows) for shard in shards)
         lanes = default_lanes(rows)
         tokenizer = load_tokenizer(job.tokenizer)
-        encode = Encoder(tokenizer, fast=fast, workers=1)  # as training has it: lanes are tokenised side by side
-        sequences = SequenceStream(shards, tokenizer, job.block_size, lanes, None, range(lanes), encoder=encode)
+        sequences = SequenceStream(shards, tokenizer, job.block_size, lanes, None, range(lanes), fast=fast)
         batches = BatchStream(sequences, dp_rank=0, dp_size=1, micro_batch=job.sequences, accumulation=1)
         prefetcher = Prefetcher(batches.next_batch)
         seen = _rows_seen(prefetcher.get())
@@ -101,7 +101,7 @@ def pipeline(fast: bool) -> Callable[[Job], Ready]:
                 seen = _rows_seen(batch)
             return tokens
 
-        return Ready(turn, encode.reason if fast else None, prefetcher.close)
+        return Ready(turn, shared_encoder(tokenizer).reason if fast else None, prefetcher.close)
 
     return prepare
 

@@ -39,18 +39,20 @@ class Record:
 def spread(resident: Sequence[int]) -> dict[str, Any] | None:
     """How flat memory was after the start; None without samples.
 
-    ``growth`` is the median of the last fifth of the run over that of the first: what would go on for ever. The
-    range holds every row group that is decoded and let go of, too.
+    ``growth`` is the median of the last fifth of the run over that of the first: what would go on for ever.
+    ``farthest_over_median`` is how far any sample is from the median: what row groups and lists that come and go do.
     """
     settled = resident[int(len(resident) * WARM_UP) :]
     if not settled:
         return None
     fifth = max(1, len(settled) // 5)
     step = -(-len(settled) // KEPT_SAMPLES)
+    middle = median(settled)
     return {
         "growth": median(settled[-fifth:]) / median(settled[:fifth]) - 1,
-        "range_over_median": (max(settled) - min(settled)) / median(settled),
-        "median_bytes": median(settled),
+        "farthest_over_median": max(max(settled) - middle, middle - min(settled)) / middle,
+        "range_over_median": (max(settled) - min(settled)) / middle,
+        "median_bytes": middle,
         "peak_bytes": max(resident),
         "samples": len(resident),
         "settled_bytes": list(settled[::step]),
@@ -112,9 +114,9 @@ def show(found: dict[str, dict[str, Any]], machine: dict[str, Any], rounds: int)
     print(
         "CPU s/M: CPU seconds per million tokens. After the start, growth: of the median of its memory from the first"
     )
-    print("fifth to the last; +-: the range of its memory over the median")
+    print("fifth to the last; +-: how far its memory is from the median at most")
 
 
 def percents(memory: dict[str, Any]) -> tuple[str, str]:
     """The flatness of memory, for people."""
-    return f"{memory['growth']:+.1%}", f"{memory['range_over_median']:.1%}"
+    return f"{memory['growth']:+.1%}", f"{memory['farthest_over_median']:.1%}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,8 +31,8 @@ def adopt(
             document it was in.
     """
     plan = LanePlan(shards, len(states))
-    entries = {json.dumps(entry): index for index, entry in enumerate(describe(shards))}
-    moved = {index: entries.get(json.dumps(entry)) for index, entry in enumerate(saved)}
+    places = {key: index for index, key in enumerate(_keys(describe(shards)))}
+    moved = {index: places.get(key) for index, key in enumerate(_keys(saved))}
     adopted, kept = [], 0
     for lane, state in enumerate(states):
         unreadable = tuple(
@@ -49,3 +50,14 @@ def adopt(
             position = plan.position(plan.enter(lane, position.epoch), token=0)
         adopted.append(replace(state, position=position, unreadable=unreadable))
     return adopted, kept
+
+
+def _keys(listing: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
+    """What tells the shards of a listing apart: their entries, and of equal ones their order."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for entry in listing:
+        text = json.dumps(entry, sort_keys=True)
+        keys.append((text, seen[text]))
+        seen[text] += 1
+    return keys

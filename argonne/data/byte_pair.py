@@ -8,7 +8,7 @@ the earlier tokens are exhausted, neighbours that form t are S(t); and after t i
 as its bytes alone would then give it without t. `_check_merges` computes whether S(t) is the listed pair.
 
 What is left are the pieces that text is cut into. `_pattern` admits only expressions that the two regular
-expression engines read alike, `_agreed` compares their character classes over the characters that Unicode assigns,
+expression engines read alike, `_disputed` compares their character classes over the characters that Unicode assigns,
 and a text with any other character is left to the tokenizer.
 """
 
@@ -155,7 +155,7 @@ def contained(error: BaseException) -> bool:
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
-@functools.lru_cache(maxsize=2)  # every stream of a process has an encoder of its own
+@functools.lru_cache(maxsize=2)  # the proof takes seconds, and some encoders are not shared
 def _built(specification: str) -> BytePair:
     try:
         import tiktoken
@@ -307,7 +307,7 @@ def _suspects(classes: frozenset[str]) -> tuple[re.Pattern[str], frozenset[str]]
     The two engines agree on all others. The expression names every character beyond U+FFFF, as long lists of these
     would make it slow.
     """
-    agreed = set(_assigned()).intersection(*map(_agreed, classes))
+    agreed = frozenset(_assigned()).difference(*map(_disputed, classes))
     unsure = (code for code in range(0x10000) if chr(code) not in agreed)
     runs = (list(run) for _, run in itertools.groupby(enumerate(unsure), lambda item: item[1] - item[0]))
     ranges = "".join(f"\\u{run[0][1]:04x}-\\u{run[-1][1]:04x}" for run in runs)
@@ -327,13 +327,12 @@ def _cased() -> str:
 
 
 @functools.cache
-def _agreed(expression: str) -> frozenset[str]:
-    """The characters that both engines put into a class, and those that neither does."""
+def _disputed(expression: str) -> frozenset[str]:
+    """The characters that one engine puts into a class and the other does not."""
     import tiktoken
 
-    among = _assigned()
-    if expression.startswith("(?i:"):  # a letter may only equal others that have case
-        among = _cased()
+    # A letter whose case is ignored may only equal others that have case.
+    among = _cased() if expression.startswith("(?i:") else _assigned()
     each_byte = {bytes([byte]): byte for byte in range(256)}
     encoding = tiktoken.Encoding(
         "class", pat_str=f"(?:{expression})+", mergeable_ranks=each_byte, special_tokens={_NEVER: 256}
@@ -341,4 +340,4 @@ def _agreed(expression: str) -> frozenset[str]:
     ours = bytes(encoding.encode_ordinary(among)).decode()
     splitter = pre_tokenizers.Split(Regex(f"(?:{expression})+"), "removed", invert=True)
     theirs = "".join(piece for piece, _ in splitter.pre_tokenize_str(among))
-    return frozenset(_assigned()) - (set(ours) ^ set(theirs))
+    return frozenset() if ours == theirs else frozenset(ours) ^ frozenset(theirs)

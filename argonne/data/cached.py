@@ -17,7 +17,7 @@ from argonne.data.errors import DataError
 from argonne.data.position import DataPosition, LaneState
 from argonne.data.reader import dropped_summary
 from argonne.data.shuffle import Permutation
-from argonne.data.stream import Packed
+from argonne.data.stream import Packed, check_lanes
 
 
 class CachedStream:
@@ -52,14 +52,7 @@ class CachedStream:
         seed: int,
         states: Sequence[LaneState] | None = None,
     ) -> None:
-        if block_size < 1:
-            raise DataError(f"block_size={block_size} is not a positive number of tokens")
-        if lanes < 1:
-            raise DataError(f"lanes={lanes} is not a positive number")
-        if not all(0 <= lane < lanes for lane in served):
-            raise DataError(f"served={list(served)} names lanes outside 0 to {lanes - 1}")
-        if states is not None and len(states) != lanes:
-            raise DataError(f"{len(states)} lane states were saved, and lanes={lanes}; the two must be equal")
+        check_lanes(block_size, lanes, served, states)
         check_cache(cache, block_size)
         self.block_size = block_size
         self.lanes = lanes

@@ -114,9 +114,12 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[TokenId
 
 
 @functools.lru_cache(maxsize=2)
-def shared_encoder(tokenizer: PreTrainedTokenizerFast) -> Encoder:
-    """One encoder for all readers of a process: its proofs take seconds. For a tokenizer that stays as it is."""
-    return Encoder(tokenizer, workers=1)
+def shared_encoder(tokenizer: PreTrainedTokenizerFast, fast: bool = True) -> Encoder:
+    """One encoder for all readers of a process: its proofs take seconds. For a tokenizer that stays as it is.
+
+    Readers call it from the threads of `tokeniser_pool`, where an encoder that waited for these would wait for ever.
+    """
+    return Encoder(tokenizer, fast=fast, workers=1)
 
 
 def tokeniser_threads() -> int:

@@ -11,7 +11,7 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerFast
 
 from argonne.data.documents import UNREADABLE, TokenIds, tokenise_rows
-from argonne.data.encoder import Encoder, batch_rows, shared_encoder, tokeniser_pool
+from argonne.data.encoder import batch_rows, shared_encoder, tokeniser_pool
 from argonne.data.errors import DataError
 from argonne.data.row_groups import RowGroups
 from argonne.data.shards import OnBad, Shard
@@ -57,7 +57,7 @@ class DocumentReader:
         on_bad: "raise" stops at a row group that cannot be read; "skip" passes over its rows, counts them as
             "unreadable" and goes on. Each lane decides from the files alone, so that no layout changes a sample.
         report: is given one line for each row group that is passed over, once; from any thread.
-        encoder: of the tokenizer; one that all readers of the process share when left out.
+        fast: tokenise by the fast path where there is one (see `Encoder`); the ids are the same.
     """
 
     def __init__(
@@ -68,11 +68,11 @@ class DocumentReader:
         boundary: tuple[int, int] | None,
         on_bad: OnBad = "raise",
         report: Callable[[str], None] | None = None,
-        encoder: Encoder | None = None,
+        fast: bool = True,
     ) -> None:
         self.plan = plan
         self._row_groups = RowGroups(shards, on_bad, report)
-        self._encode = encoder or shared_encoder(tokenizer)
+        self._encode = shared_encoder(tokenizer, fast)
         self._boundary = boundary
         self._batch_rows = batch_rows()
 

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
-from argonne.data.encoder import Encoder
 from argonne.data.errors import DataError
 from argonne.data.position import LaneState
 from argonne.data.reader import Document, DocumentReader
@@ -43,7 +42,7 @@ class SequenceStream:
         states: the states of all lanes, in lane order, to go on from; None starts at the beginning.
         on_bad: what a row group that cannot be read does: "raise", or "skip" it (see `DocumentReader`).
         report: is given one line for each row group that is skipped, once.
-        encoder: of the tokenizer; one that all readers of the process share when left out.
+        fast: tokenise by the fast path where there is one (see `Encoder`); the ids are the same.
 
     Raises:
         DataError: an argument is out of range, or a state does not belong to this corpus.
@@ -60,19 +59,14 @@ class SequenceStream:
         states: Sequence[LaneState] | None = None,
         on_bad: OnBad = "raise",
         report: Callable[[str], None] | None = None,
-        encoder: Encoder | None = None,
+        fast: bool = True,
     ) -> None:
+        check_lanes(block_size, lanes, served, states)
         plan = LanePlan(shards, lanes)
-        if block_size < 1:
-            raise DataError(f"block_size={block_size} is not a positive number of tokens")
-        if not all(0 <= lane < lanes for lane in served):
-            raise DataError(f"served={list(served)} names lanes outside 0 to {lanes - 1}")
-        if states is not None and len(states) != lanes:
-            raise DataError(f"{len(states)} lane states were saved, and lanes={lanes}; the two must be equal")
         self.block_size = block_size
         self.lanes = lanes
         self.served = tuple(served)
-        reader = DocumentReader(shards, plan, tokenizer, boundary, on_bad, report, encoder)
+        reader = DocumentReader(shards, plan, tokenizer, boundary, on_bad, report, fast)
         self._served = {
             lane: _Lane(lane, reader, states[lane] if states else _beginning(plan, lane)) for lane in served
         }
@@ -145,6 +139,18 @@ class _Lane:
         self._place = self._plan.next_row(self._lane, document.place)
         self._token = 0
         self._open = None
+
+
+def check_lanes(block_size: int, lanes: int, served: Sequence[int], states: Sequence[LaneState] | None) -> None:
+    """Raise ``DataError`` for arguments that no stream of lanes can have, whatever it reads."""
+    if block_size < 1:
+        raise DataError(f"block_size={block_size} is not a positive number of tokens")
+    if lanes < 1:
+        raise DataError(f"lanes={lanes} is not a positive number")
+    if not all(0 <= lane < lanes for lane in served):
+        raise DataError(f"served={list(served)} names lanes outside 0 to {lanes - 1}")
+    if states is not None and len(states) != lanes:
+        raise DataError(f"{len(states)} lane states were saved, and lanes={lanes}; the two must be equal")
 
 
 def _beginning(plan: LanePlan, lane: int) -> LaneState:

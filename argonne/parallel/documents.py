@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
+FLASH_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ def _takes_groups() -> bool:
 
 def can_vary_length(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether ``variable_length_attention`` can compute there; elsewhere documents are masked."""
-    return device.type == "cuda" and dtype in FLASH_DTYPES and head_dim % 8 == 0 and head_dim <= 256 and _takes_groups()
+    if device.type != "cuda" or dtype not in FLASH_DTYPES or head_dim % 8 or head_dim > 256 or not _takes_groups():
+        return False
+    return torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
 
 
 def variable_length_attention(query: Tensor, key: Tensor, value: Tensor, bounds: DocumentBounds) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,9 +52,12 @@ class Corpora:
     parts: tuple[Corpus, ...]
     validation: tuple[Shard, ...]
     """The held-out text; empty where there is none."""
-    lanes: int
     flags: DataFlags
     seed: int
+    kept_lanes: int | None = None
+    """The lanes of the run before."""
+    restored: bool = False
+    """Whether the rows of every shard are those that the run before listed, readable or not."""
 
     @classmethod
     def open(
@@ -74,20 +78,21 @@ class Corpora:
             DataError: a glob matches nothing, or a shard cannot be read.
         """
         saved = saved or {}
+        listings = saved.get("shards") or []
         globs = parse_globs(flags.data_glob or ())
+        restored = flags.on_bad_shard == "skip" and not flags.accept_data_change and len(listings) == len(globs)
         parts = []
         for number, each in enumerate(globs):
-            listing = _nth(saved.get("shards"), number)
             paths = find_shards(each.globs)
-            if listing and flags.on_bad_shard == "skip" and not flags.accept_data_change:
-                shards = restore(listing, paths, "skip")
-            else:
-                shards = open_shards(paths, flags.on_bad_shard)
+            shards = restore(listings[number], paths, "skip") if restored else open_shards(paths, flags.on_bad_shard)
             parts.append(Corpus(each.weight, shards))
         validation = open_shards(find_shards(flags.validation_glob)) if flags.validation_glob else ()
-        rows = sum(sum(shard.rows) for part in parts for shard in part.shards)
-        lanes = flags.data_lanes or saved.get("lanes") or default_lanes(rows)
-        return cls(tuple(parts), validation, lanes, flags, seed)
+        return cls(tuple(parts), validation, flags, seed, saved.get("lanes"), restored)
+
+    @functools.cached_property
+    def lanes(self) -> int:
+        """Of each corpus: those asked for, or of the run before, or as many as the rows give work to."""
+        return self.flags.data_lanes or self.kept_lanes or default_lanes(sum(sum(each.rows) for each in self.shards))
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -115,10 +120,10 @@ class Corpora:
         """For each corpus, why the shards at these indices cannot be read."""
         return [quarantined(part.shards) for part in self.parts]
 
-    def without(self, reasons: Sequence[Mapping[int, str]], keep_rows: bool) -> Corpora:
+    def without(self, reasons: Sequence[Mapping[int, str]]) -> Corpora:
         """The same with these shards quarantined: what every rank makes of the union of all ranks'."""
         parts = [
-            replace(part, shards=quarantine(part.shards, away, keep_rows))
+            replace(part, shards=quarantine(part.shards, away, self.restored))
             for part, away in zip(self.parts, reasons, strict=True)
         ]
         return replace(self, parts=tuple(parts))
@@ -174,7 +179,8 @@ class Corpora:
         found: dict[int, LaneState] = {}
         kept = total = 0
         for source, part in enumerate(self.parts):
-            listing = _nth(saved.get("shards"), source)
+            listings = saved.get("shards") or []
+            listing = listings[source] if source < len(listings) else []
             own = states_of_source(states, source, self.lanes) if listing else None
             if own is None:
                 continue
@@ -196,16 +202,7 @@ class Corpora:
         seen = 0
         for source, part in enumerate(self.parts):
             own = [state.position for key, state in states.items() if key // self.lanes == source]
-            whole = any(position.epoch > 0 for position in own)
             # In a shuffled order, positions tell nothing of what was before them.
-            seen += (
-                len(part.shards)
-                if whole or part.cache is not None
-                else 1 + max((position.shard for position in own), default=-1)
-            )
+            whole = part.cache is not None or any(position.epoch > 0 for position in own)
+            seen += len(part.shards) if whole else 1 + max((position.shard for position in own), default=-1)
         return seen
-
-
-def _nth(lists: Sequence[Any] | None, number: int) -> list[Any]:
-    """Element ``number``, or nothing where there are fewer."""
-    return list(lists[number]) if lists and number < len(lists) else []

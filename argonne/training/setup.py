@@ -177,7 +177,8 @@ def prepare(
     }
     accepted = compare()
     if groups.is_first:
-        print(*(f"accepted from here on: {line}" for line in accepted), sep="\n", end="\n" if accepted else "")
+        for line in accepted:
+            print(f"accepted from here on: {line}")
     precision = resolve_precision(config.training.precision, groups.device)
     return Workload(model, precision, data, tokenizer, boundary, identity)
 
@@ -193,7 +194,7 @@ def open_corpora(config: RunConfig, groups: ProcessGroups, saved: dict[str, Any]
     for part, away in zip(data.parts, reasons, strict=True) if groups.is_first else ():
         for index, reason in sorted(away.items()):
             print(f"shard {part.shards[index].path} {reason}; it is passed over (--on-bad-shard skip)", flush=True)
-    return collectively(lambda: data.without(reasons, keep_rows=kept is not None), groups.world)
+    return collectively(lambda: data.without(reasons), groups.world)
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:

@@ -119,9 +119,10 @@ def test_ratios_are_taken_within_each_round() -> None:
 
 
 def test_memory_is_judged_after_its_start() -> None:
-    found = spread([1, 50, *[100] * 17, 104])
+    found = spread([1, 50, 97, *[100] * 16, 104])
     assert found is not None
-    assert found["range_over_median"] == 0.04
+    assert found["range_over_median"] == 0.07
+    assert found["farthest_over_median"] == 0.04
     assert found["growth"] == 0
     rising = spread([*[100] * 12, *[110] * 8])
     assert rising is not None

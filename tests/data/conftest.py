@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from argonne.data import Shard, open_shards, train_tokenizer
+from argonne.data import Shard, cache, open_shards, train_tokenizer
 
 Row = object
 Corpus = list[list[list[Row]]]
@@ -88,3 +88,10 @@ def shards_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[S
 def tokenizer() -> PreTrainedTokenizerFast:
     source = random.Random(0)
     return train_tokenizer((english(source, 40) for _ in range(200)), vocab_size=400)
+
+
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token caches of several units, more than are open at a time, of the smallest corpus."""
+    monkeypatch.setattr(cache, "MIN_UNIT_ROWS", 6)
+    monkeypatch.setattr(cache, "OPEN_UNITS", 2)

@@ -68,3 +68,12 @@ def test_with_another_tokenizer_a_lane_begins_the_document_it_was_in(shards_of, 
             old.position.row,
         )
     stream_of(shards, tokenizer, adopted).next_sequence(0)
+
+
+def test_shards_of_the_same_name_size_and_rows_are_told_apart(shards_of, corpus_of, tokenizer) -> None:
+    first, second = (shards_of(corpus_of([[8] * 2], seed=4)) for _ in range(2))
+    twins = (*first, *second)
+    assert describe(first) == describe(second)
+    _, states = started(twins, tokenizer)
+    assert {state.position.shard for state in states} == {0, 1}
+    assert adopt(states, describe(twins), twins, same_tokens=True) == (states, LANES)

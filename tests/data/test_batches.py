@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from argonne.data import (
@@ -18,6 +18,7 @@ from argonne.data import (
     check_data_parallel,
     served_lanes,
 )
+from tests.data.strategies import layouts, run
 
 BLOCK = 12
 LANES = 4
@@ -79,10 +80,7 @@ def shards(shards_of, corpus_of):
     return shards_of(corpus_of([[9, 7], [12, 3, 5]], seed=1))
 
 
-layouts = st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 4]), st.integers(1, 3), st.integers(1, 3))
-
-
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@run(25)
 @given(st.lists(layouts, min_size=1, max_size=4))
 def test_the_global_order_is_the_same_through_any_change_of_layout_and_batch_size(shards, tokenizer, segments) -> None:
     changing = Run(shards, tokenizer)

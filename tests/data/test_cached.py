@@ -6,7 +6,7 @@ from itertools import groupby
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from argonne.data import (
@@ -18,29 +18,19 @@ from argonne.data import (
     LaneState,
     SequenceStream,
     build_cache,
-    cache,
     encode,
     open_cache,
     served_lanes,
 )
 from argonne.data.documents import tokenise_rows
 from argonne.data.shuffle import Permutation
+from tests.data.strategies import boundaries, lane_counts, layouts, run, seeds, shapes
 
-run = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-shapes = st.lists(st.lists(st.integers(0, 8), min_size=1, max_size=4), min_size=1, max_size=3).filter(
-    lambda shards: all(map(sum, shards))
-)
-seeds = st.integers(0, 10**6)
-lane_counts = st.integers(1, 6)
 # A corpus has at least one document, of at least 20 words.
 block_sizes = st.integers(1, 19)
-boundaries = st.sampled_from([None, (0, 2)])
 
 
-@pytest.fixture(autouse=True)
-def small_units(monkeypatch) -> None:
-    monkeypatch.setattr(cache, "MIN_UNIT_ROWS", 5)
-    monkeypatch.setattr(cache, "OPEN_UNITS", 2)
+pytestmark = pytest.mark.usefixtures("small_units")
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +97,8 @@ def saved(state: LaneState) -> LaneState:
     return LaneState.from_dict(json.loads(json.dumps(state.to_dict())))
 
 
-@run
-@given(shapes, seeds, lane_counts, block_sizes, boundaries)
+@run(25)
+@given(shapes(8), seeds, lane_counts, block_sizes, boundaries)
 def test_sequences_and_states_are_those_of_the_definition(
     cache_of, corpus_of, tokenizer, shape, seed, lanes, block_size, boundary
 ) -> None:
@@ -137,8 +127,8 @@ def test_sequences_and_states_are_those_of_the_definition(
         )
 
 
-@run
-@given(shapes, seeds, block_sizes, st.integers(1, 4))
+@run(25)
+@given(shapes(8), seeds, block_sizes, st.integers(1, 4))
 def test_every_epoch_delivers_each_of_its_windows_once_and_k_epochs_each_token_k_times(
     cache_of, corpus_of, tokenizer, shape, seed, block_size, epochs
 ) -> None:
@@ -164,8 +154,8 @@ def test_every_epoch_delivers_each_of_its_windows_once_and_k_epochs_each_token_k
     )
 
 
-@run
-@given(shapes, seeds, lane_counts, block_sizes, boundaries, st.data())
+@run(25)
+@given(shapes(8), seeds, lane_counts, block_sizes, boundaries, st.data())
 def test_resume_at_any_step_equals_the_uninterrupted_stream(
     cache_of, corpus_of, shape, seed, lanes, block_size, boundary, data
 ) -> None:
@@ -185,7 +175,6 @@ def test_resume_at_any_step_equals_the_uninterrupted_stream(
 
 
 LANES, BLOCK = 4, 12
-layouts = st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 4]), st.integers(1, 3), st.integers(1, 3))
 
 
 def global_order(batches: list[Batch], start: int) -> list[np.ndarray]:
@@ -195,7 +184,7 @@ def global_order(batches: list[Batch], start: int) -> list[np.ndarray]:
     return [next(queues[sample % len(batches)]) for sample in range(start, start + total)]
 
 
-@run
+@run(25)
 @given(st.lists(layouts, min_size=1, max_size=4))
 def test_the_global_order_is_the_same_through_any_change_of_layout_and_batch_size(
     cache_of, corpus_of, tokenizer, segments

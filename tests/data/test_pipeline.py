@@ -9,7 +9,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from argonne.data import (
@@ -23,10 +23,8 @@ from argonne.data import (
     states_of_source,
 )
 from tests.data.reference import Reference
+from tests.data.strategies import boundaries, run, seeds, shapes
 
-shapes = st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=4), min_size=1, max_size=3).filter(
-    lambda shards: all(map(sum, shards))
-)
 segments = st.lists(
     st.tuples(st.integers(0, 3), st.sampled_from([1, 2, 4]), st.integers(1, 3), st.integers(1, 2), st.integers(1, 4)),
     min_size=1,
@@ -93,21 +91,21 @@ class Training:
         )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@run(40)
 @given(
-    st.lists(shapes, min_size=1, max_size=2),
-    st.integers(0, 10**6),
+    st.lists(shapes(7), min_size=1, max_size=2),
+    seeds,
     st.floats(0, 0.7),
     st.sampled_from([4, 8]),
     st.integers(1, 40),
-    st.sampled_from([None, (0, 2)]),
+    boundaries,
     segments,
     st.booleans(),
 )
 def test_any_stops_layouts_and_reading_ahead_leave_every_token_in_its_place(
-    shards_of, corpus_of, tokenizer, shapes, seed, rejected, lanes, block_size, boundary, segments, streamed
+    shards_of, corpus_of, tokenizer, corpora, seed, rejected, lanes, block_size, boundary, segments, streamed
 ) -> None:
-    texts = [corpus_of(shape, seed + number, rejected) for number, shape in enumerate(shapes)]
+    texts = [corpus_of(shape, seed + number, rejected) for number, shape in enumerate(corpora)]
     shares = [1.0, 0.4][: len(texts)]
     arguments = ([shards_of(each) for each in texts], shares, tokenizer, block_size, lanes, boundary)
     broken, whole = Training(*arguments), Training(*arguments)

@@ -8,7 +8,7 @@ from math import ceil
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from argonne.data import (
@@ -18,19 +18,14 @@ from argonne.data import (
     LaneState,
     SequenceStream,
     check_block_size,
+    reader,
     row_groups,
 )
 from argonne.data.reader import cut_batches
 from tests.data.reference import Reference
+from tests.data.strategies import boundaries, lane_counts, run, seeds, shapes
 
-run = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-shapes = st.lists(st.lists(st.integers(0, 8), min_size=1, max_size=4), min_size=1, max_size=3).filter(
-    lambda shards: all(map(sum, shards))
-)
-seeds = st.integers(0, 10**6)
-lane_counts = st.integers(1, 6)
 block_sizes = st.integers(1, 70)
-boundaries = st.sampled_from([None, (0, 2)])
 
 
 def saved(state: LaneState) -> LaneState:
@@ -38,8 +33,8 @@ def saved(state: LaneState) -> LaneState:
     return LaneState.from_dict(json.loads(json.dumps(state.to_dict())))
 
 
-@run
-@given(shapes, seeds, lane_counts, block_sizes, boundaries)
+@run(60)
+@given(shapes(8), seeds, lane_counts, block_sizes, boundaries)
 def test_a_lane_delivers_every_token_of_its_documents_in_order_and_counts_each_row(
     shards_of, corpus_of, tokenizer, shape, seed, lanes, block_size, boundary
 ) -> None:
@@ -70,8 +65,8 @@ def test_a_lane_delivers_every_token_of_its_documents_in_order_and_counts_each_r
         assert state == LaneState(expected, documents, len(delivered), dict(dropped))
 
 
-@run
-@given(shapes, seeds, lane_counts, block_sizes, boundaries, st.data())
+@run(60)
+@given(shapes(8), seeds, lane_counts, block_sizes, boundaries, st.data())
 def test_resume_at_any_step_equals_the_uninterrupted_stream(
     shards_of, corpus_of, tokenizer, shape, seed, lanes, block_size, boundary, data
 ) -> None:
@@ -89,8 +84,8 @@ def test_resume_at_any_step_equals_the_uninterrupted_stream(
         assert broken.state(lane) == whole.state(lane)
 
 
-@run
-@given(shapes, seeds, lane_counts, boundaries)
+@run(60)
+@given(shapes(8), seeds, lane_counts, boundaries)
 def test_one_epoch_delivers_the_tokens_of_every_accepted_document_exactly_once(
     shards_of, corpus_of, tokenizer, shape, seed, lanes, boundary
 ) -> None:
@@ -166,9 +161,10 @@ def test_documents_are_read_no_further_than_a_sequence_needs(shards_of, corpus_o
             sizes.append(len(texts))
             return super().__call__(texts)
 
+    monkeypatch.setattr(reader, "shared_encoder", lambda tokenizer, fast: Counting(tokenizer, fast=fast, workers=1))
     monkeypatch.setenv("RESUME_TOKENIZER_BATCH_ROWS", "16")
     shards = shards_of(corpus_of([[500]], 4, rejected=0))
-    stream = SequenceStream(shards, tokenizer, 20, 1, None, [0], encoder=Counting(tokenizer, workers=1))
+    stream = SequenceStream(shards, tokenizer, 20, 1, None, [0])
     stream.next_sequence(0)
     assert sizes in ([16], [16, 16])  # one list ahead
 
@@ -198,7 +194,7 @@ def test_a_corpus_without_a_usable_document_is_refused_with_the_drop_counts(lane
         check_block_size(shards, tokenizer, 8)
 
 
-@run
+@run(60)
 @given(st.integers(1, 7), st.integers(0, 11), st.integers(1, 12))
 def test_a_single_usable_document_is_enough_for_every_lane_and_every_resume(
     shards_of, tokenizer, lanes, at, block_size

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import varlen
 
 from argonne.parallel import context_parallel_attention
+from argonne.parallel import documents as module
 from argonne.parallel.documents import can_vary_length, document_bounds
 from argonne.parallel.groups import Axis
 
@@ -78,6 +79,13 @@ def test_documents_are_masked_where_flash_attention_does_not_go() -> None:
     assert not can_vary_length(torch.device("cpu"), torch.bfloat16, 64)
     for dtype, head_dim in ((torch.float32, 64), (torch.bfloat16, 81), (torch.bfloat16, 264)):
         assert not can_vary_length(torch.device("cuda"), dtype, head_dim)
+
+
+@pytest.mark.parametrize(("capability", "can"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_flash_attention_goes_from_compute_capability_80_on(capability, can, monkeypatch) -> None:
+    monkeypatch.setattr(module, "_takes_groups", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert can_vary_length(torch.device("cuda"), torch.bfloat16, 64) is can
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
