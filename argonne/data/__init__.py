@@ -4,7 +4,7 @@ The corpus is read in a fixed number of lanes. What a lane delivers depends on t
 global order of samples stays the same for every data-parallel size and after every restart.
 """
 
-from argonne.data.batches import Batch, BatchStream, check_data_parallel, served_lanes
+from argonne.data.batches import Batch, BatchStream, ranks_per_lane, served_lanes
 from argonne.data.cache import TokenCache, open_cache
 from argonne.data.cache_build import build_cache
 from argonne.data.cached import CachedStream, check_cache
@@ -64,7 +64,6 @@ __all__ = [
     "changes",
     "check_block_size",
     "check_cache",
-    "check_data_parallel",
     "default_lanes",
     "describe",
     "encode",
@@ -78,6 +77,7 @@ __all__ = [
     "parse_globs",
     "quarantine",
     "quarantined",
+    "ranks_per_lane",
     "read_texts",
     "rejection",
     "restore",

@@ -1,7 +1,8 @@
 """The global order of samples, and the part of each batch that a data-parallel rank holds.
 
 Sample k comes from lane k % lanes, and data-parallel rank d of D holds the samples with k % D == d: the
-global batch is the same at every D, only its owners change.
+global batch is the same at every D, only its owners change. Where D divides the lanes, each lane is read by one
+rank; where not, by several, which all tokenise it and take their samples of it in turn.
 """
 
 from __future__ import annotations
@@ -32,28 +33,22 @@ class Batch:
     documents: npt.NDArray[np.int32]
     """The same shape: the number of each token's document within its sequence."""
     states: Mapping[int, LaneState]
-    """State of each lane served here once this batch is consumed; keys as of ``Mixture.states``."""
+    """State of each lane served here once this global batch is consumed; keys as of ``Mixture.states``."""
     step_sample: int
     """Number of the first global sample after this batch."""
 
 
-def check_data_parallel(dp_size: int, lanes: int, global_batch: int) -> None:
-    """Raise DataError unless `dp_size` divides both the lanes and the samples of the global batch."""
-    common = math.gcd(lanes, global_batch)
-    if dp_size < 1 or common % dp_size:
-        legal = ", ".join(str(size) for size in range(1, common + 1) if common % size == 0)
-        raise DataError(
-            f"data_parallel={dp_size} does not divide lanes={lanes} and the global batch of {global_batch}; "
-            f"legal sizes: {legal}"
-        )
+def ranks_per_lane(lanes: int, dp_size: int) -> int:
+    """How many data-parallel ranks read each lane: 1 where their number divides that of the lanes."""
+    return dp_size // math.gcd(lanes, dp_size)
 
 
 def served_lanes(lanes: int, dp_rank: int, dp_size: int) -> tuple[int, ...]:
-    """The lanes that a data-parallel rank reads: those with lane % dp_size == dp_rank."""
-    check_data_parallel(dp_size, lanes, global_batch=dp_size)
+    """The lanes that a data-parallel rank reads: all that hold a sample of its own."""
     if not 0 <= dp_rank < dp_size:
         raise DataError(f"data-parallel rank {dp_rank} is outside 0 to {dp_size - 1}")
-    return tuple(range(dp_rank, lanes, dp_size))
+    apart = math.gcd(lanes, dp_size)
+    return tuple(range(dp_rank % apart, lanes, apart))
 
 
 class BatchStream:
@@ -81,7 +76,8 @@ class BatchStream:
             if size < 1:
                 raise DataError(f"{name}={size} is not a positive number")
         mixture = sequences if isinstance(sequences, Mixture) else Mixture([sequences])
-        missing = set(served_lanes(mixture.lanes, dp_rank, dp_size)) - set(mixture.served)
+        self._lanes = frozenset(served_lanes(mixture.lanes, dp_rank, dp_size))
+        missing = self._lanes - set(mixture.served)
         if missing:
             raise DataError(f"data-parallel rank {dp_rank} needs lanes {sorted(missing)}; they are not served here")
         self._mixture = mixture
@@ -94,8 +90,12 @@ class BatchStream:
     def next_batch(self) -> Batch:
         """This rank's part of the next global batch."""
         start, end = self._sample, self._sample + self._global_batch
-        first = start + (self._rank - start) % self._ranks
-        mine = [self._mixture.sample(number) for number in range(first, end, self._ranks)]
+        mine = []
+        for number in range(start, end):
+            if number % self._mixture.lanes in self._lanes:
+                sample = self._mixture.sample(number)  # another rank's too, where several read a lane
+                if number % self._ranks == self._rank:
+                    mine.append(sample)
         self._sample = end
         return Batch(
             tokens=self._micro_batches([each.tokens for each in mine]),

@@ -1,44 +1,34 @@
 """A faster encoder for byte-level BPE, taken into use only where it is proven to give the tokenizer's own ids.
 
-tiktoken and tokenizers both merge, again and again, the leftmost pair of the lowest rank. They differ in what may
-merge: tokenizers takes the pairs that it lists, tiktoken any two neighbours whose bytes together are a token. Let
-the tokens be in the order of their merges, and S(t) what BPE with the tokens before t makes of the bytes of t. If
-S(t) is two parts, and these are a pair listed for t, then by induction on t both programs do the same merges: where
-the earlier tokens are exhausted, neighbours that form t are S(t); and after t is made, no earlier token can arise,
-as its bytes alone would then give it without t. `_check_merges` computes whether S(t) is the listed pair.
-
-What is left are the pieces that text is cut into. `_pattern` admits only expressions that the two regular
-expression engines read alike, `_disputed` compares their character classes over the characters that Unicode assigns,
-and a text with any other character is left to the tokenizer.
+Two things are proven before: that tiktoken and tokenizers merge alike (`merges.py`), and that they cut text into the
+same pieces. `_pattern` admits only expressions that the two regular expression engines read alike, and a text with a
+character that they may class differently (`character_classes.py`) is left to the tokenizer. What might still go wrong
+is tried on `AWKWARD`.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import re
-import sys
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, normalizers
 
+from argonne.data.character_classes import CLASS, NEVER, suspects
 from argonne.data.documents import TokenIds
+from argonne.data.merges import Declined, ranked_tokens, token_bytes
 
 # What ByteLevel cuts with when it is not given the pieces: the expression of GPT-2.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 _CONTRACTIONS = ("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "(?i:[sdmt]|ll|ve|re)")
-_CLASS = r"\\p\{[A-Z][a-z]?\}|\\[sS]"
-_ITEM = rf"(?:{_CLASS}|\\[rn]|[ '/a-z])"
+_ITEM = rf"(?:{CLASS}|\\[rn]|[ '/a-z])"
 _TERM = rf"(?:{'|'.join(map(re.escape, _CONTRACTIONS))}|\[\^?{_ITEM}+\]|{_ITEM})(?:[?*+]\+?|\{{\d+(?:,\d+)?\}})?"
 _EXPRESSION = re.compile(rf"(?:{_TERM}|\(\?!\\S\))+(?:\|(?:{_TERM}|\(\?!\\S\))+)*")
-
-# A special token that every encoding has: without one tiktoken would look for an empty string.
-_NEVER = "\0argonne\0"
 
 _SPACES = "  a   b\t\tc \n d\n\n\n e \r\n\r\n  \n f \u00a0\u2003\u3000g \x0b\x0c\x85\u2028 "
 AWKWARD = (
@@ -60,10 +50,6 @@ AWKWARD = (
     "abcdefghij" * 60,
     "Donaudampfschifffahrtsgesellschaft" * 8,
 )
-
-
-class Declined(Exception):
-    """Why a tokenizer keeps to its own path, in one line."""
 
 
 class BytePair:
@@ -90,8 +76,8 @@ class BytePair:
         self._encoding = tiktoken.Encoding(
             "argonne",
             pat_str=pattern,
-            mergeable_ranks={_bytes(token): rank for rank, token in enumerate(ids)},
-            special_tokens={_NEVER: len(ids)},
+            mergeable_ranks={token_bytes(token): rank for rank, token in enumerate(ids)},
+            special_tokens={NEVER: len(ids)},
         )
         self._ids: TokenIds = np.array([*ids.values(), -1], dtype=np.int32)
         self._lengths = np.array([*map(len, ids), 0], dtype=np.int64)
@@ -100,7 +86,7 @@ class BytePair:
         normal = (lambda text: text) if normalizer is None else normalizer.normalize_str
         self._added = tuple({form for content in added for form in (content, normal(content))})
         self._first = tuple({content[0] for content in self._added})
-        self._unsure, self._known = _suspects(frozenset(_classes(pattern)))
+        self._unsure, self._known = suspects(pattern)
 
     def __call__(self, text: str) -> TokenIds | None:
         if not text or self._has_added(text):
@@ -168,7 +154,7 @@ def _built(specification: str) -> BytePair:
     if normalizer not in (None, {"type": "NFC"}):
         raise Declined(f"its normalizer {_named(normalizer)} is not NFC")
     pattern, prefix_space = _pattern(fields["pre_tokenizer"])
-    ids = {token: fields["model"]["vocab"][token] for token in _check_merges(fields["model"])}
+    ids = {token: fields["model"]["vocab"][token] for token in ranked_tokens(fields["model"])}
     added = [token["content"] for token in fields["added_tokens"] if not token["special"]]
     return BytePair(ids, pattern, prefix_space, normalizers.NFC() if normalizer else None, added)
 
@@ -189,155 +175,8 @@ def _pattern(pre_tokenizer: dict[str, Any] | None) -> tuple[str, bool]:
     raise Declined(f"its pre-tokenizer {_named(pre_tokenizer)} cannot be expressed")
 
 
-def _check_merges(model: dict[str, Any]) -> dict[str, int]:
-    """The rank of each token, bytes first, if the proof above holds."""
-    if model["type"] != "BPE":
-        raise Declined(f"its model is {model['type']}, not BPE")
-    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        if model.get(option):
-            raise Declined(f"its model has {option}={model[option]}")
-    vocabulary: dict[str, int] = model["vocab"]
-    missing = [byte for byte in _ALPHABET if byte not in vocabulary]
-    if missing:
-        raise Declined(f"its vocabulary lacks {len(missing)} of the 256 bytes")
-    ranks = {byte: rank for rank, byte in enumerate(_ALPHABET)}
-    merges = _Merges(len(ranks))
-    pairs = (tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"])
-    # Some tokenizers list every way to cut a token in two, one after the other.
-    for token, group in itertools.groupby(pairs, "".join):
-        if token in ranks:
-            raise Declined(f"its merges come back to {token!r}")
-        cuts = list(group)
-        reached = next(filter(merges.reached, _ranked(cuts, ranks)), None)
-        if reached is None:
-            # Such a token is only found whole, if that is looked for, and if no way to make it is ever open.
-            cuts += ((token[:at], token[at:]) for at in range(1, len(token)))
-            for part in itertools.chain.from_iterable(cut for cut in cuts if vocabulary.keys() >= set(cut)):
-                if part not in ranks:
-                    raise Declined(f"its merges make {token!r} of {part!r}, which comes later")
-            if not model["ignore_merges"] or any(map(merges.reached, _ranked(cuts, ranks))):
-                raise Declined(f"its merge for {token!r} is not the one that is reached by rank")
-        merges.append(reached)
-        ranks[token] = len(ranks)
-    if model["ignore_merges"]:
-        alphabet = set(_ALPHABET)
-        for token in vocabulary.keys() - ranks.keys():
-            if alphabet.issuperset(token):
-                raise Declined(f"its token {token!r} is of no merge")
-    return ranks
-
-
-def _ranked(cuts: Iterable[tuple[str, ...]], ranks: dict[str, int]) -> Iterator[tuple[int, int]]:
-    """The ranks of the two parts of each cut, where both have one."""
-    for left, right in cuts:
-        if left in ranks and right in ranks:
-            yield ranks[left], ranks[right]
-
-
-class _Merges:
-    """Tokens by rank, each with the two parts that BPE makes it of."""
-
-    def __init__(self, atoms: int) -> None:
-        self._atoms = atoms
-        self._parts: list[tuple[int, int] | None] = [None] * atoms
-        self._made: dict[tuple[int, int], int] = {}
-
-    def append(self, parts: tuple[int, int] | None) -> None:
-        """The next token; None for one that no merges lead to."""
-        if parts is not None:
-            self._made[parts] = len(self._parts)
-        self._parts.append(parts)
-
-    def reached(self, pair: tuple[int, int]) -> bool:
-        """Whether BPE makes of the bytes of `pair` these two tokens: nothing merges across the cut before.
-
-        Goes back in time: of the two tokens that meet at the cut, the one of the higher rank was made last; until
-        then its part met the other token. `limit` is the rank from which on the two no longer meet.
-        """
-        left, right = pair
-        limit = sys.maxsize
-        while True:
-            if self._made.get((left, right), sys.maxsize) < limit:
-                return False
-            if left < self._atoms and right < self._atoms:
-                return True
-            # Of equal tokens the left one is made first; so is one of the rank of `left` that ends further right.
-            parts = self._parts[max(left, right)]
-            if parts is None:
-                return False
-            if left > right:
-                limit, left = left, parts[1]
-            else:
-                limit, right = right + 1, parts[0]
-
-
 def _named(part: dict[str, Any] | None) -> str:
     if part is None:
         return "None"
     inner = part.get("pretokenizers") or part.get("normalizers")
     return f"{part['type']}[{', '.join(map(_named, inner))}]" if inner else str(part["type"])
-
-
-def _byte_characters() -> list[str]:
-    """The characters by which ByteLevel names the bytes 0 to 255: their own where that can be seen."""
-    seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    spare = itertools.count(256)
-    return [chr(byte if byte in seen else next(spare)) for byte in range(256)]
-
-
-_ALPHABET = _byte_characters()
-_BYTES = {ord(character): byte for byte, character in enumerate(_ALPHABET)}
-
-
-def _bytes(token: str) -> bytes:
-    return token.translate(_BYTES).encode("latin-1")
-
-
-def _classes(pattern: str) -> Iterable[str]:
-    """Of an expression, all that depends on the engine's tables of characters."""
-    yield from (each.replace(r"\S", r"\s") for each in re.findall(_CLASS, pattern))
-    if "(?i:" in pattern:
-        yield from (f"(?i:{letter})" for letter in "stremvld")
-
-
-@functools.cache
-def _suspects(classes: frozenset[str]) -> tuple[re.Pattern[str], frozenset[str]]:
-    """An expression for the characters to look at again, and those among them that are known all the same.
-
-    The two engines agree on all others. The expression names every character beyond U+FFFF, as long lists of these
-    would make it slow.
-    """
-    agreed = frozenset(_assigned()).difference(*map(_disputed, classes))
-    unsure = (code for code in range(0x10000) if chr(code) not in agreed)
-    runs = (list(run) for _, run in itertools.groupby(enumerate(unsure), lambda item: item[1] - item[0]))
-    ranges = "".join(f"\\u{run[0][1]:04x}-\\u{run[-1][1]:04x}" for run in runs)
-    return re.compile(f"[{ranges}\U00010000-\U0010ffff]"), frozenset(each for each in agreed if each > "\uffff")
-
-
-@functools.cache
-def _assigned() -> str:
-    """The characters that Unicode assigns, as far as Python knows, with the private ones of the first plane."""
-    kinds = ((chr(code), unicodedata.category(chr(code))) for code in range(0x40000))
-    return "".join(each for each, kind in kinds if kind not in ("Cn", "Cs", "Co") or "\ue000" <= each <= "\uf8ff")
-
-
-@functools.cache
-def _cased() -> str:
-    return "".join(each for each in _assigned() if not each == each.lower() == each.upper() == each.casefold())
-
-
-@functools.cache
-def _disputed(expression: str) -> frozenset[str]:
-    """The characters that one engine puts into a class and the other does not."""
-    import tiktoken
-
-    # A letter whose case is ignored may only equal others that have case.
-    among = _cased() if expression.startswith("(?i:") else _assigned()
-    each_byte = {bytes([byte]): byte for byte in range(256)}
-    encoding = tiktoken.Encoding(
-        "class", pat_str=f"(?:{expression})+", mergeable_ranks=each_byte, special_tokens={_NEVER: 256}
-    )
-    ours = bytes(encoding.encode_ordinary(among)).decode()
-    splitter = pre_tokenizers.Split(Regex(f"(?:{expression})+"), "removed", invert=True)
-    theirs = "".join(piece for piece, _ in splitter.pre_tokenize_str(among))
-    return frozenset() if ours == theirs else frozenset(ours) ^ frozenset(theirs)

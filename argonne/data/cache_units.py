@@ -26,7 +26,9 @@ from argonne.data.documents import UNREADABLE, tokenise_rows
 from argonne.data.encoder import Encoder, batch_rows
 from argonne.data.errors import DataError
 from argonne.data.reader import cut_batches
-from argonne.data.shards import Shard, read_texts
+from argonne.data.row_groups import RowGroups
+from argonne.data.shards import Shard
+from argonne.data.units import Unit
 from argonne.files import TEMPORARY
 
 IDLE_SECONDS = 1.0
@@ -111,18 +113,17 @@ class UnitMaker:
         rows: list[int] = []
         dropped: Counter[str] = Counter()
         unreadable: list[int] = []
+        notes: list[str] = []
+        row_groups = RowGroups(self.shards, "skip" if self.skip_unreadable else "raise", notes.append)
         tokens = crc = row = 0
         for group, count in enumerate(span.rows, span.first):
-            try:
-                texts = read_texts(self.shards[span.shard], group)
-            except DataError as error:
-                if not self.skip_unreadable:
-                    raise
+            if not row_groups.readable(span.shard, group):
                 dropped[UNREADABLE] += count
                 unreadable.append(group)
                 row += count
-                yield Tally(rows=count, note=f"{error}; its {count:,} rows are left out")
+                yield Tally(rows=count, note=notes[-1])
                 continue
+            texts = row_groups.rows(Unit(span.shard, group, 0, count), 0, batch_rows())
             for batch in cut_batches(texts, batch_rows()):
                 before = tokens, len(ends)
                 accepted = []

@@ -20,7 +20,7 @@ from argonne.data.units import LanePlan, Place
 T = TypeVar("T")
 
 # Text tokenised at a time: some documents are megabytes, and their encodings many times as large.
-BATCH_CHARACTERS = 1 << 18
+BATCH_CHARACTERS = 1 << 17
 
 
 @dataclass(frozen=True)

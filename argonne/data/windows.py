@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from argonne.data.documents import TokenIds
 
 # Characters. The windows bound the memory: tokenizers needs up to a few hundred bytes for each character.
-WINDOW = 1 << 18
+WINDOW = 1 << 17
 LARGEST_WINDOW = 1 << 22
 # A cut is looked for within so many characters before the end of a window.
 REACH = 1 << 12

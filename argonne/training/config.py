@@ -95,7 +95,7 @@ class DataFlags:
     document_mask: bool = False
     """Keep attention within documents: what else is packed into a sequence is not seen."""
     data_lanes: int | None = None
-    """Virtual streams that the data is dealt to; a data-parallel size divides it [64; fewer for tiny data]."""
+    """Virtual streams that the data is dealt to, best a multiple of --data-parallel [64; fewer for tiny data]."""
     on_bad_shard: Literal["raise", "skip"] = "raise"
     """What becomes of a shard, or a row group of one, that cannot be read: stop, or pass over it and record that."""
     accept_data_change: bool = False
@@ -160,7 +160,7 @@ class ParallelFlags:
     pipeline_interleave: int = 2
     """Stages a process has when the schedule is interleaved."""
     data_parallel: int = 1
-    """Replicas of the model, each with its own lanes of the data."""
+    """Replicas of the model, each with its own samples of a step."""
     context_parallel: int = 1
     """Processes that share each sequence: for long ones."""
     sequence_parallel: bool = False

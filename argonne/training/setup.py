@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from argonne.data import (
     DataError,
     boundary_tokens,
-    check_data_parallel,
     load_tokenizer,
+    ranks_per_lane,
     tokenizer_fingerprint,
 )
 from argonne.kernels.dispatch import Backend, interprets
@@ -78,8 +78,7 @@ def check(config: RunConfig, world_size: int) -> None:
             f"tokenizer_path={str(path)!r} does not exist; legal: the directory of a Hugging Face tokenizer"
         )
     saved = read_run(config.run.output_dir)
-    data = Corpora.open(config.data, config.training.seed, saved["identity"].get("data") if saved else None)
-    check_data_parallel(layout.data, data.lanes, layout.data)
+    Corpora.open(config.data, config.training.seed, saved["identity"].get("data") if saved else None)
     _check_output(config.run.output_dir)
 
 
@@ -179,6 +178,12 @@ def prepare(
     if groups.is_first:
         for line in accepted:
             print(f"accepted from here on: {line}")
+        sharing = ranks_per_lane(data.lanes, groups.data.size)
+        if sharing > 1 and config.data.streaming:
+            print(
+                f"data_parallel={groups.data.size} does not divide the {data.lanes} lanes: each is tokenised by "
+                f"{sharing} ranks, which take its samples in turn"
+            )
     precision = resolve_precision(config.training.precision, groups.device)
     return Workload(model, precision, data, tokenizer, boundary, identity)
 

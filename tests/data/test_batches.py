@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from argonne.data import (
     LaneState,
     Prefetcher,
     SequenceStream,
-    check_data_parallel,
+    ranks_per_lane,
     served_lanes,
 )
 from tests.data.strategies import layouts, run
@@ -127,29 +128,17 @@ def test_states_are_those_of_the_batch_taken_whatever_was_prefetched(shards, tok
 
 
 @pytest.mark.parametrize(
-    ("dp_size", "lanes", "global_batch", "legal"),
-    [
-        (3, 8, 12, "1, 2, 4"),
-        (8, 8, 12, "1, 2, 4"),
-        (5, 64, 64, "1, 2, 4, 8, 16, 32, 64"),
-        (0, 4, 4, "1, 2, 4"),
-    ],
+    ("dp_size", "sharing"), [(1, 1), (2, 1), (4, 1), (8, 1), (3, 3), (6, 3), (12, 3), (16, 2), (5, 5)]
 )
-def test_a_data_parallel_size_that_does_not_divide_is_refused_with_the_legal_sizes(
-    dp_size: int, lanes: int, global_batch: int, legal: str
-) -> None:
-    with pytest.raises(DataError, match=rf"data_parallel={dp_size} .*legal sizes: {legal}$"):
-        check_data_parallel(dp_size, lanes, global_batch)
-    for size in map(int, legal.split(", ")):
-        check_data_parallel(size, lanes, global_batch)
+def test_every_lane_is_read_by_as_few_ranks_as_hold_its_samples(dp_size: int, sharing: int) -> None:
+    assert ranks_per_lane(8, dp_size) == sharing
+    readers = Counter(lane for rank in range(dp_size) for lane in served_lanes(8, rank, dp_size))
+    assert readers == dict.fromkeys(range(8), sharing)
+    for rank in range(dp_size):
+        assert set(served_lanes(8, rank, dp_size)) == {k % 8 for k in range(rank, 8 * dp_size, dp_size)}
 
 
-def test_ranks_serve_every_lane_once() -> None:
-    for dp_size in (1, 2, 4, 8):
-        lanes = [lane for rank in range(dp_size) for lane in served_lanes(8, rank, dp_size)]
-        assert sorted(lanes) == list(range(8))
-    with pytest.raises(DataError, match="data_parallel=3 .*legal sizes"):
-        served_lanes(8, 0, 3)
+def test_a_rank_that_there_is_not_serves_nothing() -> None:
     with pytest.raises(DataError, match="rank 4 is outside 0 to 3"):
         served_lanes(8, 4, 4)
 
@@ -162,7 +151,8 @@ def test_sizes_and_served_lanes_of_a_batch_stream_are_checked(shards, tokenizer)
         ({"micro_batch": 0}, "micro_batch=0"),
         ({"accumulation": 0}, "accumulation=0"),
         ({"dp_rank": 0}, r"rank 0 needs lanes \[0, 2\]"),
-        ({"dp_rank": 0, "dp_size": 3}, "data_parallel=3"),
+        ({"dp_rank": 0, "dp_size": 3}, r"rank 0 needs lanes \[0, 2\]"),
+        ({"dp_rank": 2}, "rank 2 is outside 0 to 1"),
     ):
         with pytest.raises(DataError, match=message):
             BatchStream(stream, **{**legal, **change})

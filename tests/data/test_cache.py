@@ -19,6 +19,7 @@ from argonne.data import (
     encode,
     open_cache,
     open_shards,
+    row_groups,
     train_tokenizer,
 )
 from argonne.data.documents import FILTERS, tokenise_rows
@@ -41,12 +42,15 @@ def accepted(corpus, tokenizer, boundary) -> list[tuple[tuple[int, int, int], li
 
 
 @run(25)
-@given(shapes(9, 5), seeds, boundaries)
+@given(shapes(9, 5), seeds, boundaries, st.booleans())
 def test_the_cache_holds_the_tokens_of_every_accepted_document_in_order_and_finds_each(
-    shards_of, corpus_of, tokenizer, tmp_path_factory, shape, seed, boundary
+    shards_of, corpus_of, tokenizer, tmp_path_factory, shape, seed, boundary, streamed
 ) -> None:
     corpus = corpus_of(shape, seed)
-    built = build(shards_of(corpus), tokenizer, tmp_path_factory.mktemp("caches"), boundary=boundary)
+    with pytest.MonkeyPatch.context() as patch:
+        if streamed:  # read piece by piece, as large row groups are
+            patch.setattr(row_groups, "STREAMED_BYTES", 0)
+        built = build(shards_of(corpus), tokenizer, tmp_path_factory.mktemp("caches"), boundary=boundary)
     expected = accepted(corpus, tokenizer, boundary)
     whole, ended = built.read(0, built.tokens)
     assert whole.tokens.tolist() == [token for _, ids in expected for token in ids]
@@ -180,9 +184,12 @@ def test_a_complete_cache_with_a_file_cut_short_is_mended_and_with_a_bit_flipped
     assert content(build(shards, tokenizer, tmp_path).path) == whole
 
 
+@pytest.mark.parametrize("streamed", [False, True])
 def test_a_row_group_that_cannot_be_read_ends_the_build_or_is_counted_as_asked(
-    shards_of, corpus_of, tokenizer, tmp_path, capsys
+    shards_of, corpus_of, tokenizer, tmp_path, capsys, monkeypatch, streamed
 ) -> None:
+    if streamed:
+        monkeypatch.setattr(row_groups, "STREAMED_BYTES", 0)
     corpus = corpus_of([[8, 7, 9], [6]], seed=10)
     shards = shards_of(corpus, ["parquet"])
     good = shards[0].path.read_bytes()

@@ -26,7 +26,9 @@ from tests.data.reference import Reference
 from tests.data.strategies import boundaries, run, seeds, shapes
 
 segments = st.lists(
-    st.tuples(st.integers(0, 3), st.sampled_from([1, 2, 4]), st.integers(1, 3), st.integers(1, 2), st.integers(1, 4)),
+    st.tuples(
+        st.integers(0, 3), st.sampled_from([1, 2, 3, 4, 6]), st.integers(1, 3), st.integers(1, 2), st.integers(1, 4)
+    ),
     min_size=1,
     max_size=4,
 )
@@ -59,7 +61,9 @@ class Training:
             ]
             samples += [next(rows[number % ranks]) for number in range(self.sample, self.sample + count)]
             (self.sample,) = {batch.step_sample for batch in batches}
-            states = {key: state for batch in batches for key, state in batch.states.items()}
+            states: dict[int, LaneState] = {}
+            for key, state in (item for batch in batches for item in batch.states.items()):
+                assert states.setdefault(key, state) == state  # ranks that share a lane agree on it
             self.states = {
                 key: LaneState.from_dict(json.loads(json.dumps(state.to_dict()))) for key, state in states.items()
             }

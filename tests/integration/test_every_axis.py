@@ -73,6 +73,21 @@ def test_global_batches_are_the_same_over_1_2_4_and_1_replicas(
     assert [line["layout"]["data"] for line in found] == [1] * 3 + [2] * 3 + [4] * 3 + [1] * 3
 
 
+@pytest.mark.slow
+def test_replicas_whose_number_does_not_divide_the_lanes_have_the_same_global_batches(
+    deeper: dict[str, Any], tmp_path: Path
+) -> None:
+    dozen = {**deeper, "--gradient-accumulation-steps": 6}
+    succeed("pretrain", {**dozen, "--output-dir": tmp_path / "alone"}, nproc=1)
+    directory = tmp_path / "moved"
+    first = {**dozen, "--data-parallel": 2, "--gradient-accumulation-steps": 3, "--stop-at-step": 4}
+    assert "does not divide" not in succeed("pretrain", {**first, "--output-dir": directory})
+    third = {**dozen, "--data-parallel": 3, "--gradient-accumulation-steps": 2}
+    told = succeed("pretrain", {**third, "--output-dir": directory}, nproc=3)
+    assert "data_parallel=3 does not divide the 8 lanes: each is tokenised by 3 ranks" in told
+    assert_same_run(metrics(directory), metrics(tmp_path / "alone"))
+
+
 def test_without_a_launcher_auto_gives_the_pipeline_every_process(deeper: dict[str, Any], tmp_path: Path) -> None:
     flags = {**deeper, "--pipeline-parallel": "auto", "--output-dir": tmp_path, "--stop-at-step": 1}
     told = succeed("pretrain", flags, nproc=3)

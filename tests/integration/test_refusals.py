@@ -20,7 +20,6 @@ BEFORE_LAUNCH = {
     "unknown flag": ({"--frobnicate": 1}, "--frobnicate"),
     "no number": ({"--total-steps": "many"}, "--total-steps"),
     "no steps": ({"--total-steps": 0}, "total_steps=0 is not legal; legal: 1 or more"),
-    "lanes": ({"--data-parallel": 2, "--data-lanes": 3}, "data_parallel=2 does not divide lanes=3"),
     "empty glob": ({"--data-glob": ""}, "data_glob='' is empty"),
     "conflict": ({"--model-config": "x.json"}, "preset='demo' conflicts with model_config='x.json'"),
     "negative width": ({"--intermediate-size": -8}, "intermediate_size=-8 is not legal"),
