@@ -23,7 +23,7 @@ class Record:
     """What one contestant did."""
 
     tokens: list[int] = field(default_factory=list)
-    """In each round."""
+    """In each turn."""
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
     """Of all its threads."""
@@ -32,8 +32,16 @@ class Record:
 
     @property
     def rates(self) -> list[float]:
-        """Tokens per second of each round."""
-        return [tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds, strict=True)]
+        """Tokens per second of each turn."""
+        return self.rates_in(len(self.tokens))
+
+    def rates_in(self, parts: int) -> list[float]:
+        """Tokens per second of as many equal parts of its turns."""
+        turns = len(self.tokens) // parts
+        return [
+            sum(self.tokens[first : first + turns]) / sum(self.seconds[first : first + turns])
+            for first in range(0, parts * turns, turns)
+        ]
 
 
 def spread(resident: Sequence[int]) -> dict[str, Any] | None:
@@ -60,12 +68,14 @@ def spread(resident: Sequence[int]) -> dict[str, Any] | None:
 
 
 def summarise(records: dict[str, Record]) -> dict[str, dict[str, Any]]:
-    """Medians over the rounds; a ratio is taken within each round first."""
+    """Medians over the turns, or rounds; a ratio is taken within each of them first."""
 
     def ratio(name: str, control: str | None) -> float | None:
         if control not in records:
             return None
-        return median(a / b for a, b in zip(records[name].rates, records[control].rates, strict=True))
+        parts = min(len(records[name].tokens), len(records[control].tokens))
+        pairs = zip(records[name].rates_in(parts), records[control].rates_in(parts), strict=True)
+        return median(a / b for a, b in pairs)
 
     return {
         name: {
@@ -73,7 +83,7 @@ def summarise(records: dict[str, Record]) -> dict[str, dict[str, Any]]:
                 kind: ratio(name, control.get(name) if isinstance(control, dict) else control)
                 for kind, control in CONTROLS.items()
             },
-            "tokens_per_second": {"median": median(record.rates), "best": max(record.rates), "rounds": record.rates},
+            "tokens_per_second": {"median": median(record.rates), "best": max(record.rates), "turns": record.rates},
             "tokens": record.tokens,
             "cpu_seconds_per_million_tokens": 1e6 * sum(record.cpu_seconds) / sum(record.tokens),
             "memory": spread(record.resident),

@@ -15,6 +15,8 @@ from argonne.data.units import Unit
 
 # Lanes go through the row groups side by side, but not in step: these are enough for all of them at a time.
 KEPT_BYTES = 64 << 20
+# Decoded between two times at which Arrow is asked for memory that it keeps; what it gives back it must ask for again.
+RELEASED_BYTES = 16 << 20
 # Beyond this (on disk, all columns counted) a row group is read piece by piece, by each lane for itself.
 STREAMED_BYTES = 4 << 20
 
@@ -35,6 +37,7 @@ class RowGroups:
         self._streamed: set[tuple[int, int]] = set()
         self._lock = threading.RLock()
         self._most_bytes = STREAMED_BYTES
+        self._decoded = 0
 
     def readable(self, shard: int, row_group: int) -> bool:
         """Whether the row group can be read; a failure is remembered. Raises DataError if that is to stop the run."""
@@ -73,12 +76,12 @@ class RowGroups:
         begin = 0
         for texts in stream_texts(self._shards[unit.shard], unit.row_group, count):
             end = begin + len(texts)
+            self._count_decoded(texts.nbytes)
             if end > first:
                 yield from texts.rows(max(first - begin, 0), min(unit.end, end) - begin)
             if end >= unit.end:
-                break
+                return
             begin = end
-        _release_memory()
 
     def _streams(self, shard: int, row_group: int) -> bool:
         from_disk = self._shards[shard]
@@ -92,11 +95,13 @@ class RowGroups:
                 self._kept[key] = open_texts(self._shards[shard], row_group)
                 while len(self._kept) > 1 and sum(texts.nbytes for texts in self._kept.values()) > KEPT_BYTES:
                     self._kept.popitem(last=False)
-                _release_memory()
+                self._count_decoded(self._kept[key].nbytes)
             self._kept.move_to_end(key)
             return self._kept[key]
 
-
-def _release_memory() -> None:
-    """Have Arrow give back what it keeps for later: 40 MB more after a hundred million tokens, where it may not."""
-    pa.default_memory_pool().release_unused()
+    def _count_decoded(self, size: int) -> None:
+        """Now and then have Arrow give back what it keeps for later: 40 MB in a hundred million tokens otherwise."""
+        self._decoded += size
+        if self._decoded > RELEASED_BYTES:
+            pa.default_memory_pool().release_unused()
+            self._decoded = 0

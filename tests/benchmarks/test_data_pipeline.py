@@ -8,6 +8,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,7 @@ def test_the_json_has_every_figure_of_every_contestant(whole_run: tuple[dict[str
     for name, own in found["contestants"].items():
         assert name in said
         assert set(own["ratios"]) == set(CONTROLS)
-        assert len(own["tokens"]) == len(own["tokens_per_second"]["rounds"]) == 2
+        assert len(own["tokens"]) == len(own["tokens_per_second"]["turns"]) == (6 if "fast path" in name else 2)
         assert 0 < own["tokens_per_second"]["median"] <= own["tokens_per_second"]["best"]
         assert own["cpu_seconds_per_million_tokens"] > 0
         assert own["memory"]["samples"] >= 2
@@ -113,9 +114,12 @@ def test_ratios_are_taken_within_each_round() -> None:
     fast, alone = Record([100, 100], [1.0, 2.0], [1.0, 3.0], [5] * 20), Record([100, 100], [0.5, 2.0], [1.0, 1.0], [])
     found = summarise({FAST: fast, FAST_ALONE: alone, LOOP: replace(alone, seconds=[4.0, 4.0])})
     assert found[FAST]["ratios"] == {"tokenizer_alone": 0.75, "datasets": None, "loop": 3.0}
-    assert found[FAST]["tokens_per_second"] == {"median": 75, "best": 100, "rounds": [100, 50]}
+    assert found[FAST]["tokens_per_second"] == {"median": 75, "best": 100, "turns": [100, 50]}
     assert found[FAST]["cpu_seconds_per_million_tokens"] == 20_000
     assert SLOW not in found
+    # Two turns of one stand against each of the other.
+    pairs = summarise({FAST: Record([100] * 4, [1.0, 3.0, 1.0, 1.0], [1.0] * 4, []), LOOP: alone})
+    assert pairs[FAST]["ratios"]["loop"] == median([50 / 200, 100 / 50])
 
 
 def test_memory_is_judged_after_its_start() -> None:
