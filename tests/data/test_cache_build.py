@@ -146,15 +146,23 @@ def test_a_process_killed_from_outside_ends_the_build_with_one_line_and_it_goes_
 
 
 SCRIPT = """
+import os
+import signal
 import sys
 from pathlib import Path
-from argonne.data import build_cache, cache, find_shards, load_tokenizer, open_shards
+from argonne.data import build_cache, cache, cache_build, find_shards, load_tokenizer, open_shards
+
+def stop():
+    global stopped
+    if not stopped and any(Path(directory).glob("*/*.json")):
+        stopped = True
+        os.killpg(0, signal.SIGSTOP)  # in the middle, however fast or slow the machine is
 
 if __name__ == "__main__":
     corpus, tokenizer, directory, processes = sys.argv[1:]
-    cache.MIN_UNIT_ROWS = 100
+    cache.MIN_UNIT_ROWS, cache_build.TICK_SECONDS, stopped = 100, 0, False
     shards = open_shards(find_shards([corpus]))
-    build_cache(shards, load_tokenizer(tokenizer), None, Path(directory), int(processes))
+    build_cache(shards, load_tokenizer(tokenizer), None, Path(directory), int(processes), tick=stop)
 """
 LARGE_UNITS = 24
 
@@ -186,9 +194,8 @@ def test_a_build_that_is_killed_leaves_no_process_behind_and_goes_on_where_it_st
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for(lambda: list(tmp_path.glob("*/*.json")) or killed.poll() is not None, 120)
-    os.killpg(killed.pid, signal.SIGSTOP)  # however fast it is, it is in the middle
-    assert killed.poll() is None
+    wait_for(lambda: state(killed.pid) in "TZ", 120)
+    assert state(killed.pid) == "T"
     workers = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
     assert len(workers) >= processes - (processes == 1)
     if sent == signal.SIGINT:
@@ -211,6 +218,11 @@ def test_a_build_that_is_killed_leaves_no_process_behind_and_goes_on_where_it_st
     assert again.path == path
     assert {name: (path / name).stat().st_ino for name in made} == made
     assert content(path) == content(build(shards, tokenizer, tmp_path / "whole").path)
+
+
+def state(pid: int) -> str:
+    """T: stopped; Z: ended."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
 
 
 def wait_for(condition, seconds: float) -> None:
