@@ -1,6 +1,6 @@
 """How fast does text become batches? Argonne's data pipeline beside its tokenizer alone, `datasets` and a plain loop.
 
-``python benchmarks/data_pipeline.py`` builds the corpus (``benchmarks/data_corpus.py``, once) and takes about fifteen
+``python benchmarks/data_pipeline.py`` builds the corpus (``benchmarks/data_corpus.py``, once) and takes about twenty
 minutes on two cores. Every contestant has a process of its own that delivers the same documents; they take turns, one
 at a time, a pass over the corpus each, and each ratio is of one round, so that a slow minute of the machine falls on
 all of them. The two fast ones take several turns in a round, alternately. Memory is what the system says of the

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from argonne.data.errors import DataError
-from argonne.data.inventory import describe
+from argonne.data.inventory import describe, told_apart
 from argonne.data.position import LaneState
 from argonne.data.shards import Shard
 from argonne.data.units import LanePlan
@@ -31,8 +30,9 @@ def adopt(
             document it was in.
     """
     plan = LanePlan(shards, len(states))
-    places = {key: index for index, key in enumerate(_keys(describe(shards)))}
-    moved = {index: places.get(key) for index, key in enumerate(_keys(saved))}
+    before, now = (told_apart([json.dumps(entry) for entry in listing]) for listing in (saved, describe(shards)))
+    places = {key: index for index, key in enumerate(now)}
+    moved = {index: places.get(key) for index, key in enumerate(before)}
     adopted, kept = [], 0
     for lane, state in enumerate(states):
         unreadable = tuple(
@@ -50,14 +50,3 @@ def adopt(
             position = plan.position(plan.enter(lane, position.epoch), token=0)
         adopted.append(replace(state, position=position, unreadable=unreadable))
     return adopted, kept
-
-
-def _keys(listing: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
-    """What tells the shards of a listing apart: their entries, and of equal ones their order."""
-    seen: Counter[str] = Counter()
-    keys = []
-    for entry in listing:
-        text = json.dumps(entry, sort_keys=True)
-        keys.append((text, seen[text]))
-        seen[text] += 1
-    return keys

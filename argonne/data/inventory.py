@@ -126,14 +126,15 @@ def _parse(listing: Sequence[Mapping[str, Any]]) -> list[_Entry]:
 
 def _numbered(entries: Sequence[_Entry]) -> dict[tuple[str, int], _Entry]:
     """By name, those of equal names (in other directories) told apart by their order."""
-    return dict(zip(_keys([entry.name for entry in entries]), entries, strict=True))
+    return dict(zip(told_apart([entry.name for entry in entries]), entries, strict=True))
 
 
 def _numbered_paths(paths: Sequence[Location]) -> dict[tuple[str, int], Location]:
-    return dict(zip(_keys([path.name for path in paths]), paths, strict=True))
+    return dict(zip(told_apart([path.name for path in paths]), paths, strict=True))
 
 
-def _keys(names: Sequence[str]) -> list[tuple[str, int]]:
+def told_apart(names: Sequence[str]) -> list[tuple[str, int]]:
+    """Each name, and how many equal ones come before it."""
     seen: Counter[str] = Counter()
     keys = []
     for name in names:
