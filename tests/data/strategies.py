@@ -10,7 +10,7 @@ lane_counts = st.integers(1, 6)
 boundaries = st.sampled_from([None, (0, 2)])
 """(BOS, EOS) ids, or none."""
 layouts = st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 3, 4, 6]), st.integers(1, 3), st.integers(1, 3))
-"""Lanes of each rank, data-parallel size, sequences of a micro-batch, micro-batches of a step."""
+"""Steps, data-parallel size, sequences of a micro-batch, micro-batches of a step."""
 
 
 def run(examples: int) -> settings:
