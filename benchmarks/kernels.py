@@ -24,7 +24,7 @@ from argonne.kernels import Backend
 from argonne.kernels.dispatch import interprets
 from argonne.parallel import ArgonneError, choose_device
 from argonne.training.command_line import guarded, parse
-from benchmarks.interpreter import round_to_nearest_even
+from benchmarks import interpreter
 from benchmarks.kernel_accuracy import SIZES, observe
 from benchmarks.kernel_contestants import contestants
 from benchmarks.kernel_report import plot_ratios, show, show_accuracy
@@ -72,7 +72,7 @@ def accuracy(flags: Flags, device: torch.device) -> int:
     backend: Backend = "triton" if device.type == "cuda" or interprets() else "torch"
     sizes = SIZES["cuda" if device.type == "cuda" else "interpreter" if interprets() else "torch"]
     if device.type == "cpu" and interprets():
-        round_to_nearest_even()
+        interpreter.mend()
     lines = list(observe(backend, device, sizes))
     show_accuracy(lines, environment(device), backend if device.type == "cuda" or backend == "torch" else "interpreter")
     if flags.output is not None:

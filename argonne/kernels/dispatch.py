@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from typing import Literal
@@ -18,6 +17,9 @@ Backend = Literal["auto", "torch", "triton"]
 BACKENDS = ("auto", "torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the Triton kernels read and write; they compute in float32."""
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+"""Found once: the compiler cannot follow a search for packages."""
 
 
 class KernelError(ArgonneError, ValueError):
@@ -36,13 +38,13 @@ def uses_triton(backend: Backend, **tensors: Tensor | None) -> bool:
         raise KernelError(f"backend={backend!r} is not known; legal: {', '.join(BACKENDS)}")
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     if backend == "auto":
-        return all(t.is_cuda and t.dtype in DTYPES for t in given.values()) and _has_triton()
+        return all(t.is_cuda and t.dtype in DTYPES for t in given.values()) and _HAS_TRITON
     for name, tensor in given.items():
         if not (tensor.is_cuda or interprets()):
             raise KernelError(f"{name} is on {tensor.device}; backend='triton' accepts cuda (or TRITON_INTERPRET=1)")
         if tensor.dtype not in DTYPES:
             raise KernelError(f"{name} is {tensor.dtype}; backend='triton' accepts {', '.join(map(str, DTYPES))}")
-    if not _has_triton():
+    if not _HAS_TRITON:
         raise KernelError("backend='triton' needs the package triton, which is not installed; legal here: auto, torch")
     return True
 
@@ -50,11 +52,6 @@ def uses_triton(backend: Backend, **tensors: Tensor | None) -> bool:
 def interprets() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def require(holds: bool, name: str, value: object, legal: str) -> None:

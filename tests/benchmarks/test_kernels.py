@@ -224,9 +224,9 @@ def test_the_interpreter_is_made_to_round_to_nearest_even() -> None:
     code = """
 import numpy as np, torch, triton.language as tl
 from triton.runtime import interpreter
-from benchmarks.interpreter import round_to_nearest_even
+from benchmarks.interpreter import mend
 values = torch.cat((torch.randn(999), torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, torch.inf, 1e-40, 0.0])))
-round_to_nearest_even(); round_to_nearest_even()
+mend(); mend()
 found = interpreter._convert_float(values.numpy().reshape(3, -1), tl.float32, tl.bfloat16, None)
 assert found.shape == (3, 335) and found.dtype == np.uint16
 assert (found.reshape(-1).view(np.int16) == values.to(torch.bfloat16).view(torch.int16).numpy()).all()
@@ -414,7 +414,7 @@ def test_contestants_compute_the_same(kernel: str) -> None:
     (call,) = calls_of(own, "forward", [inputs])
     expected = call()
     for name, other in others.items():
-        if name == "bare products":
+        if name == "bare products" or isinstance(other, str):  # why it is not there
             continue
         (call,) = calls_of(other, "forward", [inputs])
         made = call()

@@ -14,7 +14,7 @@ from torch import Tensor
 from argonne.kernels import Backend, apply_rope, apply_rope_packed, cross_entropy, rms_norm, rope_tables, swiglu
 from argonne.models import ArgonneConfig, ArgonneModel
 from argonne.parallel import Layout, Objective, ProcessGroups, VocabularyRange, complete_gradients
-from benchmarks.interpreter import round_to_nearest_even
+from benchmarks import interpreter
 from tests import dense
 from tests.parallel.test_cross_entropy import dense_losses
 from tests.pool import RankPool
@@ -35,7 +35,7 @@ class Interpreter(RankPool):
 
 
 def in_interpreter(groups: ProcessGroups, body: str, arguments: tuple[Any, ...]) -> Any:
-    round_to_nearest_even()
+    interpreter.mend()
     return globals()[body](*arguments)
 
 
@@ -271,7 +271,7 @@ SMALL = ArgonneConfig(24, 2, 4, 2, 37, 20, max_position_embeddings=8)
 def trained_model(groups: ProcessGroups, backend: Backend) -> tuple[Tensor, Parts]:
     """The loss of a model and the gradients of its parameters, after forward and backward with that backend."""
     if backend == "triton":
-        round_to_nearest_even()
+        interpreter.mend()
     model = ArgonneModel(SMALL, groups, backend=backend)
     model.initialise(seed=3)
     ids = torch.randint(0, SMALL.vocab_size, (2, 5), generator=torch.Generator().manual_seed(4))
