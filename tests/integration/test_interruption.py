@@ -141,7 +141,7 @@ def test_a_signal_ends_the_job_in_one_line(flags: dict[str, Any], tmp_path: Path
 def test_wall_time_saves_and_leaves_cleanly(flags: dict[str, Any], tmp_path: Path) -> None:
     long = {**flags, "--output-dir": tmp_path, "--total-steps": 100_000, "--save-interval": 100_000}
     began = time.monotonic()
-    succeed("pretrain", {**long, "--wall-time": 30})
-    assert time.monotonic() - began < 30
+    assert "leaving at step" in succeed("pretrain", {**long, "--wall-time": 30})
+    assert time.monotonic() - began < 60  # 30 on a machine with nothing else to do
     (saved,) = tmp_path.glob("step_????????")
     assert metrics(tmp_path)[-1]["step"] == int(saved.name.removeprefix("step_"))
