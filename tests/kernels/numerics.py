@@ -59,7 +59,7 @@ class Error:
         error, exact = (found.double() - exact).abs().cpu(), exact.cpu()
         size = exact.abs()
         about = torch.finfo(found.dtype)
-        unit = torch.ldexp(torch.tensor(about.eps), size.clamp(min=about.tiny).log2().floor())
+        unit = torch.ldexp(torch.tensor(about.eps, device="cpu"), size.clamp(min=about.tiny).log2().floor())
         against = size if terms is None else torch.maximum(size, terms.abs().cpu())
         own = 0.0 if terms is None else 2**-22 * terms.abs().cpu()
         largest, norm = against.max().clamp(min=1e-300), against.norm().clamp(min=1e-300)
