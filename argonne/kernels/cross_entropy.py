@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from argonne.kernels.dispatch import Backend, require, uses_triton
+from argonne.kernels.dispatch import Backend, refuse, uses_triton
 from argonne.parallel.cross_entropy import Objective, Targets, vocab_parallel_cross_entropy
 from argonne.parallel.embedding import VocabParallelEmbedding, VocabParallelHead, VocabularyRange
 from argonne.parallel.groups import Axis
@@ -38,13 +38,14 @@ def cross_entropy(
     Raises:
         KernelError: the shapes do not fit, or the backend cannot compute them.
     """
-    fits = logits.dim() > 0 and targets.shape == logits.shape[:-1]
-    require(fits, "targets", list(targets.shape), f"{list(logits.shape[:-1])} as the logits' positions")
+    if logits.dim() == 0 or targets.shape != logits.shape[:-1]:
+        refuse("targets", list(targets.shape), f"{list(logits.shape[:-1])} as the logits' positions")
     if vocabulary is None:
-        require(axis.size == 1, "vocabulary", None, f"the range of this rank, one of {axis.size}")
+        if axis.size > 1:
+            refuse("vocabulary", None, f"the range of this rank, one of {axis.size}")
         vocabulary = VocabularyRange.of_rank(logits.shape[-1], 1, 0)
-    fits = logits.shape[-1] == vocabulary.tokens
-    require(fits, "logits", list(logits.shape), f"[..., {vocabulary.tokens}], the tokens of the vocabulary's range")
+    if logits.shape[-1] != vocabulary.tokens:
+        refuse("logits", list(logits.shape), f"[..., {vocabulary.tokens}], the tokens of the vocabulary's range")
     arithmetic = arithmetic_of(backend, logits=logits)
     return vocab_parallel_cross_entropy(logits, targets, vocabulary, axis, objective, arithmetic)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -34,12 +34,16 @@ def uses_triton(backend: Backend, **tensors: Tensor | None) -> bool:
     """
     if backend == "torch":
         return False
+    if backend == "auto":  # at every call: a loop takes half of what a generator does
+        for tensor in tensors.values():
+            if tensor is not None and not (tensor.is_cuda and tensor.dtype in DTYPES):
+                return False
+        return _HAS_TRITON
     if backend not in BACKENDS:
         raise KernelError(f"backend={backend!r} is not known; legal: {', '.join(BACKENDS)}")
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    if backend == "auto":
-        return all(t.is_cuda and t.dtype in DTYPES for t in given.values()) and _HAS_TRITON
-    for name, tensor in given.items():
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
         if not (tensor.is_cuda or interprets()):
             raise KernelError(f"{name} is on {tensor.device}; backend='triton' accepts cuda (or TRITON_INTERPRET=1)")
         if tensor.dtype not in DTYPES:
@@ -54,7 +58,6 @@ def interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def require(holds: bool, name: str, value: object, legal: str) -> None:
-    """Raise ``KernelError`` in the words of all kernels unless ``holds``."""
-    if not holds:
-        raise KernelError(f"{name}={value} is not supported; legal: {legal}")
+def refuse(name: str, value: object, legal: str) -> NoReturn:
+    """Raise ``KernelError`` in the words of all kernels."""
+    raise KernelError(f"{name}={value} is not supported; legal: {legal}")

@@ -7,7 +7,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from argonne.kernels.dispatch import Backend, require, uses_triton
+from argonne.kernels.dispatch import Backend, refuse, uses_triton
 
 
 @overload
@@ -40,10 +40,10 @@ def rms_norm(
     Raises:
         KernelError: the shapes or dtypes do not fit, or the backend cannot compute them.
     """
-    require(x.dim() > 0 and weight.shape == x.shape[-1:], "weight", list(weight.shape), f"{list(x.shape[-1:])} as in x")
-    if residual is not None:
-        fits = residual.shape == x.shape and residual.dtype == x.dtype
-        require(fits, "residual", f"{list(residual.shape)} {residual.dtype}", f"{list(x.shape)} {x.dtype} as x")
+    if x.dim() == 0 or weight.shape != x.shape[-1:]:
+        refuse("weight", list(weight.shape), f"{list(x.shape[-1:])} as in x")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        refuse("residual", f"{list(residual.shape)} {residual.dtype}", f"{list(x.shape)} {x.dtype} as x")
     if uses_triton(backend, x=x, weight=weight, residual=residual):
         from argonne.kernels.gpu.rms_norm import call
 

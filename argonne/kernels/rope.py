@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from argonne.kernels.dispatch import Backend, require, uses_triton
+from argonne.kernels.dispatch import Backend, refuse, uses_triton
 
 
 def rope_tables(
@@ -74,7 +74,8 @@ def apply_rope_packed(
     """
     _check(qkv, cos, sin, positions)
     heads = qkv.shape[-2]
-    require(0 < 2 * key_value_heads < heads, "key_value_heads", key_value_heads, f"1 to {(heads - 1) // 2}")
+    if not 0 < 2 * key_value_heads < heads:
+        refuse("key_value_heads", key_value_heads, f"1 to {(heads - 1) // 2}")
     parts = [heads - 2 * key_value_heads, key_value_heads, key_value_heads]
     if uses_triton(backend, qkv=qkv, cos=cos, sin=sin):
         from argonne.kernels.gpu.rope import call_packed
@@ -97,14 +98,15 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> Te
 
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
-    require(x.dim() >= 3, "x", list(x.shape), "[..., sequence, heads, head_dim]")
-    width, length = x.shape[-1], x.shape[-3]
-    fits = cos.dim() == 2 and 2 * cos.shape[1] <= width and (positions is not None or len(cos) >= length)
-    require(fits, "cos", list(cos.shape), f"[{length} or more positions, {width // 2} or fewer pairs]")
-    require(sin.shape == cos.shape, "sin", list(sin.shape), f"{list(cos.shape)} as cos")
-    if positions is not None:
-        fits = positions.shape == x.shape[:-2] and not positions.is_floating_point()
-        require(fits, "positions", f"{list(positions.shape)} {positions.dtype}", f"integers {list(x.shape[:-2])}")
+    if x.dim() < 3:
+        refuse("x", list(x.shape), "[..., sequence, heads, head_dim]")
+    length, _, width = x.shape[-3:]
+    if cos.dim() != 2 or 2 * cos.shape[1] > width or (positions is None and len(cos) < length):
+        refuse("cos", list(cos.shape), f"[{length} or more positions, {width // 2} or fewer pairs]")
+    if sin.shape != cos.shape:
+        refuse("sin", list(sin.shape), f"{list(cos.shape)} as cos")
+    if positions is not None and (positions.shape != x.shape[:-2] or positions.is_floating_point()):
+        refuse("positions", f"{list(positions.shape)} {positions.dtype}", f"integers {list(x.shape[:-2])}")
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from argonne.kernels.dispatch import Backend, require, uses_triton
+from argonne.kernels.dispatch import Backend, refuse, uses_triton
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: Backend = "auto") -> Tensor:
@@ -24,10 +24,10 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: Backend = "auto")
         KernelError: the shapes or dtypes do not fit, or the backend cannot compute them.
     """
     if up is None:
-        require(gate.dim() > 0 and gate.shape[-1] % 2 == 0, "gate", list(gate.shape), "an even last size, without up")
-    else:
-        fits = gate.dim() > 0 and up.shape == gate.shape and up.dtype == gate.dtype
-        require(fits, "up", f"{list(up.shape)} {up.dtype}", f"{list(gate.shape)} {gate.dtype} as gate")
+        if gate.dim() == 0 or gate.shape[-1] % 2:
+            refuse("gate", list(gate.shape), "an even last size, without up")
+    elif gate.dim() == 0 or up.shape != gate.shape or up.dtype != gate.dtype:
+        refuse("up", f"{list(up.shape)} {up.dtype}", f"{list(gate.shape)} {gate.dtype} as gate")
     if uses_triton(backend, gate=gate, up=up):
         from argonne.kernels.gpu.swiglu import call
 

@@ -59,23 +59,22 @@ class Kept:
 class Targets:
     """Targets ``[tokens]`` as one rank of the vocabulary sees them, and the arithmetic on its logits.
 
-    A subclass may do ``statistics``, ``keep`` and ``gradient`` in another way (``argonne.kernels`` does, on GPU).
+    A subclass may compute in another way (``argonne.kernels`` does, on a GPU).
     """
 
-    objective: Objective
+    ids: Tensor
+    """Tokens of the whole vocabulary, or ``ignore_index``."""
     vocabulary: VocabularyRange
-    rows: Tensor
-    """The target's column among this rank's logits; 0 where another rank has it."""
-    mine: Tensor
-    counted: Tensor
-
-    @classmethod
-    def of(cls, targets: Tensor, vocabulary: VocabularyRange, objective: Objective) -> Targets:
-        rows, mine = vocabulary.localise(targets)
-        return cls(objective, vocabulary, rows, mine, targets != objective.ignore_index)
+    """The rank's."""
+    objective: Objective
 
     def __getitem__(self, chunk: slice) -> Targets:
-        return replace(self, rows=self.rows[chunk], mine=self.mine[chunk], counted=self.counted[chunk])
+        return replace(self, ids=self.ids[chunk])
+
+    @property
+    def counted(self) -> Tensor:
+        """Which positions have a loss."""
+        return self.ids != self.objective.ignore_index
 
     def statistics(self, logits: Tensor) -> tuple[Tensor, Kept]:
         """What this rank says of its logits ``[tokens, its vocabulary]``, and what it keeps of them.
@@ -90,7 +89,8 @@ class Targets:
         said[0] = said[2] = -torch.inf
         if not self.vocabulary.tokens:
             return said, Kept(values, said[1])
-        said[2] = torch.where(self.mine, values.gather(1, self.rows[:, None])[:, 0], -torch.inf)
+        column, mine = self.vocabulary.localise(self.ids)
+        said[2] = torch.where(mine, values.gather(1, column[:, None])[:, 0], -torch.inf)
         if wants_sum:
             torch.sum(values, 1, out=said[3])
         shift = values.amax(1).clamp_(min=torch.finfo(values.dtype).min)  # a rank's logits may all be -inf
@@ -130,8 +130,9 @@ class Targets:
         if smoothing:
             exponentials.sub_((scale * (smoothing / self.vocabulary.vocabulary))[:, None])
         if self.vocabulary.tokens:
-            at_target = torch.where(self.mine, (smoothing - 1) * scale, 0.0)
-            exponentials.scatter_add_(1, self.rows[:, None], at_target[:, None])
+            column, mine = self.vocabulary.localise(self.ids)
+            at_target = torch.where(mine, (smoothing - 1) * scale, 0.0)
+            exponentials.scatter_add_(1, column[:, None], at_target[:, None])
         return exponentials if out is None else out.copy_(exponentials)
 
     def factors(self, sums: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -152,10 +153,9 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         objective: Objective,
         arithmetic: type[Targets],
     ) -> Any:
-        local = arithmetic.of(targets, vocabulary, objective)
-        accurate = torch.promote_types(logits.dtype, torch.float32)
+        local = arithmetic(targets, vocabulary, objective)
         pieces = [local[chunk].statistics(logits[chunk])[0] for chunk in _chunks(logits)]
-        said = torch.cat(pieces, 1) if pieces else logits.new_zeros(4, 0, dtype=accurate)
+        said = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
         losses, sums = local.losses(all_gather(said, axis))
         ctx.save_for_backward(logits, targets, sums)
         ctx.vocabulary, ctx.objective, ctx.arithmetic = vocabulary, objective, arithmetic
@@ -165,7 +165,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         logits, targets, sums = ctx.saved_tensors
-        local = ctx.arithmetic.of(targets, ctx.vocabulary, ctx.objective)
+        local = ctx.arithmetic(targets, ctx.vocabulary, ctx.objective)
         logits_gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
         for chunk in _chunks(logits):
             kept = local[chunk].keep(logits[chunk], sums[:, chunk])
@@ -201,5 +201,5 @@ def vocab_parallel_cross_entropy(
 
 def _chunks(logits: Tensor) -> Iterator[slice]:
     rows = max(1, _CHUNK.get(logits.device.type, 1 << 27) // max(1, logits.shape[1]))
-    for start in range(0, logits.shape[0], rows):
+    for start in range(0, max(1, logits.shape[0]), rows):  # no row at all is a chunk too
         yield slice(start, start + rows)

@@ -49,7 +49,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.vocabulary, ctx.axis, ctx.objective, ctx.reduction = vocabulary, axis, objective, reduction
         ctx.site, ctx.weight_dtype, ctx.arithmetic = site(), weight.dtype, arithmetic
         used = weight[: vocabulary.tokens].to(x.dtype)
-        local = arithmetic.of(targets, vocabulary, objective)
+        local = arithmetic(targets, vocabulary, objective)
         accurate = torch.promote_types(x.dtype, torch.float32)
         losses, sums = (x.new_empty(*shape, len(x), dtype=accurate) for shape in ((), (2,)))
         gradients = _Gradients(ctx, x, weight, accurate) if trains and reduction == "sum" else None
@@ -72,7 +72,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             made = [None if g is None else g.mul_(gradient) for g in ctx.saved_tensors]
             return *made, *(None,) * 7
         x, used, targets, sums = ctx.saved_tensors
-        local = ctx.arithmetic.of(targets, ctx.vocabulary, ctx.objective)
+        local = ctx.arithmetic(targets, ctx.vocabulary, ctx.objective)
         gradients = _Gradients(ctx, x, used, sums.dtype, rows=ctx.vocabulary.rows)
         for chunk in _chunks(x, ctx.vocabulary):
             kept = local[chunk].keep(_logits(x[chunk], used), sums[:, chunk])

@@ -251,7 +251,7 @@ def cross_entropy_errors(
         gradient = x.grad
     else:
         parts = [VocabularyRange.of_rank(columns, ranks, rank) for rank in range(ranks)]
-        local = [TritonTargets.of(targets, part, objective) for part in parts]
+        local = [TritonTargets(targets, part, objective) for part in parts]
         values = [logits[:, part.start : part.stop] for part in parts]
         said = torch.stack([one.statistics(x)[0] for one, x in zip(local, values, strict=True)])
         losses, sums = local[0].losses(said)

@@ -28,6 +28,7 @@ REGISTERS = {
     "swiglu.forward_kernel": 40,
     "swiglu.backward_kernel": 48,
     "cross_entropy.statistics_kernel": 72,
+    "cross_entropy.losses_kernel": 40,
     "cross_entropy.gradient_kernel": 64,
 }
 """The most that a thread of a kernel may take, over all configurations. Measured with Triton 3.9, and one step of 8
@@ -90,15 +91,16 @@ def gates(columns: int, dtype: torch.dtype) -> list[Shipped]:
 
 def losses(vocabulary: int, ranks: int, dtype: torch.dtype, objective: Objective) -> list[Shipped]:
     part = VocabularyRange.of_rank(vocabulary, ranks, 0)
-    numbers, flags = empty(TOKENS, dtype=torch.int64), empty(TOKENS, dtype=torch.bool)
-    targets = cross_entropy.TritonTargets(objective, part, numbers, flags, flags)
+    targets = cross_entropy.TritonTargets(empty(TOKENS, dtype=torch.int64), part, objective)
     width = -(-part.tokens // 16) * 16  # as the head makes them on a GPU: rows begin at multiples of 16 elements
-    logits, sums = empty(TOKENS, width, dtype=dtype)[:, : part.tokens], empty(2, TOKENS, dtype=FLOAT)
+    logits = empty(TOKENS, width, dtype=dtype)[:, : part.tokens]
 
-    def both() -> None:
-        targets.gradient(targets.statistics(logits)[1], sums, None)
+    def all_three() -> None:
+        said, kept = targets.statistics(logits)
+        _, sums = targets.losses(said.expand(ranks, -1, -1))
+        targets.gradient(kept, sums, None)
 
-    return [Shipped(f"cross_entropy {vocabulary}/{ranks} {dtype}", cross_entropy, both)]
+    return [Shipped(f"cross_entropy {vocabulary}/{ranks} {dtype}", cross_entropy, all_three)]
 
 
 def of_preset(config: ArgonneConfig, dtype: torch.dtype) -> list[Shipped]:

@@ -7,12 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from argonne.kernels.gpu.launch import as_rows, warps
+from argonne.kernels.gpu.launch import as_rows, cdiv, power_of_2, warps
 from argonne.parallel.cross_entropy import Kept, Targets
 
 STATISTICS_BLOCK, GRADIENT_BLOCK = 8192, 2048
 """Columns at a time."""
-GRADIENT_WARPS = 4
+LOSSES_BLOCK = 512
+"""Positions at a time."""
+FEW_WARPS = 4
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
@@ -24,8 +26,15 @@ def _add(values, top, exponentials):
 
 
 @triton.jit
+def _own_column(target, first, columns):
+    """Where a target is among this rank's columns, which begin at token ``first``; -1 where another rank has it."""
+    own = target - first
+    return tl.where((own >= 0) & (own < columns), own, -1)
+
+
+@triton.jit
 def statistics_kernel(
-    logits, target, mine, said, stride, tokens, columns, WANTS_SUM: tl.constexpr, BLOCK: tl.constexpr
+    logits, targets, said, stride, tokens, first, columns, WANTS_SUM: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """A row's maximum, the sum of exponentials above it, the target's logit and (if wanted) the sum, in one read.
 
@@ -52,11 +61,45 @@ def statistics_kernel(
             total += tl.sum(tl.where(mask, values, 0.0), 0)
     tl.store(said + row, top)
     tl.store(said + tokens + row, tl.sum(exponentials, 0))
-    owns = tl.load(mine + row) != 0
-    own = tl.load(start_of_row + tl.load(target + row), owns, other=-float("inf")).to(tl.float32)
-    tl.store(said + 2 * tokens + row, own)
+    own = _own_column(tl.load(targets + row), first, columns)
+    tl.store(said + 2 * tokens + row, tl.load(start_of_row + own, own >= 0, other=-float("inf")).to(tl.float32))
     if WANTS_SUM:
         tl.store(said + 3 * tokens + row, total)
+
+
+@triton.jit
+def losses_kernel(
+    said, targets, losses, sums, ranks, tokens, ignored,
+    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The loss of each position, and the softmax's ``sums``, from what every rank said of it."""
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = token < tokens
+    top = tl.full([BLOCK], LOWEST, tl.float32)
+    own = tl.full([BLOCK], -float("inf"), tl.float32)
+    exponentials = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    one = said + token
+    for _ in range(0, ranks):
+        highest = tl.load(one, mask, other=LOWEST)
+        higher = tl.maximum(top, highest)
+        above = tl.load(one + tokens, mask, other=0.0)
+        exponentials = exponentials * tl.exp(top - higher) + above * tl.exp(highest - higher)
+        top = higher
+        own = tl.maximum(own, tl.load(one + 2 * tokens, mask, other=0.0))
+        if SMOOTHING > 0:
+            total += tl.load(one + 3 * tokens, mask, other=0.0)
+        one += (4 if SMOOTHING > 0 else 3) * tokens
+    log_total = tl.log(exponentials)
+    loss = (top - own) + log_total  # a difference of logits first: it does not suffer when all of them are large
+    if SMOOTHING > 0:
+        loss = (1 - SMOOTHING) * loss + SMOOTHING * ((top - total / VOCABULARY) + log_total)
+    if Z_LOSS > 0:
+        loss += Z_LOSS * (top + log_total) * (top + log_total)
+    loss = tl.where(tl.load(targets + token, mask, other=0) == ignored, 0.0, loss)
+    tl.store(losses + token, loss, mask)
+    tl.store(sums + token, top, mask)
+    tl.store(sums + tokens + token, log_total, mask)
 
 
 @triton.jit
@@ -68,20 +111,23 @@ def _gradient(values, column, top, log_total, factor, even, at_target, own):
 
 @triton.jit
 def gradient_kernel(
-    logits, out, sums, target, mine, factor, scale, stride, out_stride, tokens, columns,
-    EVEN: tl.constexpr, AT_TARGET: tl.constexpr, BLOCK: tl.constexpr,
+    logits, out, sums, targets, scale, stride, out_stride, sums_stride, scale_stride, first, columns, ignored,
+    EVEN: tl.constexpr, AT_TARGET: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``factor * softmax - EVEN * scale``, and ``- AT_TARGET * scale`` in the target's column; ``out`` may be logits.
 
-    EVEN is label smoothing over the vocabulary's size, AT_TARGET is 1 - label smoothing.
+    EVEN is label smoothing over the vocabulary's size, AT_TARGET is 1 - label smoothing; ``scale``, the gradient of
+    the losses, is 1 if it is not given, and 0 of an ignored target.
     """
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
     column = start + tl.arange(0, BLOCK)
-    top, log_total = tl.load(sums + row), tl.load(sums + tokens + row)
-    given, factor = tl.load(scale + row), tl.load(factor + row)
+    top, log_total, target = tl.load(sums + row), tl.load(sums + sums_stride + row), tl.load(targets + row)
+    given = tl.full([], 1.0, tl.float32) if scale is None else tl.load(scale + row * scale_stride).to(tl.float32)
+    given = tl.where(target == ignored, 0.0, given)
+    factor = given * (1 + 2 * Z_LOSS * (top + log_total)) if Z_LOSS > 0 else given
     even, at_target = EVEN * given, AT_TARGET * given
-    own = tl.where(tl.load(mine + row) != 0, tl.load(target + row), -1)
+    own = _own_column(target, first, columns)
     source, sink = logits + row * stride + column, out + row * out_stride + column
     if start + BLOCK <= columns:
         gradient = _gradient(tl.load(source), column, top, log_total, factor, even, at_target, own)
@@ -98,18 +144,31 @@ class TritonTargets(Targets):
 
     def statistics(self, logits: Tensor) -> tuple[Tensor, Kept]:
         """As ``Targets.statistics``; what is kept are the logits themselves."""
-        if not logits.numel():
-            return super().statistics(logits)
         logits = as_rows(logits)
         tokens, columns = logits.shape
         wants_sum = self.objective.label_smoothing > 0
-        block = min(STATISTICS_BLOCK, triton.next_power_of_2(columns))
+        block = min(STATISTICS_BLOCK, power_of_2(columns))
         said = torch.empty(4 if wants_sum else 3, tokens, dtype=torch.float32, device=logits.device)
-        statistics_kernel[(tokens,)](
-            logits, self.rows, self.mine, said, logits.stride(0), tokens, columns, WANTS_SUM=wants_sum,
-            BLOCK=block, num_warps=warps(block),
-        )  # fmt: skip
+        if tokens:
+            statistics_kernel[(tokens,)](
+                logits, self.ids, said, logits.stride(0), tokens, self.vocabulary.start, columns, WANTS_SUM=wants_sum,
+                BLOCK=block, num_warps=warps(block),
+            )  # fmt: skip
         return said, Kept(logits)
+
+    def losses(self, said: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``Targets.losses``."""
+        said, objective = said.contiguous(), self.objective
+        ranks, _, tokens = said.shape
+        found = torch.empty(3, tokens, dtype=torch.float32, device=said.device)
+        losses, sums = found[0], found[1:]
+        if tokens:
+            losses_kernel[(cdiv(tokens, LOSSES_BLOCK),)](
+                said, self.ids, losses, sums, ranks, tokens, objective.ignore_index,
+                SMOOTHING=objective.label_smoothing, Z_LOSS=objective.z_loss, VOCABULARY=self.vocabulary.vocabulary,
+                BLOCK=LOSSES_BLOCK, num_warps=FEW_WARPS,
+            )  # fmt: skip
+        return losses, sums
 
     def keep(self, logits: Tensor, sums: Tensor) -> Kept:
         """As ``Targets.keep``: the logits, which are not written to."""
@@ -117,16 +176,16 @@ class TritonTargets(Targets):
 
     def gradient(self, kept: Kept, sums: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tensor:
         """As ``Targets.gradient``."""
-        logits = kept.values
+        logits, objective = kept.values, self.objective
         out = logits if out is None else out
         if not logits.numel():
             return out
         tokens, columns = logits.shape
-        scale, factor = self.factors(sums, scale)
-        smoothing = self.objective.label_smoothing
-        gradient_kernel[(tokens, triton.cdiv(columns, GRADIENT_BLOCK))](
-            logits, out, sums.contiguous(), self.rows, self.mine, factor, scale, logits.stride(0), out.stride(0),
-            tokens, columns, EVEN=smoothing / self.vocabulary.vocabulary, AT_TARGET=1 - smoothing,
-            BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS,
+        smoothing, vocabulary = objective.label_smoothing, self.vocabulary
+        gradient_kernel[(tokens, cdiv(columns, GRADIENT_BLOCK))](
+            logits, out, sums, self.ids, scale, logits.stride(0), out.stride(0), sums.stride(0),
+            0 if scale is None else scale.stride(0), vocabulary.start, columns, objective.ignore_index,
+            EVEN=smoothing / vocabulary.vocabulary, AT_TARGET=1 - smoothing, Z_LOSS=objective.z_loss,
+            BLOCK=GRADIENT_BLOCK, num_warps=FEW_WARPS,
         )  # fmt: skip
         return out

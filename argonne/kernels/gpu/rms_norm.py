@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from argonne.kernels.gpu.launch import Wrap, as_rows, differentiable, direct, warps, within_op
+from argonne.kernels.gpu.launch import Wrap, as_rows, cdiv, differentiable, direct, power_of_2, warps, within_op
 
 PARTIAL_SUMS = 264
 """Sums that the weight's gradient is first taken in: 2 for each of an H100's 132 multiprocessors. A constant, so
@@ -28,18 +29,15 @@ class Plan:
     """Columns at a time."""
     rows: int
     """Rows at a time."""
+    num_warps: int
 
     @classmethod
+    @functools.cache
     def of(cls, columns: int, widest: int) -> Plan:
         """All columns at once up to ``widest``, beyond which registers would spill."""
-        if columns > widest:
-            return cls(True, WIDE_BLOCK, 1)
-        block = triton.next_power_of_2(columns)
-        return cls(False, block, max(1, 2048 // block))
-
-    @property
-    def num_warps(self) -> int:
-        return warps(self.block * self.rows)
+        block = WIDE_BLOCK if columns > widest else power_of_2(columns)
+        rows = 1 if columns > widest else max(1, 2048 // block)
+        return cls(columns > widest, block, rows, warps(block * rows))
 
 
 FORWARD_WIDEST, BACKWARD_WIDEST = 16384, 8192
@@ -182,8 +180,8 @@ def forward(
     total = torch.empty_like(y) if residual is not None else x.new_empty(0)
     scale = torch.empty(count, dtype=torch.float32, device=x.device)
     if y.numel():
-        plan = Plan.of(columns, FORWARD_WIDEST)
-        wrap(wide_forward_kernel if plan.is_wide else forward_kernel)[(triton.cdiv(count, plan.rows),)](
+        plan = Plan.of(int(columns), FORWARD_WIDEST)
+        wrap(wide_forward_kernel if plan.is_wide else forward_kernel)[(cdiv(count, plan.rows),)](
             rows, given, weight, y, total, scale, rows.stride(0), 0 if given is None else given.stride(0),
             count, columns, EPS=eps, HAS_RESIDUAL=residual is not None, BLOCK=plan.block, ROWS=plan.rows,
             num_warps=plan.num_warps,
@@ -201,8 +199,8 @@ def backward(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not dx.numel():
         return dx, torch.zeros_like(weight)
-    plan = Plan.of(columns, BACKWARD_WIDEST)
-    programs = min(triton.cdiv(count, plan.rows), PARTIAL_SUMS)
+    plan = Plan.of(int(columns), BACKWARD_WIDEST)
+    programs = min(cdiv(count, plan.rows), PARTIAL_SUMS)
     sums = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
     strides = rows.stride(0), gradient.stride(0)
     added_stride = 0 if added is None else added.stride(0)
@@ -216,7 +214,7 @@ def backward(
             rows, weight, scale, gradient, added, dx, *strides, added_stride, columns,
             HAS_RESIDUAL=added is not None, BLOCK=plan.block, num_warps=plan.num_warps,
         )  # fmt: skip
-        wrap(wide_dweight_kernel)[(programs, triton.cdiv(columns, plan.block))](
+        wrap(wide_dweight_kernel)[(programs, cdiv(columns, plan.block))](
             rows, scale, gradient, sums, *strides, count, columns, BLOCK=plan.block, num_warps=plan.num_warps
         )
     return dx, sums.sum(0).to(weight.dtype)

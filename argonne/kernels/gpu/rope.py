@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import triton_op
 
-from argonne.kernels.gpu.launch import Wrap, differentiable, direct, within_op
+from argonne.kernels.gpu.launch import Wrap, cdiv, differentiable, direct, within_op
 from argonne.kernels.rope import rotated
 
 BLOCK = 1024
@@ -74,7 +74,7 @@ def rotate(
         out = torch.empty(batch, length, heads, width, dtype=x.dtype, device=x.device)
     if x.numel():
         columns = heads * width
-        wrap(rotate_kernel)[(batch * length, triton.cdiv(columns, BLOCK))](
+        wrap(rotate_kernel)[(batch * length, cdiv(columns, BLOCK))](
             x, out, cos, sin, positions, length, columns, *x.stride()[:3], out.stride(1), cos.shape[1],
             WIDTH=width, ROTATED=2 * cos.shape[1], SIGN=sign, HAS_POSITIONS=positions is not None,
             DENSE=x.stride(2) == width, BLOCK=BLOCK,

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from argonne.kernels.gpu.launch import Wrap, as_rows, differentiable, direct, within_op
+from argonne.kernels.gpu.launch import Wrap, as_rows, cdiv, differentiable, direct, within_op
 
 BLOCK = 1024
 """Columns of a row that a program computes."""
@@ -54,7 +54,7 @@ def forward(gate: Tensor, up: Tensor | None, wrap: Wrap = direct) -> Tensor:
     out = torch.empty(*gate.shape[:-1], first.shape[1], dtype=gate.dtype, device=gate.device)
     if out.numel():
         rows, columns = first.shape
-        wrap(forward_kernel)[(rows, triton.cdiv(columns, BLOCK))](
+        wrap(forward_kernel)[(rows, cdiv(columns, BLOCK))](
             first, second, out, first.stride(0), second.stride(0), columns, BLOCK=BLOCK, num_warps=NUM_WARPS
         )
     return out
@@ -69,7 +69,7 @@ def backward(gradient: Tensor, gate: Tensor, up: Tensor | None, wrap: Wrap = dir
         rows, columns = first.shape
         into, beside = _halves(dgate, None if up is None else dup)
         given = as_rows(gradient)
-        wrap(backward_kernel)[(rows, triton.cdiv(columns, BLOCK))](
+        wrap(backward_kernel)[(rows, cdiv(columns, BLOCK))](
             first, second, given, into, beside, first.stride(0), second.stride(0), given.stride(0), into.stride(0),
             columns, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
