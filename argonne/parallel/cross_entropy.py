@@ -168,8 +168,9 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         local = ctx.arithmetic(targets, ctx.vocabulary, ctx.objective)
         logits_gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
         for chunk in _chunks(logits):
-            kept = local[chunk].keep(logits[chunk], sums[:, chunk])
-            local[chunk].gradient(kept, sums[:, chunk], gradient[chunk], out=logits_gradient[chunk])
+            here = local[chunk]
+            kept = here.keep(logits[chunk], sums[:, chunk])
+            here.gradient(kept, sums[:, chunk], gradient[chunk], out=logits_gradient[chunk])
         return logits_gradient, None, None, None, None, None
 
 

@@ -35,18 +35,19 @@ def document_bounds(documents: Tensor) -> DocumentBounds:
 
 
 @functools.cache
-def _takes_groups() -> bool:
-    """Whether this PyTorch has variable-length attention with a causal window and grouped heads."""
+def _offers(option: str) -> bool:
+    """Whether this PyTorch has variable-length attention with ``option``: 2.11 has it without groups of heads."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return False
-    return {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+    return option in inspect.signature(varlen_attn).parameters
 
 
 def can_vary_length(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether ``variable_length_attention`` can compute there; elsewhere documents are masked."""
-    if device.type != "cuda" or dtype not in FLASH_DTYPES or head_dim % 8 or head_dim > 256 or not _takes_groups():
+    fits = dtype in FLASH_DTYPES and head_dim % 8 == 0 and head_dim <= 256
+    if device.type != "cuda" or not fits or not _offers("window_size"):
         return False
     return torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
 
@@ -66,8 +67,10 @@ def variable_length_attention(query: Tensor, key: Tensor, value: Tensor, bounds:
     from torch.nn.attention import varlen
 
     attend: Any = varlen.varlen_attn  # its types differ from release to release
+    options = {"enable_gqa": query.shape[1] != key.shape[1]} if _offers("enable_gqa") else {}
+    if not options:
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
     flat = [rearrange(x, "batch head sequence dim -> (batch sequence) head dim") for x in (query, key, value)]
     ends, longest = bounds.cumulative, bounds.longest
-    grouped = query.shape[1] != key.shape[1]
-    out = attend(*flat, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=grouped)
+    out = attend(*flat, ends, ends, longest, longest, window_size=(-1, 0), **options)
     return rearrange(out, "(batch sequence) head dim -> batch head sequence dim", batch=len(query))

@@ -54,10 +54,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses, sums = (x.new_empty(*shape, len(x), dtype=accurate) for shape in ((), (2,)))
         gradients = _Gradients(ctx, x, weight, accurate) if trains and reduction == "sum" else None
         for chunk in _chunks(x, vocabulary):
-            said, kept = local[chunk].statistics(_logits(x[chunk], used))
-            losses[chunk], sums[:, chunk] = local[chunk].losses(all_gather(said, axis))
+            here = local[chunk]
+            said, kept = here.statistics(_logits(x[chunk], used))
+            losses[chunk], sums[:, chunk] = here.losses(all_gather(said, axis))
             if gradients is not None:
-                gradients.add(chunk, local[chunk].gradient(kept, sums[:, chunk], None), x, used)
+                gradients.add(chunk, here.gradient(kept, sums[:, chunk], None), x, used)
         if reduction == "none":
             ctx.save_for_backward(x, used, targets, sums)
             return losses
@@ -75,8 +76,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         local = ctx.arithmetic(targets, ctx.vocabulary, ctx.objective)
         gradients = _Gradients(ctx, x, used, sums.dtype, rows=ctx.vocabulary.rows)
         for chunk in _chunks(x, ctx.vocabulary):
-            kept = local[chunk].keep(_logits(x[chunk], used), sums[:, chunk])
-            gradients.add(chunk, local[chunk].gradient(kept, sums[:, chunk], gradient[chunk]), x, used)
+            here = local[chunk]
+            kept = here.keep(_logits(x[chunk], used), sums[:, chunk])
+            gradients.add(chunk, here.gradient(kept, sums[:, chunk], gradient[chunk]), x, used)
         return *gradients.result(), *(None,) * 7
 
 

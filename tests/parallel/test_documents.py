@@ -25,7 +25,7 @@ def definition(
     longest: int,
     _: int,
     window_size: tuple[int, int],
-    enable_gqa: bool,
+    enable_gqa: bool = False,
 ) -> Tensor:
     """``varlen_attn`` in plain words: each document alone."""
     assert same is begins
@@ -46,8 +46,9 @@ def definition(
     st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1)]),
     st.lists(st.integers(1, 5), min_size=1, max_size=6),
     st.integers(0, 10**6),
+    st.booleans(),
 )
-def test_documents_by_their_bounds_are_documents_by_their_mask(batch, heads, lengths, seed) -> None:
+def test_documents_by_their_bounds_are_documents_by_their_mask(batch, heads, lengths, seed, has_groups) -> None:
     generator = torch.Generator().manual_seed(seed)
     sequence = sum(lengths)
     rows = [
@@ -62,6 +63,7 @@ def test_documents_by_their_bounds_are_documents_by_their_mask(batch, heads, len
     results = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(varlen, "varlen_attn", definition)
+        patch.setattr(module, "_offers", lambda option: option != "enable_gqa" or has_groups)
         for bounds in (None, document_bounds(documents)):
             out = context_parallel_attention(query, key, value, Axis("context"), documents, bounds)
             results.append([out, *torch.autograd.grad((out * weights).sum(), (query, key, value))])
@@ -83,7 +85,7 @@ def test_documents_are_masked_where_flash_attention_does_not_go() -> None:
 
 @pytest.mark.parametrize(("capability", "can"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
 def test_flash_attention_goes_from_compute_capability_80_on(capability, can, monkeypatch) -> None:
-    monkeypatch.setattr(module, "_takes_groups", lambda: True)
+    monkeypatch.setattr(module, "_offers", lambda option: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert can_vary_length(torch.device("cuda"), torch.bfloat16, 64) is can
 
