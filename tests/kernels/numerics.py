@@ -247,6 +247,7 @@ def cross_entropy_errors(
     if ranks == 1:
         (x,) = leaves(logits)
         losses = cross_entropy(x, targets, objective, backend="triton")
+        losses *= 1  # what is returned may be written to
         losses.backward(scale)
         gradient = x.grad
     else:

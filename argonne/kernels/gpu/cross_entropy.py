@@ -160,8 +160,8 @@ class TritonTargets(Targets):
         """As ``Targets.losses``."""
         said, objective = said.contiguous(), self.objective
         ranks, _, tokens = said.shape
-        found = torch.empty(3, tokens, dtype=torch.float32, device=said.device)
-        losses, sums = found[0], found[1:]
+        losses = torch.empty(tokens, dtype=torch.float32, device=said.device)
+        sums = torch.empty(2, tokens, dtype=torch.float32, device=said.device)
         if tokens:
             losses_kernel[(cdiv(tokens, LOSSES_BLOCK),)](
                 said, self.ids, losses, sums, ranks, tokens, objective.ignore_index,
