@@ -160,6 +160,7 @@ def stop():
 
 if __name__ == "__main__":
     corpus, tokenizer, directory, processes = sys.argv[1:]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what runs in its background ignore it
     cache.MIN_UNIT_ROWS, cache_build.TICK_SECONDS, stopped = 100, 0, False
     shards = open_shards(find_shards([corpus]))
     build_cache(shards, load_tokenizer(tokenizer), None, Path(directory), int(processes), tick=stop)
