@@ -240,6 +240,8 @@ def cross_entropy_errors(
     generator = torch.Generator().manual_seed(2)
     targets = torch.randint(0, columns, (rows,), generator=generator, device="cpu").to(logits.device)
     targets[::3] = objective.ignore_index
+    if strided:
+        targets = torch.stack((targets, targets + 1), 1)[:, 0]
     scale = draw(rows, seed=3, dtype=torch.float32)
     exact = logits.detach().double().requires_grad_()
     expected = dense_losses(exact, targets, objective)
@@ -263,7 +265,10 @@ def cross_entropy_errors(
         gradient = torch.cat(made, 1)
     assert losses.dtype == torch.float32
     error = (losses.double() - expected).abs() / expected.abs().clamp(min=1)
-    return error.max().item() if rows else 0.0, Error.of(gradient, exact.grad)
+    # Of one column, softmax and target are each all of the gradient's scale, and what is left of them is the z-loss.
+    terms = scale.double()[:, None].abs() * exact.detach().softmax(-1)
+    terms[::3] = 0
+    return error.max().item() if rows else 0.0, Error.of(gradient, exact.grad, terms)
 
 
 SMALL = ArgonneConfig(24, 2, 4, 2, 37, 20, max_position_embeddings=8)

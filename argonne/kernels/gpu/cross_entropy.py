@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -139,8 +141,12 @@ def gradient_kernel(
         tl.store(sink, gradient.to(out.dtype.element_ty), mask)
 
 
+@dataclass
 class TritonTargets(Targets):
     """``Targets`` whose arithmetic is these kernels; nothing as wide as the vocabulary is allocated in float32."""
+
+    def __post_init__(self) -> None:
+        self.ids = self.ids.contiguous()  # the kernels take one after the other
 
     def statistics(self, logits: Tensor) -> tuple[Tensor, Kept]:
         """As ``Targets.statistics``; what is kept are the logits themselves."""
