@@ -30,9 +30,8 @@ def adopt(
             document it was in.
     """
     plan = LanePlan(shards, len(states))
-    before, now = (told_apart([json.dumps(entry) for entry in listing]) for listing in (saved, describe(shards)))
-    places = {key: index for index, key in enumerate(now)}
-    moved = {index: places.get(key) for index, key in enumerate(before)}
+    places = {key: index for index, key in enumerate(_keys(describe(shards)))}
+    moved = {index: places.get(key) for index, key in enumerate(_keys(saved))}
     adopted, kept = [], 0
     for lane, state in enumerate(states):
         unreadable = tuple(
@@ -50,3 +49,7 @@ def adopt(
             position = plan.position(plan.enter(lane, position.epoch), token=0)
         adopted.append(replace(state, position=position, unreadable=unreadable))
     return adopted, kept
+
+
+def _keys(listing: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
+    return told_apart([json.dumps(entry, sort_keys=True) for entry in listing])

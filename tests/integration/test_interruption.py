@@ -142,6 +142,6 @@ def test_wall_time_saves_and_leaves_cleanly(flags: dict[str, Any], tmp_path: Pat
     long = {**flags, "--output-dir": tmp_path, "--total-steps": 100_000, "--save-interval": 100_000}
     began = time.monotonic()
     assert "leaving at step" in succeed("pretrain", {**long, "--wall-time": 30})
-    assert time.monotonic() - began < 60  # 30 on a machine with nothing else to do
+    assert time.monotonic() - began < 30
     (saved,) = tmp_path.glob("step_????????")
     assert metrics(tmp_path)[-1]["step"] == int(saved.name.removeprefix("step_"))

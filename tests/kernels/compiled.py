@@ -23,7 +23,6 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int64: "*i64",
-    torch.bool: "*i1",
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -61,7 +62,11 @@ def outside(words: list[str]) -> int:
     import torch
 
     problem = None
-    if torch.version.cuda is None:
+    if not words:
+        problem = "there is nothing to run; legal: a script or -m and a module, and its flags"
+    elif missing := [tool for tool in ("cc", "nm") if shutil.which(tool) is None]:
+        problem = f"{' and '.join(missing)} not found; legal: a machine with a C compiler and binutils"
+    elif torch.version.cuda is None:
         problem = f"torch {torch.__version__} is not built for CUDA; legal: one that is, such as torch 2.11.0+cu130"
     elif torch.cuda.is_available():
         problem = "there is a GPU, which computes; legal: a machine without one"

@@ -3,8 +3,6 @@
 #include <cuda.h>
 #include <string.h>
 
-#undef cuDevicePrimaryCtxRelease
-
 static CUcontext context = (CUcontext)64;
 
 CUresult cuDeviceGet(CUdevice *device, int ordinal) { *device = 0; return CUDA_SUCCESS; }

@@ -32,6 +32,14 @@ def test_a_pytorch_without_cuda_is_refused_in_one_line() -> None:
     assert line.startswith(f"null GPU: error: torch {torch.__version__} is not built for CUDA; legal: one that is")
 
 
+def test_nothing_to_run_is_refused_in_one_line() -> None:
+    done = pretend()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "null GPU: error: there is nothing to run; legal: a script or -m and a module, and its flags"
+    ]
+
+
 @pytest.mark.slow
 @can_pretend
 def test_kernels_are_launched_and_timed(tmp_path: Path) -> None:
