@@ -223,6 +223,8 @@ class RunFlags:
     """Directory of the run. Starting again there continues it from its newest valid checkpoint."""
     save_interval: int = 350
     """Steps between checkpoints; each also generates text and measures the held-out loss."""
+    sample_tokens: int = 100
+    """Tokens of the text that is generated at each checkpoint."""
     keep_checkpoints: int = 50
     """Newest checkpoints to keep."""
     log_interval: int = 10
@@ -258,6 +260,7 @@ class RunConfig:
             "prefetch_batches": (d.prefetch_batches, 1),
             "validation_sequences": (d.validation_sequences, 1),
             "save_interval": (r.save_interval, 1),
+            "sample_tokens": (r.sample_tokens, 0),
             "keep_checkpoints": (r.keep_checkpoints, 1),
             "log_interval": (r.log_interval, 1),
             "data_lanes": (1 if d.data_lanes is None else d.data_lanes, 1),

@@ -83,12 +83,12 @@ def held_out_loss(
 
 
 def sample_text(
-    model: ArgonneModel | PipelinedModel, tokenizer: PreTrainedTokenizerFast | None, seed: int
+    model: ArgonneModel | PipelinedModel, tokenizer: PreTrainedTokenizerFast | None, tokens: int, seed: int
 ) -> str | None:
-    """The model's continuation of ``PROMPT``, with the prompt, on the ranks that have a tokenizer (collective)."""
+    """``PROMPT`` and the model's continuation of so many tokens, on the ranks that have a tokenizer (collective)."""
     prompt: list[int] = []
     if tokenizer is not None:
         prompt = tokenizer.encode(PROMPT, add_special_tokens=False)
     prompt = gather_objects(prompt, model.groups.world)[0]
-    added = generate(model, prompt, Sampling(), seed, stop=None)
+    added = generate(model, prompt, Sampling(max_new_tokens=tokens), seed, stop=None)
     return None if tokenizer is None else tokenizer.decode(prompt + added)

@@ -154,14 +154,16 @@ class Trainer:
         on continuing, so that no interruption leaves a hole in them.
         """
         began = time.monotonic()
-        text = sample_text(self.state.model, self.workload.tokenizer, self.config.training.seed + self.state.step)
-        lanes = self.state.all_lanes()
+        state, config = self.state, self.config
+        seed = config.training.seed + state.step
+        text = sample_text(state.model, self.workload.tokenizer, config.run.sample_tokens, seed)
+        lanes = state.all_lanes()
         if progress:
             records = self.metrics.read()
-            write_report(self.config, self.workload, self.state, lanes, records, self.global_batch, text or "")
-        path = self.state.save(self.config, self.workload, lanes, self.global_batch)
+            write_report(config, self.workload, state, lanes, records, self.global_batch, text or "")
+        path = state.save(config, self.workload, lanes, self.global_batch)
         if progress:
-            pruned = prune(self.config.run.output_dir, self.config.run.keep_checkpoints)
+            pruned = prune(config.run.output_dir, config.run.keep_checkpoints)
             gone = f"; {len(pruned)} older pruned" if pruned else ""
             progress.say(f"saved {path}{gone}\n  {data_line(lanes)}\n  {text!r}")
         self.save_seconds = max(self.save_seconds, time.monotonic() - began)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from argonne.training.evaluation import PROMPT
 from tests.integration.runs import (
     command,
     finish,
@@ -92,7 +93,9 @@ def test_resume_changes_on_purpose_only_what_it_is_told(flags: dict[str, Any], t
     boolean = {"--disable-gradient-checkpointing": None}
     succeed("pretrain", {**flags, **boolean, "--output-dir": tmp_path, "--stop-at-step": 4})
     told = {"--checkpoint-path": tmp_path, "--stop-at-step": 6, "--batch-size": 4, "--learning-rate": 1e-3, **boolean}
-    output = succeed("resume", {**told, "--reset-optimizer": None, "--rewarmup-steps": 2})
+    shown = {"--sample-tokens": 0}
+    output = succeed("resume", {**told, **shown, "--reset-optimizer": None, "--rewarmup-steps": 2})
+    assert (tmp_path / "samples.md").read_text().endswith(f"\n\n> {PROMPT}\n\n")
     assert "changed from here on: schedule.learning_rate: 0.003 -> 0.001" in output
     lines = metrics(tmp_path)
     assert [line["tokens"] for line in lines] == [128 * step for step in range(1, 7)]

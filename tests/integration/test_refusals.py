@@ -20,6 +20,7 @@ BEFORE_LAUNCH = {
     "unknown flag": ({"--frobnicate": 1}, "--frobnicate"),
     "no number": ({"--total-steps": "many"}, "--total-steps"),
     "no steps": ({"--total-steps": 0}, "total_steps=0 is not legal; legal: 1 or more"),
+    "sample tokens": ({"--sample-tokens": -1}, "sample_tokens=-1 is not legal; legal: 0 or more"),
     "empty glob": ({"--data-glob": ""}, "data_glob='' is empty"),
     "conflict": ({"--model-config": "x.json"}, "preset='demo' conflicts with model_config='x.json'"),
     "negative width": ({"--intermediate-size": -8}, "intermediate_size=-8 is not legal"),
