@@ -19,7 +19,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-ROOT = Path(__file__).parents[2]
+from tests.integration import warm
+from tests.integration.warm import ROOT
 
 MODEL = {
     "--preset": "demo",
@@ -37,6 +38,7 @@ SCHEDULE = {
     "--warmup-steps": 3,
     "--learning-rate": 3e-3,
     "--save-interval": 4,
+    "--sample-tokens": 8,
 }
 
 # What depends on the clock or the memory of the machine, not on the run.
@@ -82,18 +84,21 @@ def command(driver: str, flags: dict[str, Any], nproc: int = 2, torchrun: bool =
     return [sys.executable, script, "--nproc", str(nproc), *words]
 
 
+def environment(**variables: str) -> dict[str, str]:
+    """The variables of a command that is no rank of anything, with ``variables``."""
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    own = {name: value for name, value in os.environ.items() if name not in ranks}
+    return {**own, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
+
+
 def start(words: list[str], **variables: str) -> subprocess.Popen[str]:
     """Start a command, in the repository's root, as the leader of a process group of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    environment |= variables
     return subprocess.Popen(
         words,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment,
+        env=environment(**variables),
         cwd=ROOT,
         start_new_session=True,
     )
@@ -112,8 +117,13 @@ def finish(process: subprocess.Popen[str], timeout: float = 300) -> Finished:
 
 
 def run(driver: str, flags: dict[str, Any], nproc: int = 2, torchrun: bool = False) -> Finished:
-    """Run a driver to its end, whatever that is."""
-    return finish(start(command(driver, flags, nproc, torchrun)))
+    """Run a driver to its end, whatever that is; without torchrun in processes that need not import anything."""
+    words = command(driver, flags, nproc, torchrun)
+    if torchrun or sys.platform != "linux":
+        return finish(start(words))
+    began = time.monotonic()
+    status, output = warm.SERVERS.run(words[1:], environment(), ROOT, timeout=300)
+    return Finished(status, output, time.monotonic() - began)
 
 
 def succeed(driver: str, flags: dict[str, Any], nproc: int = 2, torchrun: bool = False) -> str:
