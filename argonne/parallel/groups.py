@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from argonne.parallel import recording
 from argonne.parallel.errors import LayoutError
+from argonne.parallel.farewell import let_threads_rest
 from argonne.parallel.layout import AXES, Layout
 from argonne.parallel.rendezvous import fresh_store
 
@@ -214,4 +215,5 @@ def process_groups(layout: Layout, device: torch.device) -> Iterator[ProcessGrou
     groups = ProcessGroups.from_world(layout, device)
     yield groups
     groups.barrier()
+    let_threads_rest()
     dist.destroy_process_group()

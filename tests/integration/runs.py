@@ -19,8 +19,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests.integration import warm
-from tests.integration.warm import ROOT
+from tests import warm
+from tests.warm import ROOT
 
 MODEL = {
     "--preset": "demo",
@@ -122,7 +122,7 @@ def run(driver: str, flags: dict[str, Any], nproc: int = 2, torchrun: bool = Fal
     if torchrun or sys.platform != "linux":
         return finish(start(words))
     began = time.monotonic()
-    status, output = warm.SERVERS.run(words[1:], environment(), ROOT, timeout=300)
+    status, output = warm.SERVERS.run(words[1:], environment(), timeout=300)
     return Finished(status, output, time.monotonic() - began)
 
 

@@ -2,9 +2,9 @@
 
 A launcher or a rank spends four seconds of CPU on imports before its first step, and a whole run is several of them.
 Here a server imports once and forks a process for each script that it is asked to run; what a launcher starts is
-forked too. Such a process differs from a fresh one in that only: it has its own session, environment, arguments and
-output, and ends as the interpreter ends. A fork shares its server's hash seed, so ranks of odd number come from a
-second server: what depends on the order of a set shows as between two fresh processes.
+forked too. Such a process has its own session, environment, arguments and output. It does not take down what the
+server imported when it ends, which would need another second. A fork shares its server's hash seed, so ranks of odd
+number come from a second server: what depends on the order of a set shows as between two fresh processes.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 SOCKET = "server{}.sock"
 COUNT = 2  # of servers, between which ranks alternate
 EVERYTHING = (
@@ -102,14 +104,18 @@ class Servers:
         self._home: tempfile.TemporaryDirectory[str] | None = None
         self._servers: list[subprocess.Popen[bytes]] = []
 
-    def run(self, words: list[str], environment: dict[str, str], directory: Path, timeout: float) -> tuple[int, str]:
-        """Run a script to its end; its status, and all that it and its ranks printed.
+    def start(self, words: list[str], environment: dict[str, str], output: IO[bytes]) -> Forked:
+        """Start a script in the repository's root; what it and its ranks print goes to the file ``output``."""
+        home = self._home.name if self._home else self._start_servers(environment)
+        return Forked(home, words, environment, ROOT, (output.fileno(), output.fileno()))
+
+    def run(self, words: list[str], environment: dict[str, str], timeout: float) -> tuple[int, str]:
+        """Run a script to its end; its status, and all that was printed.
 
         One that takes longer than ``timeout`` seconds is killed and fails the test.
         """
-        home = self._home.name if self._home else self._start(environment)
         with tempfile.TemporaryFile() as output:
-            process = Forked(home, words, environment, directory, (output.fileno(), output.fileno()))
+            process = self.start(words, environment, output)
             try:
                 status, late = process.wait(timeout), False
             except subprocess.TimeoutExpired:
@@ -128,11 +134,11 @@ class Servers:
             self._home.cleanup()
         self._home, self._servers = None, []
 
-    def _start(self, environment: dict[str, str]) -> str:
+    def _start_servers(self, environment: dict[str, str]) -> str:
         """Start both servers; returns where their sockets are."""
         self._home = tempfile.TemporaryDirectory(prefix="argonne-")
         for number in range(COUNT):
-            words = [sys.executable, "-m", "tests.integration.warm", self._home.name, str(number)]
+            words = [sys.executable, "-m", "tests.warm", self._home.name, str(number)]
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
             self._servers.append(subprocess.Popen(words, **pipes, env=environment, cwd=ROOT))
         for server in self._servers:
@@ -221,11 +227,29 @@ def _import_everything(home: str) -> None:
     assert threads <= {"python", Path(sys.executable).name, "jemalloc_bg_thd"}, f"a fork would lose a thread: {threads}"
 
 
+def _run(words: list[str]) -> int:
+    """Run a script as the interpreter would; returns its status."""
+    sys.argv, sys.path[0] = words, str(Path(words[0]).parent)
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
     asked = _serve(sys.argv[1], int(sys.argv[2]))
     import argonne
 
     argonne.STARTED = time.time()
-    sys.argv = asked["words"]
-    sys.path[0] = str(Path(sys.argv[0]).parent)
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    ended = _run(asked["words"])
+    threading._shutdown()  # waits for threads, as the interpreter does before it calls what atexit has
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(ended)
