@@ -7,16 +7,20 @@ import importlib
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
+import sys
+import tempfile
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import wait
+from multiprocessing.connection import Client, Listener, wait
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from argonne.parallel import Layout, ProcessGroups
+from tests.warm import SERVERS, environment
 
 JOINS = 24
 """Jobs that a rank joins before it is replaced: FSDP keeps the groups of those before, and their threads poll."""
@@ -27,7 +31,6 @@ class RankPool:
     """Runs a function on every rank of a layout, in real processes over Gloo."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")
         self._ranks: list[tuple[Any, Any]] = []
         self._joined: Layout | None = None
         self._joins = 0
@@ -39,10 +42,7 @@ class RankPool:
         """
         size = layout.world_size
         while len(self._ranks) < size:
-            here, there = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(there,), daemon=True)
-            process.start()
-            self._ranks.append((process, here))
+            self._ranks.append(_start(len(self._ranks)))
         if layout != self._joined and self._joins == JOINS:
             self.close()
             return self.run(layout, body, *arguments)
@@ -73,12 +73,27 @@ class RankPool:
 
     def close(self) -> None:
         for process, pipe in self._ranks:
-            process.kill()
+            os.kill(process.pid, signal.SIGKILL)
             pipe.close()
         self._ranks, self._joined, self._joins = [], None, 0
 
 
+def _start(number: int) -> tuple[Any, Any]:
+    """A process that serves, and the pipe to it: a fork of what has imported everything, where that can be had."""
+    if sys.platform == "linux":
+        with tempfile.TemporaryDirectory() as home, Listener(os.path.join(home, "pipe")) as listener:
+            words = ["-m", "tests.pool", os.path.join(home, "pipe")]
+            process = SERVERS.start(words, environment(RANK=str(number)), sys.__stderr__.fileno())
+            return process, listener.accept()
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    spawned = context.Process(target=_serve, args=(there,), daemon=True)
+    spawned.start()
+    return spawned, here
+
+
 def _serve(pipe: Any) -> None:
+    os.environ.pop("RANK", None)
     torch.set_num_threads(1)
     groups: ProcessGroups | None = None
     answer: Any = None
@@ -117,3 +132,7 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    _serve(Client(sys.argv[1]))

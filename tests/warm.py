@@ -27,7 +27,7 @@ import time
 import traceback
 import warnings
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 SOCKET = "server{}.sock"
@@ -51,7 +51,7 @@ class Forked:
 
     Args:
         home: the directory of the servers' sockets.
-        words: the script and its arguments.
+        words: the script, or ``-m`` and a module, and its arguments.
         environment: all its variables.
         directory: where it runs.
         output: file descriptors of its standard output and standard error.
@@ -104,10 +104,10 @@ class Servers:
         self._home: tempfile.TemporaryDirectory[str] | None = None
         self._servers: list[subprocess.Popen[bytes]] = []
 
-    def start(self, words: list[str], environment: dict[str, str], output: IO[bytes]) -> Forked:
-        """Start a script in the repository's root; what it and its ranks print goes to the file ``output``."""
+    def start(self, words: list[str], environment: dict[str, str], output: int) -> Forked:
+        """Start a script in the repository's root; what it and its ranks print goes to the descriptor ``output``."""
         home = self._home.name if self._home else self._start_servers(environment)
-        return Forked(home, words, environment, ROOT, (output.fileno(), output.fileno()))
+        return Forked(home, words, environment, ROOT, (output, output))
 
     def run(self, words: list[str], environment: dict[str, str], timeout: float) -> tuple[int, str]:
         """Run a script to its end; its status, and all that was printed.
@@ -115,7 +115,7 @@ class Servers:
         One that takes longer than ``timeout`` seconds is killed and fails the test.
         """
         with tempfile.TemporaryFile() as output:
-            process = self.start(words, environment, output)
+            process = self.start(words, environment, output.fileno())
             try:
                 status, late = process.wait(timeout), False
             except subprocess.TimeoutExpired:
@@ -149,6 +149,13 @@ class Servers:
 
 
 SERVERS = Servers()
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """The variables of a command that is no rank of anything, with ``variables``."""
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    own = {name: value for name, value in os.environ.items() if name not in ranks}
+    return {**own, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
 
 
 def _serve(home: str, number: int) -> dict[str, Any]:
@@ -228,10 +235,14 @@ def _import_everything(home: str) -> None:
 
 
 def _run(words: list[str]) -> int:
-    """Run a script as the interpreter would; returns its status."""
-    sys.argv, sys.path[0] = words, str(Path(words[0]).parent)
+    """Run a script, or with the words ``-m name`` a module, as the interpreter would; returns its status."""
+    script, module = words[0], words[1] if words[0] == "-m" else None
+    sys.argv, sys.path[0] = (words[1:], os.getcwd()) if module else (words, str(Path(script).parent))
     try:
-        runpy.run_path(words[0], run_name="__main__")
+        if module:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(script, run_name="__main__")
     except SystemExit as stop:
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)

@@ -19,8 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests import warm
-from tests.warm import ROOT
+from tests.warm import ROOT, SERVERS, environment
 
 MODEL = {
     "--preset": "demo",
@@ -84,13 +83,6 @@ def command(driver: str, flags: dict[str, Any], nproc: int = 2, torchrun: bool =
     return [sys.executable, script, "--nproc", str(nproc), *words]
 
 
-def environment(**variables: str) -> dict[str, str]:
-    """The variables of a command that is no rank of anything, with ``variables``."""
-    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    own = {name: value for name, value in os.environ.items() if name not in ranks}
-    return {**own, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
-
-
 def start(words: list[str], **variables: str) -> subprocess.Popen[str]:
     """Start a command, in the repository's root, as the leader of a process group of its own."""
     return subprocess.Popen(
@@ -122,7 +114,7 @@ def run(driver: str, flags: dict[str, Any], nproc: int = 2, torchrun: bool = Fal
     if torchrun or sys.platform != "linux":
         return finish(start(words))
     began = time.monotonic()
-    status, output = warm.SERVERS.run(words[1:], environment(), timeout=300)
+    status, output = SERVERS.run(words[1:], environment(), timeout=300)
     return Finished(status, output, time.monotonic() - began)
 
 

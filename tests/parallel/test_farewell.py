@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.runs import environment, free_port
-from tests.warm import SERVERS
+from tests.integration.runs import free_port
+from tests.warm import SERVERS, environment
 
 # In a group of its own, as a barrier of the same group would keep the tensor.
 HOLD = """
@@ -39,7 +39,7 @@ def test_a_job_is_left_when_every_thread_has_let_go_of_its_tensors(tmp_path: Pat
     job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     words, variables = [str(script)], [environment(RANK=str(rank), LOCAL_RANK=str(rank), **job) for rank in range(2)]
     with (tmp_path / "first").open("wb") as first, (tmp_path / "second").open("wb") as second:
-        ranks = [SERVERS.start(words, variables[0], first), SERVERS.start(words, variables[1], second)]
+        ranks = [SERVERS.start(words, *each) for each in zip(variables, (first.fileno(), second.fileno()), strict=True)]
         assert [rank.wait(60) for rank in ranks] == [0, 0]
     # The first rank waits for the other, and has dropped the tensor meanwhile.
     assert (tmp_path / "first").read_text().split() == ["thread", "left"]
