@@ -140,7 +140,8 @@ class Servers:
         for number in range(COUNT):
             words = [sys.executable, "-m", "tests.warm", self._home.name, str(number)]
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            self._servers.append(subprocess.Popen(words, **pipes, env=environment, cwd=ROOT))
+            # In a session of its own: Ctrl-C is for the tests, at whose end the server ends what it has started.
+            self._servers.append(subprocess.Popen(words, **pipes, env=environment, cwd=ROOT, start_new_session=True))
         for server in self._servers:
             assert server.stdout is not None
             assert server.stdout.readline() == b"ready\n", "a server of warm processes did not start"
