@@ -13,6 +13,8 @@ import pytest
 from tests.integration.runs import metrics, run, succeed, write_corpus
 from tests.integration.test_refusals import assert_refused
 
+pytestmark = pytest.mark.slow
+
 
 def hashes(directory: Path) -> list[str]:
     return [line["batch_hash"] for line in metrics(directory)]

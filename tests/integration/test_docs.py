@@ -10,6 +10,8 @@ import pytest
 
 from tests.integration.runs import ROOT, finish, start
 
+pytestmark = pytest.mark.slow
+
 PAGE = (ROOT / "docs" / "parallel.md").read_text()
 PROGRAMS = re.findall(r"^```python\n(# (.*?)(\w+)\.py\n.*?)^```\n\n```output\n(.*?)^```$", PAGE, re.M | re.S)
 LAUNCHERS = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}

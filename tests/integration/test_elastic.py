@@ -28,6 +28,8 @@ from tests.integration.runs import (
     weights,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def kill_one_rank(job: subprocess.Popen[str]) -> tuple[int, int]:
     """SIGKILL a rank drawn at random; returns it and its process id."""

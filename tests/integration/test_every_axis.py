@@ -10,6 +10,8 @@ import pytest
 
 from tests.integration.runs import metrics, run, succeed
 
+pytestmark = pytest.mark.slow
+
 DEEPER = {"--num-hidden-layers": 5, "--gradient-accumulation-steps": 4, "--precision": "fp64", "--data-lanes": 8}
 ZB = {"--pipeline-parallel": 2, "--pipeline-schedule": "zb"}
 INTERLEAVED = {"--pipeline-parallel": 2, "--pipeline-schedule": "interleaved"}

@@ -28,6 +28,8 @@ from tests.integration.runs import (
     words_of,
 )
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = ROOT / "examples" / "launch"
 # The global batch of the other runs, 4, with two replicas.
 TWO_BY_TWO = {"--gradient-accumulation-steps": 1, "--tensor-parallel": 2, "--data-parallel": 2}

@@ -19,6 +19,8 @@ from tests.models.layout_matrix import STEPS, Case, every_case, train
 from tests.pool import RankPool
 from tests.whole import assemble, assert_close
 
+pytestmark = pytest.mark.slow
+
 FAST = [
     Case(Layout(pipeline=2), "1f1b", tied=True, accumulation=4),
     Case(Layout(pipeline=2), "zb", tied=True, accumulation=1),
