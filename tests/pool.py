@@ -47,7 +47,7 @@ class RankPool:
             self.close()
             return self.run(layout, body, *arguments)
         # All ranks of the layout join a new job together, whichever of them were in which one before.
-        port = _free_port() if layout != self._joined else None
+        port = free_port() if layout != self._joined else None
         self._joins += layout != self._joined
         self._joined = layout
         for rank, (_, pipe) in enumerate(self._ranks[:size]):
@@ -128,7 +128,8 @@ def _serve(pipe: Any) -> None:
         pipe.send_bytes(pickle.dumps(answer))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nothing listened to a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,10 @@ ENDS = {
 
 
 @pytest.fixture(scope="module")
-def servers() -> Servers:
-    return Servers()
+def servers() -> Iterator[Servers]:
+    made = Servers()
+    yield made
+    made.close()
 
 
 @pytest.mark.parametrize("name", ENDS)
@@ -53,11 +56,23 @@ def test_two_ranks_do_not_share_a_hash_seed(servers: Servers, tmp_path: Path) ->
     assert len({servers.run([str(script)], environment(RANK=rank), timeout=30)[1] for rank in "01"}) == 2
 
 
-def test_one_that_takes_too_long_is_killed(servers: Servers, tmp_path: Path) -> None:
+def test_one_that_takes_too_long_is_killed_and_no_other(servers: Servers, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text("import time; print('here', flush=True); time.sleep(100)")
+    script.write_text("import os, time; print('pid', os.getpid(), flush=True); time.sleep(100)")
     with tempfile.TemporaryFile() as output:
         other = servers.start([str(script)], environment(), output.fileno())
-    with pytest.raises(AssertionError, match="still running after 1 s:\nhere"):
+    with pytest.raises(AssertionError, match="still running after 1 s:\npid") as told:
         servers.run([str(script)], environment(), timeout=1)
+    assert outlive([int(str(told.value).split()[-1])]) == []
+    assert other.poll() is None
+    servers.close()
     assert outlive([other.pid]) == []
+
+
+def test_what_a_launcher_started_goes_with_it(servers: Servers, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import time; time.sleep(100)")
+    with tempfile.TemporaryFile() as output:
+        rank = servers.start([str(script)], environment(), output.fileno())
+    rank._server.close()  # as when the process that asked has ended
+    assert outlive([rank.pid]) == []

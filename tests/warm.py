@@ -117,13 +117,13 @@ class Servers:
         with tempfile.TemporaryFile() as output:
             process = self.start(words, environment, output.fileno())
             try:
-                status, late = process.wait(timeout), False
+                status = process.wait(timeout)
             except subprocess.TimeoutExpired:
-                status, late = -signal.SIGKILL, True
-                self.close()
+                status = None
+                os.kill(process.pid, signal.SIGKILL)
             output.seek(0)
             told = output.read().decode()
-        assert not late, f"still running after {timeout} s:\n{told}"
+        assert status is not None, f"still running after {timeout} s:\n{told}"
         return status, told
 
     def close(self) -> None:
@@ -160,7 +160,10 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def _serve(home: str, number: int) -> dict[str, Any]:
-    """Answer requests until standard input ends; returns in each forked process, with what it is to run."""
+    """Answer requests until standard input ends; returns in each forked process, with what it is to run.
+
+    A process is killed when who asked for it is gone: with a launcher go its ranks.
+    """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(os.path.join(home, SOCKET.format(number)))
     listener.listen(64)
@@ -193,9 +196,15 @@ def _serve(home: str, number: int) -> dict[str, Any]:
                 watch = os.pidfd_open(pid)
                 running[watch] = pid, client
                 events.register(watch, selectors.EVENT_READ, "ended")
+                events.register(client, selectors.EVENT_READ, pid)
+            if isinstance(key.data, int) and events.get_map().get(key.fd) == key:  # it has not just ended
+                events.unregister(key.fileobj)
+                os.kill(key.data, signal.SIGKILL)  # not reaped yet: its end comes after this
             if key.data == "ended":
                 pid, client = running.pop(key.fd)
                 events.unregister(key.fd)
+                with contextlib.suppress(KeyError):
+                    events.unregister(client)
                 os.close(key.fd)
                 status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                 with client, contextlib.suppress(OSError):  # who asked may be gone
@@ -229,7 +238,7 @@ def _import_everything(home: str) -> None:
         return Forked(home, list(words[1:]), environment, Path.cwd(), (1, 2))
 
     subprocess_handler.SubprocessHandler._popen = fork
-    # For its events; here it would look among thousands of modules for a fork's outermost frames, 20 times a run.
+    # For its events; here it would look among thousands of modules for a fork's outermost frames.
     dynamic_rendezvous.get_method_name = lambda depth=2: "unknown"
     threads = {(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()}
     assert threads <= {"python", Path(sys.executable).name, "jemalloc_bg_thd"}, f"a fork would lose a thread: {threads}"

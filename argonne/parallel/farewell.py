@@ -2,7 +2,7 @@
 
 A thread that has run a collective drops its tensors a moment after everybody else has gone on, and needs the
 interpreter's lock for that. One that asks for the lock while the interpreter ends aborts the whole process, with status
-134 and all its work done (PyTorch up to 2.13, issue 190489): on a busy machine, one program in twenty.
+134 and all its work done (PyTorch 2.13, issue 190489): on a busy machine, one program in twenty.
 """
 
 from __future__ import annotations

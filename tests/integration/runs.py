@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tests.pool import free_port
 from tests.warm import ROOT, SERVERS, environment
 
 MODEL = {
@@ -181,13 +181,6 @@ def outlive(pids: Iterable[int], seconds: float = 20) -> list[int]:
         stats = {pid: Path(f"/proc/{pid}/stat") for pid in left}
         left = [pid for pid, stat in stats.items() if stat.exists() and stat.read_text().split()[2] != "Z"]
     return left
-
-
-def free_port() -> int:
-    """A port that nothing listened to a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def agents(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.runs import free_port
+from tests.pool import free_port
 from tests.warm import SERVERS, environment
 
 # In a group of its own, as a barrier of the same group would keep the tensor.
