@@ -1,4 +1,4 @@
-"""What a launcher's environment may hold is checked in one place, and refused naming variable, value and what is legal."""
+"""What a launcher's environment may hold is checked in one place: refused with variable, value and what is legal."""
 
 from __future__ import annotations
 

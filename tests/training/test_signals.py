@@ -40,7 +40,7 @@ class Running:
     def __init__(self, code: str, tmp_path: Path, **variables: str) -> None:
         script = tmp_path / "script.py"
         script.write_text(code)
-        self._output = tempfile.TemporaryFile()
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = SERVERS.start([str(script)], environment(**variables), self._output.fileno())
         self.await_words("ready\n")
 
