@@ -5,6 +5,7 @@ uses up to two of them (NCCL, bf16).
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import torch
 import tyro
+
+from argonne.parent import as_parent
 
 HERE = Path(__file__).parent
 
@@ -37,7 +40,11 @@ def main(corpus: Path, output_dir: Path, steps: int = 600) -> int:
     }
     words = [str(word) for pair in flags.items() for word in pair] + ["--disable-gradient-checkpointing"]
     began = time.monotonic()
-    status = subprocess.call([sys.executable, str(HERE / "pretrain.py"), *words])
+    with as_parent():
+        training = subprocess.Popen([sys.executable, str(HERE / "pretrain.py"), *words])
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # it saves first, and then both end
+        signal.signal(number, lambda number, _: training.send_signal(number))
+    status = training.wait()
     if status == 0:
         python, here = os.path.relpath(sys.executable), os.path.relpath(HERE)
         print(f"\nDone in {time.monotonic() - began:.0f} s. The loss is drawn in {output_dir / 'loss.png'}. Next:")

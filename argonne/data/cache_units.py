@@ -30,6 +30,7 @@ from argonne.data.row_groups import RowGroups
 from argonne.data.shards import Shard
 from argonne.data.units import Unit
 from argonne.files import TEMPORARY
+from argonne.parent import as_parent
 
 IDLE_SECONDS = 1.0
 """How long a build waits for its processes before it says that it is still there."""
@@ -156,7 +157,8 @@ def in_this_process(maker: UnitMaker, spans: Sequence[Span]) -> Generator[Event,
 def in_processes(maker: UnitMaker, spans: Sequence[Span], processes: int) -> Generator[Event, None, None]:
     """Make all units in `processes` processes of one thread each; an empty Tally comes when there is no news.
 
-    They end when this generator is closed or fails, and by themselves when this process is no more.
+    They end when this generator is closed or fails, and with this process, or the thread that began this, however
+    that ends.
 
     Raises:
         DataError: what went wrong in one of them, or that one was killed.
@@ -166,7 +168,7 @@ def in_processes(maker: UnitMaker, spans: Sequence[Span], processes: int) -> Gen
     workers: dict[Connection, SpawnProcess] = {}
     started: list[SpawnProcess] = []
     try:
-        with _interrupts_held_back():
+        with _interrupts_held_back(), as_parent():
             for _ in range(processes):
                 ours, theirs = context.Pipe()
                 process = context.Process(target=_serve, args=(maker, theirs), name="argonne-tokenise", daemon=True)

@@ -16,6 +16,7 @@ from argonne.data.byte_pair import BytePair, Declined, byte_pair, contained
 from argonne.data.documents import TokenIds
 from argonne.data.tokenizer import plain_backend
 from argonne.data.windows import Windows
+from argonne.parallel.environment import place
 
 BATCH_ROWS_VARIABLE, DEFAULT_BATCH_ROWS, MIN_BATCH_ROWS = "RESUME_TOKENIZER_BATCH_ROWS", 64, 16
 WORKERS_VARIABLE, MAX_DEFAULT_WORKERS, MIN_WORKERS = "RESUME_TOKENIZER_WORKERS", 8, 1
@@ -150,7 +151,7 @@ def _threads(workers: int, process: int) -> ThreadPoolExecutor:
 def _processors() -> int:
     """Of this machine, this rank's share."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, here // place().local_world_size)
 
 
 def _ids(encoding: Encoding) -> TokenIds:

@@ -14,5 +14,9 @@ class LayoutError(ArgonneError):
     """A parallel layout that the model, the data or the number of processes does not allow."""
 
 
+class LauncherError(LayoutError):
+    """The environment that a launcher gave this process says what no rank of a job can be."""
+
+
 class CollectiveMismatch(ArgonneError):
     """Ranks that are about to issue different collectives, as the checking mode of ``record`` found."""

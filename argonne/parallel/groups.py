@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,10 +14,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from argonne.parallel import recording
+from argonne.parallel.environment import meeting, place
 from argonne.parallel.errors import LayoutError
 from argonne.parallel.farewell import let_threads_rest
 from argonne.parallel.layout import AXES, Layout
-from argonne.parallel.rendezvous import fresh_store
+from argonne.parallel.rendezvous import meet
 
 STARTUP_TIMEOUT = timedelta(minutes=10)
 """Rendezvous, loading and the first batch: machines start at different times and disks are slow."""
@@ -167,20 +167,14 @@ def choose_device(kind: str) -> torch.device:
         return torch.device("cpu")
     if not available:
         raise LayoutError("device='cuda' was asked for, but this machine has no CUDA device; legal: cpu, auto")
-    local_rank = _local_rank()
+    here = place()
+    # Ranks that were started by hand may not be told which of their node's they are.
+    local_rank = here.rank % torch.cuda.device_count() if here.local_rank is None else here.local_rank
     if local_rank >= torch.cuda.device_count():
         raise LayoutError(
             f"LOCAL_RANK={local_rank} has no GPU of its own; this machine has {torch.cuda.device_count()}"
         )
     return torch.device("cuda", local_rank)
-
-
-def _local_rank() -> int:
-    """Which of this node's ranks this is; schedulers and ranks started by hand may not say LOCAL_RANK."""
-    for variable in ("LOCAL_RANK", "SLURM_LOCALID"):
-        if variable in os.environ:
-            return int(os.environ[variable])
-    return int(os.environ.get("RANK", "0")) % torch.cuda.device_count()
 
 
 @contextmanager
@@ -191,23 +185,15 @@ def process_groups(layout: Layout, device: torch.device) -> Iterator[ProcessGrou
     or by hand); without them this process is the whole job. Gloo serves CPU tensors, NCCL those on GPUs.
     On an exception the groups are left as they are: a peer may be gone, and waiting for it would hang.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    layout.require_world_size(world_size)
+    here = place()
+    layout.require_world_size(here.world_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world_size == 1:
+    if here.world_size == 1:
         yield ProcessGroups.single(device)
         return
-    if "RANK" not in os.environ:
-        raise LayoutError(f"WORLD_SIZE={world_size} is set but RANK is not; legal: both, as a launcher sets them")
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")
-    options: dict[str, Any] = {"timeout": STARTUP_TIMEOUT}
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        rank, address = int(os.environ["RANK"]), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-        agents = dist.TCPStore(*address, world_size, is_master=False, timeout=STARTUP_TIMEOUT)
-        store = fresh_store(agents, rank, world_size, STARTUP_TIMEOUT)
-        options |= {"store": store, "rank": rank, "world_size": world_size}
+    options: dict[str, Any] = {"timeout": STARTUP_TIMEOUT, "rank": here.rank, "world_size": here.world_size}
+    options["store"] = meet(here, meeting(), STARTUP_TIMEOUT)
     if device.type == "cuda":
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **options)
     else:

@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 
 from argonne.checkpoint import CheckpointError, checkpoints, load_trainer, newest_valid, resolve
 from argonne.parallel.collectives import collectively
+from argonne.parallel.environment import restarts_left
 from argonne.parallel.errors import ArgonneError
-from argonne.training.command_line import parse, restarts_left
+from argonne.training.command_line import parse
 from argonne.training.config import DataFlags, ResumeConfig, RunConfig
 from argonne.training.run_directory import differences, read_run, saved_flags
 from argonne.training.setup import accumulation_that_keeps, check, prepare
 from argonne.training.state import TrainingState
-from argonne.training.workflow import joined, restore, say, train
+from argonne.training.workflow import is_done, joined, restore, say, train
 
 Flags = TypeVar("Flags")
 
@@ -62,8 +63,8 @@ def check_resume(config: ResumeConfig, world_size: int) -> None:
     check(config, world_size)
 
 
-def resume(config: ResumeConfig) -> None:
-    """Continue from a checkpoint; one rank of it."""
+def resume(config: ResumeConfig) -> int:
+    """Continue from a checkpoint; one rank of it, and its status."""
     flags = config.resume
     with joined(config) as groups:
         checkpoint, reports = newest_valid(resolve(flags.checkpoint_path), groups)
@@ -73,6 +74,8 @@ def resume(config: ResumeConfig) -> None:
             raise CheckpointError(f"checkpoint path {path!r} holds no valid checkpoint: {reports[0]}")
         saved = collectively(lambda: _saved_run(checkpoint), groups.world)
         workload = prepare(config, groups, saved["identity"], _FIXED, kept_tokenizer=checkpoint)
+        if not flags.force_from_scratch and is_done(config, checkpoint, groups):
+            return 0
         changed = differences(saved["identity"], workload.identity)
         say(groups, *(f"changed from here on: {line}" for line in changed))
 
@@ -83,10 +86,9 @@ def resume(config: ResumeConfig) -> None:
         state = TrainingState.build(config, workload, groups)
         if flags.force_from_scratch:
             state.initialise(config.training.seed)
-            train(config, workload, state, accumulation, None)
-        else:
-            restore(state, checkpoint, workload, flags.reset_optimizer, flags.rewarmup_steps)
-            train(config, workload, state, accumulation, checkpoint)
+            return train(config, workload, state, accumulation, None)
+        restore(state, checkpoint, workload, flags.reset_optimizer, flags.rewarmup_steps)
+        return train(config, workload, state, accumulation, checkpoint)
 
 
 def _check_repeatable(config: ResumeConfig, elsewhere: bool) -> None:

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import signal
 import time
 from typing import Any
 
 import torch
 
 from argonne.checkpoint import prune
+from argonne.checkpoint.format import MANIFEST, step_directory
 from argonne.data import BatchStream, served_lanes
 from argonne.models import PipelinedModel
 from argonne.parallel import clip_gradients, global_gradient_norm
-from argonne.parallel.collectives import all_reduce, broadcast
+from argonne.parallel.collectives import all_reduce
+from argonne.parallel.environment import seconds_since_start
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.groups import TRAINING_TIMEOUT
-from argonne.training.command_line import seconds_since_start
 from argonne.training.config import RunConfig
+from argonne.training.endings import NOTHING_GAINED, STOPPING, say, stopped_status
 from argonne.training.evaluation import held_out_loss, held_out_sequences, sample_text
 from argonne.training.feed import BatchFeed, Fed
 from argonne.training.metrics import MetricsLog, Progress, flops_per_token, memory_gib, peak_flops
 from argonne.training.optimizer import set_learning_rate
 from argonne.training.report import data_line, write_report
 from argonne.training.setup import Workload
+from argonne.training.signals import STOP
 from argonne.training.state import TrainingState
+
+WALL_TIME = "--wall-time"
 
 
 class Trainer:
@@ -54,13 +60,21 @@ class Trainer:
         # Until a save has been timed: weights and moments at 200 MB/s.
         self.save_seconds = sum(3 * s.parameter.nbytes for s in state.parameters) / 200e6
 
-    def run(self) -> None:
-        """Train to ``--total-steps``, ``--stop-at-step`` or ``--wall-time``; save on the way and at the end."""
+    def run(self) -> int:
+        """Train to ``--total-steps``, ``--stop-at-step``, ``--wall-time`` or a signal; save on the way and at the end.
+
+        Returns the status that this process is to end with.
+        """
+        with STOP.patience():
+            return self._run()
+
+    def _run(self) -> int:
         flags, state = self.config.run, self.state
         last = min(self.config.training.total_steps, flags.stop_at_step or self.config.training.total_steps)
         progress = Progress(state.step, last, flags.log_interval) if self.groups.is_first else None
-        saved_at = state.step
-        while state.step < last and not self._out_of_time():
+        first = saved_at = state.step
+        leaving = ""
+        while state.step < last and not (leaving := self._why_leave()):
             began = time.perf_counter()
             batch = self.feed.next()
             waited = time.perf_counter() - began
@@ -84,13 +98,40 @@ class Trainer:
             if save_now:
                 self._save(progress)
                 saved_at = state.step
-        if state.step < last and progress:
-            progress.say(f"leaving at step {state.step:,}: --wall-time is near. The same command continues the run.")
+        if leaving and saved_at != state.step and progress:
+            progress.say(f"leaving at step {state.step:,}: {leaving}")
         if saved_at != state.step:
             self._save(progress)
         self.feed.close()
         if progress:
             progress.close()
+        return self._ending(leaving, state.step > first or self._saved_since_start()) if leaving else 0
+
+    def _ending(self, leaving: str, gained: bool) -> int:
+        """The status of a process that leaves for this reason before its last step; the first rank says why."""
+        step = self.state.step
+        if leaving != WALL_TIME:
+            status = stopped_status(signal.Signals[leaving])
+            line = f"stopped by {leaving} at step {step:,}{', saved' if step else ''}"
+        elif gained:
+            status = 0
+            line = f"stopped at step {step:,}, saved: --wall-time is near"
+        else:
+            status, ran = NOTHING_GAINED, seconds_since_start()
+            # The next start may take longer; what this one could not measure, a step, is given five seconds.
+            least = math.ceil(1.5 * ran + self._time_to_leave(0.0)) + 5
+            line = (
+                f"nothing was gained: --wall-time {self.config.run.wall_time:g} leaves no time for a step and a save "
+                f"after a start of {ran:.0f} s; legal: {least} or more"
+            )
+        if self.groups.is_first:
+            say(line if status == NOTHING_GAINED else f"{line}. The same command continues the run.")
+        return status
+
+    def _saved_since_start(self) -> bool:
+        """Whether this very command, before a launcher started it again, has saved what it goes on from."""
+        saved = step_directory(self.config.run.output_dir, self.state.step) / MANIFEST
+        return saved.exists() and saved.stat().st_mtime > time.time() - seconds_since_start()
 
     def pipeline_facts(self) -> list[str]:
         """What the pipeline, if there is one, costs: for the line that a run begins with."""
@@ -168,14 +209,23 @@ class Trainer:
             progress.say(f"saved {path}{gone}\n  {data_line(lanes)}\n  {text!r}")
         self.save_seconds = max(self.save_seconds, time.monotonic() - began)
 
-    def _out_of_time(self) -> bool:
-        """Whether another step and a save might not fit before ``--wall-time``; the first rank decides."""
+    def _why_leave(self) -> str:
+        """Why all ranks leave before another step: a signal's name, ``WALL_TIME``, or nothing (collective).
+
+        A signal may have come to one rank alone, so all tell each other; the first rank's clock is the one that counts.
+        What this costs is one message of four numbers a step, over the CPU even where the model is on GPUs, so that no
+        queue is waited for: less than a millisecond beside steps of seconds.
+        """
         limit = self.config.run.wall_time
-        if limit is None:
-            return False
-        margin = 1.5 * self.step_seconds + max(2 * self.save_seconds, 0.02 * limit, 10.0)
-        late = torch.tensor(float(seconds_since_start() + margin > limit), device=self.groups.device)
-        return bool(broadcast(late, self.groups.world).item())
+        late = limit is not None and self.groups.is_first and seconds_since_start() + self._time_to_leave(limit) > limit
+        told = torch.tensor([*(STOP.number == number for number in STOPPING), late], dtype=torch.int32)
+        reasons = (*(number.name for number in STOPPING), WALL_TIME)
+        asked = all_reduce(told, self.groups.world).tolist()
+        return next((reason for reason, count in zip(reasons, asked, strict=True) if count), "")
+
+    def _time_to_leave(self, limit: float) -> float:
+        """Seconds in which another step and a save surely fit, under a ``--wall-time`` of ``limit``."""
+        return 1.5 * self.step_seconds + max(2 * self.save_seconds, 0.02 * limit, 10.0)
 
     def _record(self, batch: Fed, loss: float, norm: float | None, seconds: float, waited: float) -> dict[str, Any]:
         """The line of ``metrics.jsonl`` for this step."""

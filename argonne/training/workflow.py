@@ -11,7 +11,8 @@ from argonne.checkpoint import CheckpointError, checkpoints, load_trainer, newes
 from argonne.files import write_json
 from argonne.parallel import ProcessGroups, choose_device, process_groups
 from argonne.parallel.collectives import collectively
-from argonne.training.command_line import world_size
+from argonne.parallel.environment import place
+from argonne.parallel.errors import ArgonneError
 from argonne.training.config import RunConfig
 from argonne.training.run_directory import claim, continue_at, flags_to_json, read_run
 from argonne.training.setup import Workload, accumulation_for, prepare
@@ -19,8 +20,8 @@ from argonne.training.state import TrainingState, versions
 from argonne.training.trainer import Trainer
 
 
-def pretrain(config: RunConfig) -> None:
-    """Begin the run of ``config``, or continue it from its newest valid checkpoint; one rank of it."""
+def pretrain(config: RunConfig) -> int:
+    """Begin the run of ``config``, or continue it from its newest valid checkpoint; one rank of it, and its status."""
     directory = config.run.output_dir
     with joined(config) as groups:
         saved = collectively(lambda: read_run(directory), groups.world)
@@ -34,12 +35,37 @@ def pretrain(config: RunConfig) -> None:
                 f"none of the {len(found)} checkpoints in output_dir={str(directory)!r} is valid ({reports[0]}); "
                 "legal: mend them, or another --output-dir"
             )
+        if checkpoint is not None and is_done(config, checkpoint, groups):
+            return 0
         state = TrainingState.build(config, workload, groups)
         if checkpoint is None:
             state.initialise(config.training.seed)
         else:
             restore(state, checkpoint, workload)
-        train(config, workload, state, accumulation, checkpoint)
+        return train(config, workload, state, accumulation, checkpoint)
+
+
+def is_done(config: RunConfig, checkpoint: Path, groups: ProcessGroups) -> bool:
+    """Whether ``checkpoint`` is where this run is to stop; the first rank then says so.
+
+    Raises:
+        ArgonneError: the run is to stop at a step that it is past.
+    """
+    step = load_trainer(checkpoint)["step"]
+    total, stop = config.training.total_steps, config.run.stop_at_step
+    go_on = f"resume.py --checkpoint-path {config.run.output_dir} --total-steps N, with N more than {step}"
+    if total < step:
+        raise ArgonneError(f"total_steps={total} is before step {step}, where the run is; legal: more than {step}")
+    if stop is not None and stop < step:
+        legal = f"more than {step}" if step < total else f"none, as the run is finished; to go on: {go_on}"
+        raise ArgonneError(f"stop_at_step={stop} is before step {step}, where the run is; legal: {legal}")
+    if step == total:
+        say(groups, f"the run is finished: {checkpoint} is step {step:,} of {total:,}, and nothing was done.")
+        say(groups, f"To go on: {go_on}")
+    elif step == stop:
+        say(groups, f"the run is at step {step:,} of {total:,}, where --stop-at-step {stop} stops: nothing was done.")
+        say(groups, "To go on: the same command with a later --stop-at-step, or without it")
+    return step in (total, stop)
 
 
 def restore(
@@ -64,8 +90,11 @@ def restore(
 
 def train(
     config: RunConfig, workload: Workload, state: TrainingState, accumulation: int, checkpoint: Path | None
-) -> None:
-    """Record what the run is, make its directory say what was true at the state's step, and go on from there."""
+) -> int:
+    """Record what the run is, make its directory say what was true at the state's step, and go on from there.
+
+    Returns the status that this process is to end with.
+    """
     groups, directory = state.model.groups, config.run.output_dir
     config.parallel.plan(groups.layout).check_micro_batches(accumulation)
     trainer = Trainer(config, workload, state, accumulation)
@@ -100,13 +129,16 @@ def train(
     say(groups, " | ".join(facts))
     if workload.model.hidden_size % workload.model.num_attention_heads:
         say(groups, "note: transformers opens no Llama whose hidden_size is not divisible by num_attention_heads")
-    trainer.run()
+    total, stop = config.training.total_steps, config.run.stop_at_step
+    if stop is not None and stop > total:
+        say(groups, f"note: --stop-at-step {stop} lies past the end of the run, which is at step {total}")
+    return trainer.run()
 
 
 @contextmanager
 def joined(config: RunConfig) -> Iterator[ProcessGroups]:
     """The processes of the job, which has the run's directory to itself for as long as this lasts."""
-    layout = config.parallel.layout(world_size())
+    layout = config.parallel.layout(place().world_size)
     with process_groups(layout, choose_device(config.parallel.device)) as groups:
         directory = config.run.output_dir
         lock = collectively(lambda: claim(directory) if groups.is_first else None, groups.world)

@@ -20,7 +20,16 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 ranks=()
-trap 'kill "${ranks[@]}" 2>/dev/null || true' EXIT # whatever ends this script ends its ranks
+finish() { # whatever ends this script ends its ranks, which save first; one that takes half a minute hangs
+  kill "${ranks[@]}" 2>/dev/null || true
+  for ((tenths = 0; tenths < 300; tenths++)); do
+    kill -0 "${ranks[@]}" 2>/dev/null || return 0
+    sleep 0.1
+  done
+  kill -KILL "${ranks[@]}" 2>/dev/null || true
+}
+export ARGONNE_PARENT=$$ # a rank ends with this script even where that cannot say so
+trap finish EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 for ((local_rank = 0; local_rank < processes; local_rank++)); do

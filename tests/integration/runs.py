@@ -65,6 +65,23 @@ def write_corpus(directory: Path, documents: int = 120, shards: int = 3) -> Path
     return directory
 
 
+def draws() -> random.Random:
+    """What a test draws its moments from; it prints what replays them, and a test that fails shows that."""
+    seed = os.environ.get("ARGONNE_TEST_SEED") or str(time.time_ns())
+    print(f"to replay what was drawn: ARGONNE_TEST_SEED={seed}")
+    return random.Random(seed)
+
+
+def marked(mark: str) -> list[int]:
+    """Every running process of a job that was started with the variable ``MARK=mark``."""
+    found = []
+    for variables in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has just ended, or is another user's
+            if f"MARK={mark}".encode() in variables.read_bytes().split(b"\0"):
+                found.append(int(variables.parent.name))
+    return found
+
+
 def words_of(flags: dict[str, Any]) -> list[str]:
     """Flags as the words of a command line; one whose value is None stands alone, a list is several words."""
     words: list[Any] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from argonne.training.evaluation import PROMPT
 from tests.integration.runs import (
     command,
+    draws,
     finish,
     history,
     kill_job,
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 def test_a_job_killed_at_random_moments_repeats_the_uninterrupted_run_to_the_bit(
     flags: dict[str, Any], uninterrupted: Path, tmp_path: Path
 ) -> None:
-    draw = random.Random()
+    draw = draws()
     stops = sorted(draw.sample(range(1, 12), 2))
     for steps in stops:
         job = start(command("pretrain", {**flags, "--output-dir": tmp_path}))
@@ -127,24 +127,3 @@ def test_a_killed_rank_brings_the_job_down_with_a_message_that_names_it(
     assert str(victim) in done.output
     assert "rank 1" in done.output or "rank      : 1" in done.output, done.output
     assert "SIGKILL" in done.output
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_job_in_one_line(flags: dict[str, Any], tmp_path: Path, number: signal.Signals) -> None:
-    long = {**flags, "--output-dir": tmp_path, "--total-steps": 100_000, "--save-interval": 100_000}
-    job = start(command("pretrain", long))
-    wait_for_steps(job, tmp_path, 2)
-    job.send_signal(number)
-    done = finish(job, timeout=30)
-    assert done.status == 128 + number
-    assert "Traceback" not in done.output
-    assert f"argonne: stopped by {number.name}. The same command continues the run." in done.output
-
-
-def test_wall_time_saves_and_leaves_cleanly(flags: dict[str, Any], tmp_path: Path) -> None:
-    long = {**flags, "--output-dir": tmp_path, "--total-steps": 100_000, "--save-interval": 100_000}
-    began = time.monotonic()
-    assert "leaving at step" in succeed("pretrain", {**long, "--wall-time": 30})
-    assert time.monotonic() - began < 30
-    (saved,) = tmp_path.glob("step_????????")
-    assert metrics(tmp_path)[-1]["step"] == int(saved.name.removeprefix("step_"))
