@@ -27,7 +27,12 @@ _FIXED = ("model", "data", "tokenizer")
 def parse_resume(arguments: Sequence[str]) -> ResumeConfig:
     """The flags of ``resume.py``: those left out are as the checkpoint's run had them."""
     told = parse(ResumeConfig, arguments)
-    given = frozenset(_names(arguments))
+    given, batch = told.given, told.resume.batch_size
+    if batch is not None and "initial_batch_size" in given and batch != told.training.initial_batch_size:
+        raise ArgonneError(
+            f"batch_size={batch} conflicts with initial_batch_size={told.training.initial_batch_size}: both are the "
+            "micro-batch; legal: one of them"
+        )
     directory, saved = _newest_flags(told.resume.checkpoint_path)
     config = ResumeConfig(
         model=_overlay(saved.model, told.model, given),
@@ -39,10 +44,11 @@ def parse_resume(arguments: Sequence[str]) -> ResumeConfig:
             told.run,
             given,
         ),
-        resume=replace(told.resume, given=given),
+        resume=told.resume,
+        given=given,
     )
-    if config.resume.batch_size is not None:
-        config = replace(config, training=replace(config.training, initial_batch_size=config.resume.batch_size))
+    if batch is not None:
+        config = replace(config, training=replace(config.training, initial_batch_size=batch))
     return config
 
 
@@ -77,7 +83,7 @@ def resume(config: ResumeConfig) -> None:
         say(groups, *(f"changed from here on: {line}" for line in changed))
 
         accumulation = config.training.gradient_accumulation_steps
-        if "gradient_accumulation_steps" not in flags.given:
+        if "gradient_accumulation_steps" not in config.given:
             micro = config.training.initial_batch_size
             accumulation = accumulation_that_keeps(saved["global_batch"], micro, groups.data.size)
         state = TrainingState.build(config, workload, groups)
@@ -104,12 +110,6 @@ def _check_repeatable(config: ResumeConfig, elsewhere: bool) -> None:
                 f"{what} cannot go with restarts, which would begin there again; legal: do it without restarts up to "
                 "a first save (--stop-at-step), then resume the run's directory with them"
             )
-
-
-def _names(arguments: Sequence[str]) -> list[str]:
-    """The fields that a command line names: ``--no-streaming`` and ``--save-interval=5`` as their fields."""
-    words = [word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")]
-    return [word.removeprefix("no_") for word in words]
 
 
 def _overlay(saved: Flags, told: Flags, given: frozenset[str]) -> Flags:

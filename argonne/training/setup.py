@@ -28,6 +28,7 @@ from argonne.parallel.collectives import collectively, gather_objects
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.layout import require_divisible
 from argonne.training.config import RunConfig
+from argonne.training.conflicts import check_meaning
 from argonne.training.corpora import Corpora
 from argonne.training.kept_tokenizer import train_kept_tokenizer
 from argonne.training.run_directory import read_run, require_same, schedule_identity
@@ -62,6 +63,7 @@ def check(config: RunConfig, world_size: int) -> None:
         ArgonneError: in one line, what is wrong.
     """
     config.check()
+    check_meaning(config)
     layout = config.parallel.layout(world_size)
     check_kernels(config.training.kernels, choose_device(config.parallel.device), config.training.precision)
     model = config.model.resolve(config.data.block_size)
