@@ -8,21 +8,28 @@ first Argonne always say: ``--num-proc``, ``--min-batch-size``, ``--disable-comp
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import ResumeConfig, RunConfig
 
 
-def check_meaning(config: RunConfig) -> None:
-    """Raise ``ArgonneError`` for the first flag that this command names and that has no effect as things are."""
+def check_meaning(config: RunConfig, saved: Mapping[str, Any] | None = None) -> None:
+    """Raise ``ArgonneError`` for the first flag that this command names and that has no effect as things are.
+
+    ``saved`` is the identity of the run in the output directory. What the flags say against it is told elsewhere.
+    """
     data, training, parallel, given = config.data, config.training, config.parallel, config.given
     _ = parallel.kind  # refuses two at once
     pipelined = parallel.pipeline_parallel != 1 or "pipeline_parallel" in given
     replicated = parallel.data_parallel * parallel.context_parallel > 1 or {"data_parallel", "context_parallel"} & given
+    made_before = saved is not None and saved.get("data", {}).get("streaming") is False
     replicas = "--data-parallel or --context-parallel"
     schedule = "--pipeline-schedule interleaved"
     needs = (
         (data, "validation_sequences", data.validation_glob is not None, "--validation-glob"),
-        (data, "cache_dir", not data.streaming, "--no-streaming"),
+        (data, "cache_dir", not data.streaming or made_before, "--no-streaming"),
         (training, "initial_loss_scale", training.precision == "fp16", "--precision fp16"),
         (parallel, "pipeline_schedule", pipelined, "--pipeline-parallel"),
         (parallel, "pipeline_interleave", parallel.pipeline_schedule == "interleaved", schedule),

@@ -12,9 +12,10 @@ from argonne.checkpoint import CheckpointError, checkpoints, load_trainer, newes
 from argonne.parallel.collectives import collectively
 from argonne.parallel.errors import ArgonneError
 from argonne.training.command_line import parse, restarts_left
+from argonne.training.conditions import announced, changed_since, identity_of
 from argonne.training.config import DataFlags, ResumeConfig, RunConfig
 from argonne.training.run_directory import differences, read_run, saved_flags
-from argonne.training.setup import accumulation_that_keeps, check, prepare
+from argonne.training.setup import accumulation_that_keeps, check, prepare, with_tokens
 from argonne.training.state import TrainingState
 from argonne.training.workflow import joined, restore, say, train
 
@@ -78,20 +79,30 @@ def resume(config: ResumeConfig) -> None:
             path = str(flags.checkpoint_path)
             raise CheckpointError(f"checkpoint path {path!r} holds no valid checkpoint: {reports[0]}")
         saved = collectively(lambda: _saved_run(checkpoint), groups.world)
-        workload = prepare(config, groups, saved["identity"], _FIXED, kept_tokenizer=checkpoint)
-        changed = differences(saved["identity"], workload.identity)
-        say(groups, *(f"changed from here on: {line}" for line in changed))
-
-        accumulation = config.training.gradient_accumulation_steps
+        accumulation, micro = config.training.gradient_accumulation_steps, config.training.initial_batch_size
         if "gradient_accumulation_steps" not in config.given:
-            micro = config.training.initial_batch_size
             accumulation = accumulation_that_keeps(saved["global_batch"], micro, groups.data.size)
+        config.parallel.plan(groups.layout).check_micro_batches(accumulation)
+        if "initial_loss_scale" in config.given and "loss_scale" in saved and not flags.force_from_scratch:
+            raise ArgonneError(
+                f"initial_loss_scale={config.training.initial_loss_scale} has no effect: the checkpoint has the scale "
+                "that it goes on with; legal: leave it out"
+            )
+        workload = prepare(config, groups, identity_of(saved), _FIXED, lambda: checkpoint)
+        became = changed_since(saved, workload.identity, workload.conditions, config)
+        batch = micro * accumulation * groups.data.size
+        became += differences({"global_batch": saved["global_batch"]}, {"global_batch": batch})
+        if flags.reset_optimizer:
+            became.append(f"optimizer: begun anew, with {flags.rewarmup_steps} steps of warm-up")
+
+        workload = with_tokens(config, workload, groups)
         state = TrainingState.build(config, workload, groups)
         if flags.force_from_scratch:
+            say(groups, *announced(became))
             state.initialise(config.training.seed)
             train(config, workload, state, accumulation, None)
         else:
-            restore(state, checkpoint, workload, flags.reset_optimizer, flags.rewarmup_steps)
+            restore(state, checkpoint, workload, became, flags.reset_optimizer, flags.rewarmup_steps)
             train(config, workload, state, accumulation, checkpoint)
 
 
