@@ -9,18 +9,32 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
 from argonne.parent import as_parent
+from argonne.training.command_line import guarded, parse
 
 HERE = Path(__file__).parent
 
 
-def main(corpus: Path, output_dir: Path, steps: int = 600) -> int:
-    """Train on ``corpus`` and say what to do next."""
+@dataclass(frozen=True)
+class Demo:
+    """What the demonstration can be told."""
+
+    corpus: Path
+    """Directory of the shards that ``demo_corpus.py`` writes."""
+    output_dir: Path
+    """Directory of the run."""
+    steps: int = 600
+    """Optimizer steps."""
+
+
+def main(demo: Demo) -> int:
+    """Train, and say what to do next."""
+    corpus, output_dir, steps = demo.corpus, demo.output_dir, demo.steps
     processes = 2 if torch.cuda.device_count() != 1 else 1
     flags = {
         "--nproc": processes,
@@ -56,4 +70,4 @@ def main(corpus: Path, output_dir: Path, steps: int = 600) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main))
+    guarded(lambda: sys.exit(main(parse(Demo, sys.argv[1:]))))

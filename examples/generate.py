@@ -12,9 +12,10 @@ from argonne.checkpoint import load_pieces, resolve, weight_pieces
 from argonne.data import load_tokenizer
 from argonne.inference import Sampling, generate
 from argonne.models import build_model, from_huggingface
-from argonne.parallel import ArgonneError, choose_device, process_groups
+from argonne.parallel import ArgonneError, PipelinePlan, choose_device, process_groups
 from argonne.training.command_line import drive, guarded, parse, world_size
-from argonne.training.config import ParallelFlags
+from argonne.training.config import Given, LayoutFlags
+from argonne.training.conflicts import without_effect
 from argonne.training.setup import PRECISIONS, resolve_precision
 
 
@@ -38,7 +39,8 @@ class GenerateConfig:
 
     generate: GenerateFlags
     sampling: Sampling = field(default_factory=Sampling)
-    parallel: ParallelFlags = field(default_factory=ParallelFlags)
+    parallel: LayoutFlags = field(default_factory=LayoutFlags)
+    given: Given = frozenset()
 
 
 def model_directory(path: Path) -> Path:
@@ -49,10 +51,13 @@ def check(config: GenerateConfig, processes: int) -> None:
     if config.generate.precision not in ("auto", *PRECISIONS):
         legal = ", ".join(("auto", *PRECISIONS))
         raise ArgonneError(f"precision={config.generate.precision!r} is not known; legal: {legal}")
+    for name in ("top_k", "top_p") if config.sampling.temperature == 0 else ():
+        if name in config.given:
+            raise without_effect(config.sampling, name, "a --temperature above 0")
     layout = config.parallel.layout(processes)
     model = from_huggingface(model_directory(config.generate.checkpoint_path))
     model.check_layout(layout)
-    config.parallel.plan(layout).check_layers(model.num_hidden_layers)
+    PipelinePlan.of("1f1b", layout.pipeline).check_layers(model.num_hidden_layers)
 
 
 def main(config: GenerateConfig) -> None:
@@ -60,7 +65,7 @@ def main(config: GenerateConfig) -> None:
     device = choose_device(config.parallel.device)
     with process_groups(config.parallel.layout(world_size()), device) as groups:
         with device:
-            plan = config.parallel.plan(groups.layout)
+            plan = PipelinePlan.of("1f1b", groups.layout.pipeline)
             model = build_model(from_huggingface(directory), groups, resolve_precision(flags.precision, device), plan)
         load_pieces(directory, weight_pieces(model.sharded_parameters()))
         tokenizer = load_tokenizer(directory)

@@ -68,10 +68,15 @@ class ProcessGroups:
     """The axes of ``AXES`` and the joint ones, for PyTorch's own parallel tools; None for a lone process."""
 
     @classmethod
-    def single(cls, device: torch.device | str = "cpu") -> ProcessGroups:
-        """The groups of a lone process: no launcher and no ``torch.distributed`` needed."""
+    def single(cls, device: torch.device | str = "cpu", layout: Layout | None = None) -> ProcessGroups:
+        """The groups of a lone process: no launcher and no ``torch.distributed`` needed.
+
+        ``layout``, of one process, is kept as it is: what it asks for besides has no effect here, but is recorded.
+        """
+        layout = layout or Layout()
+        layout.require_world_size(1)
         axes: dict[str, Any] = {axis: Axis(axis) for axis in (*AXES, *JOINT_AXES)}
-        return cls(Layout(), torch.device(device), Axis("world"), **axes)
+        return cls(layout, torch.device(device), Axis("world"), **axes)
 
     @classmethod
     def of_rank(cls, layout: Layout, rank: int, device: torch.device | str = "meta") -> ProcessGroups:
@@ -98,7 +103,7 @@ class ProcessGroups:
         device = torch.device(device)
         rank = dist.get_rank()
         if world_size == 1:
-            return replace(cls.single(device), layout=layout)
+            return cls.single(device, layout)
         world = Axis("world", world_size, rank, dist.group.WORLD, tuple(range(world_size)))
         mesh = init_device_mesh(device.type, layout.sizes, mesh_dim_names=AXES)
         axes: dict[str, Any] = {axis: _axis(mesh, axis) for axis in AXES}
@@ -190,7 +195,7 @@ def process_groups(layout: Layout, device: torch.device) -> Iterator[ProcessGrou
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if here.world_size == 1:
-        yield ProcessGroups.single(device)
+        yield ProcessGroups.single(device, layout)
         return
     options: dict[str, Any] = {"timeout": STARTUP_TIMEOUT, "rank": here.rank, "world_size": here.world_size}
     options["store"] = meet(here, meeting(), STARTUP_TIMEOUT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import re
 import time
@@ -15,7 +16,7 @@ import tyro
 
 from argonne.parallel import environment
 from argonne.parallel.errors import ArgonneError
-from argonne.training.config import ParallelFlags
+from argonne.training.config import LayoutFlags
 from argonne.training.endings import (
     LAUNCHER_LOOKS_WITHIN,
     PEER_LOST,
@@ -35,7 +36,7 @@ class HasParallelFlags(Protocol):
     """A configuration that says how many processes to start."""
 
     @property
-    def parallel(self) -> ParallelFlags: ...
+    def parallel(self) -> LayoutFlags: ...
 
 
 ConfigType = TypeVar("ConfigType", bound=HasParallelFlags)
@@ -44,19 +45,42 @@ _MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
 
 def parse(config_type: type[ConfigType], arguments: Sequence[str]) -> ConfigType:
-    """The configuration that ``arguments`` describe.
+    """The configuration that ``arguments`` describe; one with a field ``given`` is told there which flags they name.
 
     Raises:
-        ArgonneError: an unknown flag or an unusable value, in one line.
+        ArgonneError: an unknown flag, an unusable value, or a flag with two values, in one line.
     """
+    given = named_flags(arguments)
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
-            return tyro.cli(config_type, args=arguments, config=_MARKERS)
+            config = tyro.cli(config_type, args=arguments, config=_MARKERS)
     except SystemExit as stop:
         if not stop.code:
             raise
         raise ArgonneError(_one_line(told.getvalue())) from None
+    return dataclasses.replace(config, given=given) if hasattr(config, "given") else config  # type: ignore[type-var]
+
+
+def named_flags(arguments: Sequence[str]) -> frozenset[str]:
+    """The fields that a command line names: ``--no-streaming`` and ``--save-interval=5`` as their fields.
+
+    Raises:
+        ArgonneError: a flag is named twice and says two things.
+    """
+    told: list[tuple[str, list[str]]] = []
+    for word in arguments:
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            told.append((flag[2:].replace("_", "-"), [value] if equals else []))
+        elif told:
+            told[-1][1].append(word)
+    said: dict[str, list[str]] = {}
+    for flag, values in told:
+        if said.setdefault(flag, values) != values:
+            first, last = (" ".join(each) for each in (said[flag], values))
+            raise ArgonneError(f"--{flag} is given twice, as {first!r} and as {last!r}; legal: once")
+    return frozenset(flag.removeprefix("no-").replace("-", "_") for flag in said)
 
 
 def drive(
@@ -78,7 +102,13 @@ def drive(
                 f"max_restarts={restarts} is for ranks that this command starts itself, but a launcher did; "
                 f"legal: the launcher's own flag, torchrun --max-restarts {restarts} ..."
             )
-        processes = world_size()
+        processes, asked = world_size(), config.parallel.nproc
+        here = environment.place().local_world_size
+        if asked is not None and not environment.under_driver() and asked not in (processes, here):
+            raise ArgonneError(
+                f"nproc={asked} is for ranks that this command starts itself, but a launcher started {processes}; "
+                "legal: leave it out"
+            )
     else:
         gpus = 0 if config.parallel.device == "cpu" else torch.cuda.device_count()
         processes = config.parallel.nproc or max(gpus, 1)

@@ -20,6 +20,9 @@ DEFAULT_PRESET = "argonne-2.0-4.9b"
 
 _flag = tyro.conf.arg
 
+Given = Annotated[frozenset[str], tyro.conf.Suppress]
+"""The names of the flags that a command line has: filled in by ``parse``, and no flag itself."""
+
 
 @dataclass(frozen=True)
 class ModelFlags:
@@ -147,13 +150,55 @@ class TrainingFlags:
 
 
 @dataclass(frozen=True)
-class ParallelFlags:
-    """The layout: one size for each axis; their product is the number of processes."""
+class LayoutFlags:
+    """The layout of one model: one size for each axis; their product is the number of processes."""
 
     tensor_parallel: int | None = None
     """Processes that share each layer [all that the other axes leave]."""
     pipeline_parallel: int | Literal["auto"] = 1
     """Processes that hold successive layers; auto: all that the other axes leave."""
+    context_parallel: int = 1
+    """Processes that share each sequence: for long ones."""
+    sequence_parallel: bool = False
+    """Share out the tokens between the tensor-parallel layers: less memory for activations, a quarter more to send."""
+    uneven_shards: bool = False
+    """Allow heads and a feed-forward width that do not divide by --tensor-parallel: some ranks get one more."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run [CUDA when there is one]."""
+    nproc: int | None = None
+    """Processes to start when not under torchrun [every GPU, or 1 on CPU]."""
+    local_rank: Annotated[int | None, _flag(name="local_rank")] = None
+    """Set by old launchers; LOCAL_RANK is what counts."""
+
+    def layout(self, world_size: int) -> Layout:
+        """The layout of ``world_size`` processes. Raises ``LayoutError`` when they do not match."""
+        auto = self.pipeline_parallel == "auto"
+        layout = Layout(
+            tensor=1 if self.tensor_parallel is None else self.tensor_parallel,
+            pipeline=1 if isinstance(self.pipeline_parallel, str) else self.pipeline_parallel,
+            data=self.replicas,
+            context=self.context_parallel,
+            sequence_parallel=self.sequence_parallel,
+            uneven_shards=self.uneven_shards,
+        )
+        left = max(1, world_size // layout.world_size)
+        if auto:
+            layout = replace(layout, pipeline=left)
+        elif self.tensor_parallel is None:
+            layout = replace(layout, tensor=left)
+        layout.require_world_size(world_size)
+        return layout
+
+    @property
+    def replicas(self) -> int:
+        """Of the model."""
+        return 1
+
+
+@dataclass(frozen=True)
+class ParallelFlags(LayoutFlags):
+    """The layout of training: one size for each axis, and how the replicas and the pipeline work."""
+
     pipeline_schedule: ScheduleName = "1f1b"
     """The order of a pipeline's work: 1f1b (least memory), interleaved (several stages a process, a smaller
     bubble), zb (zero bubble: two stages a process, weight gradients while it would wait) or gpipe."""
@@ -161,26 +206,19 @@ class ParallelFlags:
     """Stages a process has when the schedule is interleaved."""
     data_parallel: int = 1
     """Replicas of the model, each with its own samples of a step."""
-    context_parallel: int = 1
-    """Processes that share each sequence: for long ones."""
-    sequence_parallel: bool = False
-    """Share out the tokens between the tensor-parallel layers: less memory for activations, a quarter more to send."""
-    uneven_shards: bool = False
-    """Allow heads and a feed-forward width that do not divide by --tensor-parallel: some ranks get one more."""
     fsdp: bool = False
     """Share out parameters, gradients and optimizer state over the data- and context-parallel processes (FSDP2)."""
     zero1: bool = False
     """Share out the optimizer's state alone over them (ZeRO stage 1)."""
     reproducible: bool = False
     """The same bits at every layout (not built yet; the same bits at the same layout always hold)."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run [CUDA when there is one]."""
-    nproc: int | None = None
-    """Processes to start when not under torchrun [every GPU, or 1 on CPU]."""
     max_restarts: int = 0
     """Times to start all processes again, from the newest checkpoint, when one fails. Under torchrun: its own flag."""
-    local_rank: Annotated[int | None, _flag(name="local_rank")] = None
-    """Set by old launchers; LOCAL_RANK is what counts."""
+
+    @property
+    def replicas(self) -> int:
+        """Of the model."""
+        return self.data_parallel
 
     @property
     def kind(self) -> Kind:
@@ -197,22 +235,7 @@ class ParallelFlags:
         """The layout of ``world_size`` processes. Raises ``LayoutError`` when they do not match."""
         if self.reproducible:
             raise ArgonneError("reproducible=True is not built yet; leave the flag out")
-        auto = self.pipeline_parallel == "auto"
-        layout = Layout(
-            tensor=1 if self.tensor_parallel is None else self.tensor_parallel,
-            pipeline=1 if isinstance(self.pipeline_parallel, str) else self.pipeline_parallel,
-            data=self.data_parallel,
-            context=self.context_parallel,
-            sequence_parallel=self.sequence_parallel,
-            uneven_shards=self.uneven_shards,
-        )
-        left = max(1, world_size // layout.world_size)
-        if auto:
-            layout = replace(layout, pipeline=left)
-        elif self.tensor_parallel is None:
-            layout = replace(layout, tensor=left)
-        layout.require_world_size(world_size)
-        return layout
+        return super().layout(world_size)
 
 
 @dataclass(frozen=True)
@@ -244,6 +267,8 @@ class RunConfig:
     training: TrainingFlags = field(default_factory=TrainingFlags)
     parallel: ParallelFlags = field(default_factory=ParallelFlags)
     run: RunFlags = field(default_factory=RunFlags)
+    given: Given = frozenset()
+    """The flags that this command names: what they say counts even where it equals a default."""
 
     def check(self) -> None:
         """Raise ``ArgonneError`` for the first value that no run could use; needs neither data nor peers."""
@@ -305,8 +330,6 @@ class ResumeFlags:
     """Steps of that warm-up."""
     force_from_scratch: bool = False
     """Take the saved configuration but start at step 0, in an --output-dir that holds no run."""
-    given: Annotated[frozenset[str], tyro.conf.Suppress] = frozenset()
-    """The flags that this command names: what they say counts even where it equals a default."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,33 +1,63 @@
-"""The tokenizer of a run that is given none: trained on its data, and kept with it."""
+"""The tokenizer of a run that is given none: trained on its data before the first step, and kept with it ever after.
+
+Weights depend on it. So a run that has a checkpoint goes on with the copy in there, whatever became of its data and
+of the directory's own copy.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from argonne.data import DataError, OnBad, Shard, fingerprint, read_texts, train_tokenizer
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from argonne.data import DataError, OnBad, Shard, load_tokenizer, read_texts, tokenizer_fingerprint, train_tokenizer
+from argonne.data.tokenizer import SPECIAL_TOKENS
+from argonne.files import TEMPORARY
 
 TOKENIZER_TRAINING_BYTES = 16 << 20
 """The fallback tokenizer is trained on this much text at most, from the beginning of the data."""
 
 
-def train_kept_tokenizer(shards: Sequence[Shard], path: Path, on_bad: OnBad = "raise") -> None:
-    """The fallback: a byte-level BPE of the data's own text, kept at ``path`` with what it was trained on."""
-    origin = {"data": fingerprint(shards)}
-    record = path / "trained_on.json"
-    if record.exists() and json.loads(record.read_text()) == origin:
-        return
-    print("no --tokenizer-path: training a byte-level BPE of 12,000 on the data", flush=True)
-    tokenizer = train_tokenizer(_some_text(shards, on_bad))
-    temporary = path.with_name(path.name + ".tmp")
+def is_kept(path: Path, fingerprint: str | None) -> bool:
+    """Whether the tokenizer of that fingerprint lies at ``path``, whole."""
+    try:
+        return fingerprint is not None and tokenizer_fingerprint(load_tokenizer(path)) == fingerprint
+    except DataError:
+        return False
+
+
+def fallback_tokenizer(path: Path, fingerprint: str | None, shards: Sequence[Shard], on_bad: OnBad = "raise") -> str:
+    """The one kept at ``path`` if it is that of the run; else a byte-level BPE of the data's own text, as JSON.
+
+    Nothing is written: what is made of it may still be refused.
+    """
+    if is_kept(path, fingerprint):
+        tokenizer = load_tokenizer(path)
+    else:
+        print("no --tokenizer-path: training a byte-level BPE of 12,000 on the data", flush=True)
+        tokenizer = train_tokenizer(_some_text(shards, on_bad))
+    return tokenizer.backend_tokenizer.to_str()
+
+
+def from_json(text: str) -> PreTrainedTokenizerFast:
+    """The tokenizer that ``fallback_tokenizer`` tells of, as it is once saved and loaded."""
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), **SPECIAL_TOKENS)
+
+
+def keep(tokenizer: PreTrainedTokenizerFast, path: Path) -> bool:
+    """See that ``tokenizer`` lies at ``path``; returns whether it had to be written."""
+    if is_kept(path, tokenizer_fingerprint(tokenizer)):
+        return False
+    temporary = path.with_name(path.name + TEMPORARY)
     shutil.rmtree(temporary, ignore_errors=True)
     tokenizer.save_pretrained(temporary)
-    (temporary / record.name).write_text(json.dumps(origin))
     shutil.rmtree(path, ignore_errors=True)
     os.replace(temporary, path)
+    return True
 
 
 def _some_text(shards: Sequence[Shard], on_bad: OnBad) -> Iterator[str]:

@@ -13,9 +13,10 @@ from argonne.parallel.collectives import collectively
 from argonne.parallel.environment import restarts_left
 from argonne.parallel.errors import ArgonneError
 from argonne.training.command_line import parse
+from argonne.training.conditions import announced, changed_since, identity_of
 from argonne.training.config import DataFlags, ResumeConfig, RunConfig
 from argonne.training.run_directory import differences, read_run, saved_flags
-from argonne.training.setup import accumulation_that_keeps, check, prepare
+from argonne.training.setup import accumulation_that_keeps, check, prepare, with_tokens
 from argonne.training.state import TrainingState
 from argonne.training.workflow import is_done, joined, restore, say, train
 
@@ -28,7 +29,12 @@ _FIXED = ("model", "data", "tokenizer")
 def parse_resume(arguments: Sequence[str]) -> ResumeConfig:
     """The flags of ``resume.py``: those left out are as the checkpoint's run had them."""
     told = parse(ResumeConfig, arguments)
-    given = frozenset(_names(arguments))
+    given, batch = told.given, told.resume.batch_size
+    if batch is not None and "initial_batch_size" in given and batch != told.training.initial_batch_size:
+        raise ArgonneError(
+            f"batch_size={batch} conflicts with initial_batch_size={told.training.initial_batch_size}: both are the "
+            "micro-batch; legal: one of them"
+        )
     directory, saved = _newest_flags(told.resume.checkpoint_path)
     config = ResumeConfig(
         model=_overlay(saved.model, told.model, given),
@@ -40,10 +46,11 @@ def parse_resume(arguments: Sequence[str]) -> ResumeConfig:
             told.run,
             given,
         ),
-        resume=replace(told.resume, given=given),
+        resume=told.resume,
+        given=given,
     )
-    if config.resume.batch_size is not None:
-        config = replace(config, training=replace(config.training, initial_batch_size=config.resume.batch_size))
+    if batch is not None:
+        config = replace(config, training=replace(config.training, initial_batch_size=batch))
     return config
 
 
@@ -73,21 +80,31 @@ def resume(config: ResumeConfig) -> int:
             path = str(flags.checkpoint_path)
             raise CheckpointError(f"checkpoint path {path!r} holds no valid checkpoint: {reports[0]}")
         saved = collectively(lambda: _saved_run(checkpoint), groups.world)
-        workload = prepare(config, groups, saved["identity"], _FIXED, kept_tokenizer=checkpoint)
+        accumulation, micro = config.training.gradient_accumulation_steps, config.training.initial_batch_size
+        if "gradient_accumulation_steps" not in config.given:
+            accumulation = accumulation_that_keeps(saved["global_batch"], micro, groups.data.size)
+        config.parallel.plan(groups.layout).check_micro_batches(accumulation)
+        if "initial_loss_scale" in config.given and "loss_scale" in saved and not flags.force_from_scratch:
+            raise ArgonneError(
+                f"initial_loss_scale={config.training.initial_loss_scale} has no effect: the checkpoint has the scale "
+                "that it goes on with; legal: leave it out"
+            )
+        workload = prepare(config, groups, identity_of(saved), _FIXED, lambda: checkpoint)
+        became = changed_since(saved, workload.identity, workload.conditions, config)
+        batch = micro * accumulation * groups.data.size
+        became += differences({"global_batch": saved["global_batch"]}, {"global_batch": batch})
+        if flags.reset_optimizer:
+            became.append(f"optimizer: begun anew, with {flags.rewarmup_steps} steps of warm-up")
+
         if not flags.force_from_scratch and is_done(config, checkpoint, groups):
             return 0
-        changed = differences(saved["identity"], workload.identity)
-        say(groups, *(f"changed from here on: {line}" for line in changed))
-
-        accumulation = config.training.gradient_accumulation_steps
-        if "gradient_accumulation_steps" not in flags.given:
-            micro = config.training.initial_batch_size
-            accumulation = accumulation_that_keeps(saved["global_batch"], micro, groups.data.size)
+        workload = with_tokens(config, workload, groups)
         state = TrainingState.build(config, workload, groups)
         if flags.force_from_scratch:
+            say(groups, *announced(became))
             state.initialise(config.training.seed)
             return train(config, workload, state, accumulation, None)
-        restore(state, checkpoint, workload, flags.reset_optimizer, flags.rewarmup_steps)
+        restore(state, checkpoint, workload, became, flags.reset_optimizer, flags.rewarmup_steps)
         return train(config, workload, state, accumulation, checkpoint)
 
 
@@ -106,12 +123,6 @@ def _check_repeatable(config: ResumeConfig, elsewhere: bool) -> None:
                 f"{what} cannot go with restarts, which would begin there again; legal: do it without restarts up to "
                 "a first save (--stop-at-step), then resume the run's directory with them"
             )
-
-
-def _names(arguments: Sequence[str]) -> list[str]:
-    """The fields that a command line names: ``--no-streaming`` and ``--save-interval=5`` as their fields."""
-    words = [word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")]
-    return [word.removeprefix("no_") for word in words]
 
 
 def _overlay(saved: Flags, told: Flags, given: frozenset[str]) -> Flags:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -30,8 +31,11 @@ _SCHEDULE = (
     "gradient_clip",
 )
 
-# What --accept-data-change accepts.
-_DATA = ("data.shards", "data.fingerprint", "data.weights", "data.filters", "tokenizer.")
+DATA = ("data.shards", "data.fingerprint", "data.weights", "data.filters", "tokenizer.")
+"""What --accept-data-change accepts: so begin the lines that tell of it."""
+
+PRECISION_FLAGS = {"float32": "fp32", "float64": "fp64"}
+"""The flag that keeps weights and moments in a dtype."""
 
 
 def schedule_identity(config: RunConfig) -> dict[str, Any]:
@@ -138,27 +142,53 @@ def continue_at(directory: Path, step: int) -> list[str]:
     return moved
 
 
-def claim(directory: Path, patience: float = 10.0) -> IO[str]:
-    """Keep every other job out of ``directory`` until the returned file is closed or this process ends.
+@dataclasses.dataclass
+class Claim:
+    """A run's directory that one job has to itself, until this process ends at the latest."""
+
+    lock: IO[str]
+    made: list[Path]
+    """What there was not before: the lock, and the directories above it, innermost first."""
+
+    def release(self) -> None:
+        """Let other jobs in."""
+        self.lock.close()
+
+    def undo(self) -> None:
+        """Leave as it was a directory in which nothing was done."""
+        for path in self.made:
+            with contextlib.suppress(OSError):  # what has something in it by now stays
+                path.rmdir() if path.is_dir() else path.unlink()
+        self.release()
+
+
+def claim(directory: Path, patience: float = 10.0) -> Claim:
+    """Keep every other job out of ``directory`` until the claim is released or this process ends.
 
     Waits up to ``patience`` seconds for a job that is just ending.
 
     Raises:
         ArgonneError: another job is at work there.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    file = (directory / ".lock").open("a")
+    path = directory / ".lock"
+    made = [each for each in (path, directory, *directory.parents) if not each.exists()]
     deadline = time.monotonic() + patience
     while True:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise ArgonneError(f"output_dir={str(directory)!r} is in use by another job") from None
             time.sleep(0.1)
         except OSError:
-            return file  # a file system without locks
+            return Claim(file, made)  # a file system without locks
+        else:
+            # Another job that was refused may have taken the file away just before.
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                return Claim(file, made)
+        file.close()
 
 
 def require_same(
@@ -169,14 +199,20 @@ def require_same(
     Returns the differences that ``accept_data_change`` accepts: shards, their weights, filters, the tokenizer.
     """
     found = differences(saved, wanted)
-    data = [line for line in found if line.startswith(_DATA)]
+    data = [line for line in found if line.startswith(DATA)]
     if found == data and accept_data_change:
         return data
     if found:
-        also = ", or --accept-data-change to go on with the new data on purpose" if found == data else ""
+        own, also = "the run's own flags", ""
+        if found == data:
+            also = ", or --accept-data-change to go on with the new data on purpose"
+        if any(line.startswith("precision.") for line in found):
+            kept, asked = (PRECISION_FLAGS[identity["precision"]["state"]] for identity in (saved, wanted))
+            own += f" (--precision {kept})"
+            also += f", or resume.py --precision {asked} to convert its weights and moments on purpose"
         raise ArgonneError(
             f"output_dir={str(directory)!r} holds a different run ({'; '.join(found)}); "
-            f"legal: the run's own flags, or another --output-dir{also}"
+            f"legal: {own}, or another --output-dir{also}"
         )
     return []
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import ChainMap
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from argonne.data import (
@@ -27,9 +28,12 @@ from argonne.parallel import Axis, Layout, Precision, ProcessGroups, choose_devi
 from argonne.parallel.collectives import collectively, gather_objects
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.layout import require_divisible
+from argonne.training.conditions import comparable, conditions_of, dtype_name
 from argonne.training.config import RunConfig
+from argonne.training.conflicts import check_meaning
 from argonne.training.corpora import Corpora
-from argonne.training.kept_tokenizer import train_kept_tokenizer
+from argonne.training.evaluation import held_out_sequences
+from argonne.training.kept_tokenizer import fallback_tokenizer, from_json
 from argonne.training.run_directory import read_run, require_same, schedule_identity
 from argonne.training.token_caches import token_caches
 
@@ -53,6 +57,10 @@ class Workload:
     boundary: tuple[int, int] | None
     identity: dict[str, Any]
     """What makes this run this run, whatever its layout: JSON values."""
+    conditions: dict[str, Any]
+    """What it is computed and measured under, which may change on the way: JSON values."""
+    held_out: Tensor | None
+    """``held_out_sequences``; None where there is no held-out text."""
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -62,6 +70,8 @@ def check(config: RunConfig, world_size: int) -> None:
         ArgonneError: in one line, what is wrong.
     """
     config.check()
+    saved = read_run(config.run.output_dir)
+    check_meaning(config, saved["identity"] if saved else None)
     layout = config.parallel.layout(world_size)
     check_kernels(config.training.kernels, choose_device(config.parallel.device), config.training.precision)
     model = config.model.resolve(config.data.block_size)
@@ -69,7 +79,7 @@ def check(config: RunConfig, world_size: int) -> None:
     plan = config.parallel.plan(layout)
     plan.check_layers(model.num_hidden_layers)
     check_kind(config.parallel.kind, plan.schedule if layout.pipeline > 1 else "")
-    if not (config.run.output_dir / "run.json").exists():  # a run that is continued keeps its global batch
+    if saved is None:  # a run that is continued keeps its global batch
         plan.check_micro_batches(config.training.gradient_accumulation_steps)
     check_sequence(config.data.block_size, layout)
     path = config.data.tokenizer_path
@@ -77,7 +87,6 @@ def check(config: RunConfig, world_size: int) -> None:
         raise DataError(
             f"tokenizer_path={str(path)!r} does not exist; legal: the directory of a Hugging Face tokenizer"
         )
-    saved = read_run(config.run.output_dir)
     Corpora.open(config.data, config.training.seed, saved["identity"].get("data") if saved else None)
     _check_output(config.run.output_dir)
 
@@ -106,57 +115,74 @@ def prepare(
     groups: ProcessGroups,
     saved: dict[str, Any] | None = None,
     fixed: Collection[str] | None = None,
-    kept_tokenizer: Path | None = None,
+    kept_tokenizer: Callable[[], Path | None] = lambda: None,
 ) -> Workload:
-    """Settle the workload (collective).
+    """Settle the workload (collective), writing nothing: all that can be refused is refused here.
 
     Args:
         config: the flags.
         groups: the processes.
         saved: the identity of the run that is continued, if one is; anything else is refused.
         fixed: the parts of it in which anything else is refused; all of them when left out.
-        kept_tokenizer: the tokenizer that the run already has, used when the flags name none.
+        kept_tokenizer: finds the tokenizer that trained weights depend on (collective), if there are such; asked for
+            once the flags are known to mean the run, and only when they name none.
 
     Raises:
         ArgonneError: on every rank, what is wrong.
     """
     directory = config.run.output_dir
     data = open_corpora(config, groups, saved)
+    precision = resolve_precision(config.training.precision, groups.device)
     identity: dict[str, Any] = {
         "data": data.identity,
         "seed": config.training.seed,
         "schedule": schedule_identity(config),
+        "precision": {"state": dtype_name(precision.parameters)},
     }
+    if precision.compute is torch.float16:
+        identity["initial_loss_scale"] = config.training.initial_loss_scale
 
-    def compare() -> list[str]:
+    def compare(wanted: dict[str, Any]) -> list[str]:
         if saved is None:
             return []
-        names = [name for name in identity if fixed is None or name in fixed]
-        wanted = {name: identity[name] for name in names}
-        return require_same({n: saved.get(n) for n in names}, wanted, directory, config.data.accept_data_change)
+        names = [name for name in wanted if fixed is None or name in fixed]
+        before, now = comparable({n: saved.get(n) for n in names}, {n: wanted[n] for n in names})
+        return require_same(before, now, directory, config.data.accept_data_change)
 
-    compare()  # before a tokenizer is trained into another run's directory
+    # Before anything that takes long.
+    size = saved and saved.get("tokenizer", {}).get("size")
+    compare(identity | ({"model": dataclasses.asdict(_model(config, size))} if size else {}))
 
-    def find_tokenizer() -> Path:
-        if config.data.tokenizer_path is not None:
-            return config.data.tokenizer_path
-        if kept_tokenizer is not None:
-            return kept_tokenizer
-        if groups.is_first:
-            train_kept_tokenizer(data.shards, directory / "tokenizer", config.data.on_bad_shard)
-        return directory / "tokenizer"
-
-    source = collectively(find_tokenizer, groups.world)
     reads_data = groups.model.rank == 0
-    tokenizer = collectively(
-        lambda: load_tokenizer(source, config.data.trust_remote_code) if reads_data else None, groups.world
-    )
+    path, text = config.data.tokenizer_path or kept_tokenizer(), ""
+    if path is None:
+
+        def find() -> str:
+            kept = saved.get("tokenizer", {}).get("fingerprint") if saved else None
+            return fallback_tokenizer(directory / "tokenizer", kept, data.shards, config.data.on_bad_shard)
+
+        told = gather_objects(collectively(lambda: find() if groups.is_first else "", groups.world), groups.world)
+        text = told[0]
+
+    def load() -> PreTrainedTokenizerFast | None:
+        if not reads_data:
+            return None
+        return from_json(text) if path is None else load_tokenizer(path, config.data.trust_remote_code)
+
+    tokenizer = collectively(load, groups.world)
     boundary = None
     if config.data.add_document_boundary_tokens:
         boundary = collectively(lambda: boundary_tokens(tokenizer) if tokenizer else None, groups.world)
 
-    if not config.data.streaming:
-        data = data.with_caches(token_caches(data, tokenizer, boundary, directory / "token_cache", groups))
+    facts: dict[str, Any] = {}
+    if groups.is_first:
+        assert tokenizer is not None
+        facts = {"fingerprint": tokenizer_fingerprint(tokenizer), "size": _token_count(tokenizer)}
+        facts |= {"boundary": list(boundary)} if boundary else {}
+    facts = gather_objects(facts, groups.world)[0]
+    model = _model(config, facts["size"])
+    identity |= {"model": dataclasses.asdict(model), "tokenizer": facts}
+    accepted = compare(identity)
 
     def enough() -> None:
         if groups.is_first:
@@ -164,17 +190,16 @@ def prepare(
             data.check_block_size(tokenizer, boundary)
 
     collectively(enough, groups.world)
-    told = ("", 0)
-    if groups.is_first:
-        assert tokenizer is not None
-        told = (tokenizer_fingerprint(tokenizer), _token_count(tokenizer))
-    tokenizer_hash, tokenizer_size = gather_objects(told, groups.world)[0]
-    model = _model(config, tokenizer_size)
-    identity |= {
-        "model": dataclasses.asdict(model),
-        "tokenizer": {"fingerprint": tokenizer_hash, "size": tokenizer_size},
-    }
-    accepted = compare()
+    held_out = None
+    if data.validation:
+        held_out = held_out_sequences(
+            data.validation,
+            tokenizer if groups.is_first else None,
+            config.data.block_size,
+            boundary,
+            config.data.validation_sequences,
+            groups,
+        )
     if groups.is_first:
         for line in accepted:
             print(f"accepted from here on: {line}")
@@ -184,8 +209,28 @@ def prepare(
                 f"data_parallel={groups.data.size} does not divide the {data.lanes} lanes: each is tokenised by "
                 f"{sharing} ranks, which take its samples in turn"
             )
-    precision = resolve_precision(config.training.precision, groups.device)
-    return Workload(model, precision, data, tokenizer, boundary, identity)
+    conditions = conditions_of(config, precision, groups.device, data.validation)
+    return Workload(model, precision, data, tokenizer, boundary, identity, conditions, held_out)
+
+
+def with_tokens(config: RunConfig, workload: Workload, groups: ProcessGroups) -> Workload:
+    """The workload with the tokens of ``--no-streaming`` made or found (collective).
+
+    Raises:
+        ArgonneError: on every rank, why they cannot be made.
+    """
+    if config.data.streaming:
+        return workload
+    directory, tokenizer, boundary = config.run.output_dir / "token_cache", workload.tokenizer, workload.boundary
+    data = workload.data.with_caches(token_caches(workload.data, tokenizer, boundary, directory, groups))
+
+    def enough() -> None:
+        if groups.is_first:
+            assert tokenizer is not None
+            data.check_block_size(tokenizer, boundary)
+
+    collectively(enough, groups.world)
+    return replace(workload, data=data)
 
 
 def open_corpora(config: RunConfig, groups: ProcessGroups, saved: dict[str, Any] | None) -> Corpora:
@@ -221,7 +266,7 @@ def accumulation_for(config: RunConfig, data_parallel: int, saved: dict[str, Any
     if saved is None:
         return asked
     kept = saved["global_batch"]
-    if kept not in (micro * asked * data_parallel, micro * asked * saved["first_layout"]["data"]):
+    if kept not in (micro * asked * data_parallel, micro * asked * saved["first_layout"].get("data", 1)):
         raise ArgonneError(
             f"global batch {micro * asked * data_parallel} (initial_batch_size={micro} x gradient_accumulation_steps="
             f"{asked} x data_parallel={data_parallel}) is not the run's {kept}; legal: a product of {kept}"

@@ -20,6 +20,7 @@ from argonne.files import write_json
 from argonne.models import ArgonneModel, PipelinedModel, build_replicas, to_huggingface
 from argonne.parallel import DataParallel, ProcessGroups, ShardedParameter, initialise
 from argonne.parallel.collectives import gather_objects
+from argonne.training.conditions import dtype_name
 from argonne.training.config import RunConfig
 from argonne.training.loss_scale import LossScale
 from argonne.training.optimizer import build_optimizer, moment_pieces
@@ -45,6 +46,8 @@ class TrainingState:
     """The number of the next global sample (known to ranks that read data)."""
     lanes: dict[int, LaneState] = field(default_factory=dict)
     """The state of each lane that this rank reads; empty where none was read yet."""
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """What was changed on the way, each with the last ``step`` before it and a ``text``."""
 
     @classmethod
     def build(cls, config: RunConfig, workload: Workload, groups: ProcessGroups) -> TrainingState:
@@ -112,7 +115,7 @@ class TrainingState:
                 "eos_token_id": workload.tokenizer.eos_token_id,
                 "pad_token_id": workload.tokenizer.pad_token_id,
             }
-            dtype = str(workload.precision.parameters).removeprefix("torch.")
+            dtype = dtype_name(workload.precision.parameters)
             workload.tokenizer.save_pretrained(directory)
             write_json(directory / "config.json", to_huggingface(workload.model, tokens, dtype))
             write_json(directory / "generation_config.json", tokens)
@@ -153,6 +156,8 @@ class TrainingState:
             "global_batch": global_batch,
             "layout": dataclasses.asdict(self.model.groups.layout),
             "identity": workload.identity,
+            "conditions": workload.conditions,
+            "changes": self.changes,
             "flags": flags_to_json(config),
             "versions": versions(),
         }

@@ -21,7 +21,7 @@ from argonne.parallel.errors import ArgonneError
 from argonne.parallel.groups import TRAINING_TIMEOUT
 from argonne.training.config import RunConfig
 from argonne.training.endings import NOTHING_GAINED, STOPPING, say, stopped_status
-from argonne.training.evaluation import held_out_loss, held_out_sequences, sample_text
+from argonne.training.evaluation import held_out_loss, sample_text
 from argonne.training.feed import BatchFeed, Fed
 from argonne.training.metrics import MetricsLog, Progress, flops_per_token, memory_gib, peak_flops
 from argonne.training.optimizer import set_learning_rate
@@ -45,16 +45,7 @@ class Trainer:
         shape = (accumulation, self.micro_batch, config.data.block_size + 1)
         data = config.data
         self.feed = BatchFeed(self._stream(accumulation), shape, groups, data.document_mask, data.prefetch_batches)
-        self.held_out = None
-        if workload.data.validation:
-            self.held_out = held_out_sequences(
-                workload.data.validation,
-                workload.tokenizer if groups.is_first else None,
-                config.data.block_size,
-                workload.boundary,
-                config.data.validation_sequences,
-                groups,
-            )
+        self.held_out = workload.held_out
         self.metrics = MetricsLog(config.run.output_dir / "metrics.jsonl")
         self.step_seconds = 0.0
         # Until a save has been timed: weights and moments at 200 MB/s.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from argonne.parallel import ProcessGroups, choose_device, process_groups
 from argonne.parallel.collectives import collectively
 from argonne.parallel.environment import place
 from argonne.parallel.errors import ArgonneError
+from argonne.training.conditions import announced, changed_since, identity_of
 from argonne.training.config import RunConfig
+from argonne.training.kept_tokenizer import keep
 from argonne.training.run_directory import claim, continue_at, flags_to_json, read_run
-from argonne.training.setup import Workload, accumulation_for, prepare
+from argonne.training.setup import Workload, accumulation_for, prepare, with_tokens
 from argonne.training.state import TrainingState, versions
 from argonne.training.trainer import Trainer
 
@@ -25,23 +28,22 @@ def pretrain(config: RunConfig) -> int:
     directory = config.run.output_dir
     with joined(config) as groups:
         saved = collectively(lambda: read_run(directory), groups.world)
-        workload = prepare(config, groups, saved and saved["identity"])
         accumulation = accumulation_for(config, groups.data.size, saved)
-        found = checkpoints(directory)
-        checkpoint, reports = newest_valid(found, groups)
-        say(groups, *reports)
-        if found and checkpoint is None:
-            raise CheckpointError(
-                f"none of the {len(found)} checkpoints in output_dir={str(directory)!r} is valid ({reports[0]}); "
-                "legal: mend them, or another --output-dir"
-            )
-        if checkpoint is not None and is_done(config, checkpoint, groups):
-            return 0
+        config.parallel.plan(groups.layout).check_micro_batches(accumulation)
+        newest = functools.cache(lambda: _newest(directory, groups))
+        workload = prepare(config, groups, identity_of(saved) if saved else None, kept_tokenizer=newest)
+        checkpoint, became = newest(), []
+        if checkpoint is not None:
+            if is_done(config, checkpoint, groups):
+                return 0
+            trainer = load_trainer(checkpoint)
+            became = changed_since(trainer, workload.identity, workload.conditions, config)
+        workload = with_tokens(config, workload, groups)
         state = TrainingState.build(config, workload, groups)
         if checkpoint is None:
             state.initialise(config.training.seed)
         else:
-            restore(state, checkpoint, workload)
+            restore(state, checkpoint, workload, became)
         return train(config, workload, state, accumulation, checkpoint)
 
 
@@ -68,17 +70,36 @@ def is_done(config: RunConfig, checkpoint: Path, groups: ProcessGroups) -> bool:
     return step in (total, stop)
 
 
+def _newest(directory: Path, groups: ProcessGroups) -> Path | None:
+    """The newest valid checkpoint of a run (collective); None where it has none, valid or not."""
+    found = checkpoints(directory)
+    checkpoint, reports = newest_valid(found, groups)
+    say(groups, *reports)
+    if found and checkpoint is None:
+        raise CheckpointError(
+            f"none of the {len(found)} checkpoints in output_dir={str(directory)!r} is valid ({reports[0]}); "
+            "legal: mend them, or another --output-dir"
+        )
+    return checkpoint
+
+
 def restore(
     state: TrainingState,
     checkpoint: Path,
     workload: Workload,
+    became: Sequence[str],
     reset_optimizer: bool = False,
     rewarmup_steps: int = 0,
 ) -> None:
-    """Become what ``checkpoint`` says; where the data has changed since, each lane finds a place in what it is now."""
+    """Become what ``checkpoint`` says but for ``became``, the lines that tell of changes, which are kept.
+
+    Where the data has changed since, each lane finds a place in what it is now.
+    """
     state.restore(checkpoint, reset_optimizer, rewarmup_steps)
-    saved = load_trainer(checkpoint)["identity"]
-    now = workload.identity
+    trainer = load_trainer(checkpoint)
+    saved, now = trainer["identity"], workload.identity
+    state.changes = [*trainer.get("changes", []), *({"step": state.step, "text": line} for line in became)]
+    say(state.model.groups, *announced(became))
     same_tokens = all(
         saved[group].get(name) == now[group].get(name)
         for group, name in (("tokenizer", "fingerprint"), ("data", "filters"))
@@ -96,7 +117,6 @@ def train(
     Returns the status that this process is to end with.
     """
     groups, directory = state.model.groups, config.run.output_dir
-    config.parallel.plan(groups.layout).check_micro_batches(accumulation)
     trainer = Trainer(config, workload, state, accumulation)
 
     def begin() -> None:
@@ -105,12 +125,18 @@ def train(
             layout = dataclasses.asdict(groups.layout)
             run = {
                 "identity": workload.identity,
+                "conditions": workload.conditions,
+                "changes": state.changes,
                 "global_batch": trainer.global_batch,
                 "layout": layout,
                 "first_layout": before["first_layout"] if before else layout,
                 "flags": flags_to_json(config),
                 "versions": versions(),
             }
+            if config.data.tokenizer_path is None:
+                assert workload.tokenizer is not None
+                if keep(workload.tokenizer, directory / "tokenizer") and before:
+                    say(groups, f"{directory / 'tokenizer'} was missing or damaged, and was restored")
             write_json(directory / "run.json", run)
             say(groups, *continue_at(directory, state.step))
 
@@ -141,10 +167,15 @@ def joined(config: RunConfig) -> Iterator[ProcessGroups]:
     layout = config.parallel.layout(place().world_size)
     with process_groups(layout, choose_device(config.parallel.device)) as groups:
         directory = config.run.output_dir
-        lock = collectively(lambda: claim(directory) if groups.is_first else None, groups.world)
-        yield groups
-        if lock is not None:
-            lock.close()
+        own = collectively(lambda: claim(directory) if groups.is_first else None, groups.world)
+        try:
+            yield groups
+        except ArgonneError:
+            if own is not None:
+                own.undo()
+            raise
+        if own is not None:
+            own.release()
 
 
 def say(groups: ProcessGroups, *lines: str) -> None:

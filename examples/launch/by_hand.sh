@@ -19,6 +19,10 @@ fi
 # Ranks that share a CPU must not each start a thread for every core.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
+# Tensor parallelism within a machine, data parallelism across machines, unless your flags say otherwise.
+[[ " ${*//_/-} " == *" --tensor-parallel"[\ =]* ]] || set -- --tensor-parallel "$processes" "$@"
+[[ " ${*//_/-} " == *" --data-parallel"[\ =]* ]] || set -- --data-parallel "$((world / processes))" "$@"
+
 ranks=()
 finish() { # whatever ends this script ends its ranks, which save first; one that takes half a minute hangs
   kill "${ranks[@]}" 2>/dev/null || true
@@ -33,9 +37,7 @@ trap finish EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 for ((local_rank = 0; local_rank < processes; local_rank++)); do
-  # Tensor parallelism within a machine, data parallelism across machines. Flags of yours come last, and so win.
-  RANK=$((first + local_rank)) LOCAL_RANK=$local_rank "${PYTHON:-python}" examples/pretrain.py \
-    --tensor-parallel "$processes" --data-parallel "$((world / processes))" "$@" &
+  RANK=$((first + local_rank)) LOCAL_RANK=$local_rank "${PYTHON:-python}" examples/pretrain.py "$@" &
   ranks+=($!)
 done
 for _ in "${ranks[@]}"; do

@@ -16,11 +16,15 @@ port=${MASTER_PORT:-$((20000 + number % 10000))}
 ARGONNE_STARTED_AT=$(date +%s)
 export ARGONNE_STARTED_AT
 
-# One torchrun agent a node; the agents meet on the first. Flags of yours come last, and so win.
+# Tensor parallelism within a node, data parallelism across nodes, unless your flags say otherwise.
+[[ " ${*//_/-} " == *" --tensor-parallel"[\ =]* ]] || set -- --tensor-parallel "$gpus" "$@"
+[[ " ${*//_/-} " == *" --data-parallel"[\ =]* ]] || set -- --data-parallel "${#nodes[@]}" "$@"
+
+# One torchrun agent a node; the agents meet on the first.
 # MPICH and PALS take --ppn; for Open MPI say MPIEXEC='mpiexec --npernode 1 -x PATH -x ARGONNE_STARTED_AT'.
 read -ra launcher <<<"${MPIEXEC:-mpiexec --ppn 1}"
 exec "${launcher[@]}" -n "${#nodes[@]}" \
   "${PYTHON:-python}" -m torch.distributed.run \
   --nnodes "${#nodes[@]}" --nproc-per-node "$gpus" --max-restarts "${MAX_RESTARTS:-3}" \
   --rdzv-backend c10d --rdzv-id "$PBS_JOBID" --rdzv-endpoint "${nodes[0]}:$port" \
-  examples/pretrain.py --tensor-parallel "$gpus" --data-parallel "${#nodes[@]}" "$@"
+  examples/pretrain.py "$@"

@@ -19,9 +19,13 @@ export ARGONNE_STARTED_AT
 # srun does not hand on the cores of the allocation by itself.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
 
-# One torchrun agent a node; the agents meet on the first. Flags of yours come last, and so win.
+# Tensor parallelism within a node, data parallelism across nodes, unless your flags say otherwise.
+[[ " ${*//_/-} " == *" --tensor-parallel"[\ =]* ]] || set -- --tensor-parallel "$gpus" "$@"
+[[ " ${*//_/-} " == *" --data-parallel"[\ =]* ]] || set -- --data-parallel "${#nodes[@]}" "$@"
+
+# One torchrun agent a node; the agents meet on the first.
 exec srun --nodes "${#nodes[@]}" --ntasks "${#nodes[@]}" --ntasks-per-node 1 --kill-on-bad-exit=1 \
   "${PYTHON:-python}" -m torch.distributed.run \
   --nnodes "${#nodes[@]}" --nproc-per-node "$gpus" --max-restarts "${MAX_RESTARTS:-3}" \
   --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "${nodes[0]}:$port" \
-  examples/pretrain.py --tensor-parallel "$gpus" --data-parallel "${#nodes[@]}" "$@"
+  examples/pretrain.py "$@"

@@ -7,7 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from argonne.parallel import AXES, ArgonneError, Layout, LayoutError, ProcessGroups, choose_device
+from argonne.parallel import (
+    AXES,
+    ArgonneError,
+    Layout,
+    LayoutError,
+    ProcessGroups,
+    choose_device,
+    process_groups,
+)
 from argonne.parallel.layout import divisors, require_divisible
 from tests.pool import RankPool
 
@@ -86,6 +94,23 @@ def test_process_groups_are_what_the_layout_says(ranks: RankPool, layout: Layout
             # The peers along an axis: the places that differ from this one in that coordinate only.
             peers = [r for r, p in enumerate(places) if p[:i] + p[i + 1 :] == places[rank][:i] + places[rank][i + 1 :]]
             assert axes[axis] == (layout.sizes[i], places[rank][i], tuple(peers)), f"{axis} axis of rank {rank}"
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(sequence_parallel=True), Layout(uneven_shards=True), Layout(1, 1, 1, 1, True, True)]
+)
+def test_a_lone_process_keeps_all_that_its_layout_says(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(variable, raising=False)
+    with process_groups(layout, torch.device("cpu")) as groups:
+        assert groups.layout == layout
+        assert not groups.sequence_parallel, "there is nobody to share the tokens with"
+    assert ProcessGroups.single("cpu", layout).layout == layout
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with process_groups(layout, torch.device("cpu")) as groups:
+        assert groups.layout == layout
+    with pytest.raises(LayoutError, match="world size 1 does not match the layout data=2"):
+        ProcessGroups.single("cpu", Layout(data=2))
 
 
 def join_with_another_layout(groups: ProcessGroups) -> str:

@@ -1,0 +1,61 @@
+"""Flags that contradict each other, or that would do nothing: refused, so that nobody waits for what never comes.
+
+What counts is what a command names: a default contradicts nothing. Flags that say how tensor-parallel ranks share out
+layers and tokens may stand with one rank, as their number follows from the machine. So may what launch scripts of the
+first Argonne always say: ``--num-proc``, ``--min-batch-size``, ``--disable-compile``, ``--trust-remote-code`` and
+``--local_rank``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from argonne.parallel.errors import ArgonneError
+from argonne.training.config import ResumeConfig, RunConfig
+
+
+def check_meaning(config: RunConfig, saved: Mapping[str, Any] | None = None) -> None:
+    """Raise ``ArgonneError`` for the first flag that this command names and that has no effect as things are.
+
+    ``saved`` is the identity of the run in the output directory. What the flags say against it is told elsewhere.
+    """
+    data, training, parallel, given = config.data, config.training, config.parallel, config.given
+    _ = parallel.kind  # refuses two at once
+    pipelined = parallel.pipeline_parallel != 1 or "pipeline_parallel" in given
+    replicated = parallel.data_parallel * parallel.context_parallel > 1 or {"data_parallel", "context_parallel"} & given
+    made_before = saved is not None and saved.get("data", {}).get("streaming") is False
+    replicas = "--data-parallel or --context-parallel"
+    schedule = "--pipeline-schedule interleaved"
+    needs = (
+        (data, "validation_sequences", data.validation_glob is not None, "--validation-glob"),
+        (data, "cache_dir", not data.streaming or made_before, "--no-streaming"),
+        (training, "initial_loss_scale", training.precision == "fp16", "--precision fp16"),
+        (parallel, "pipeline_schedule", pipelined, "--pipeline-parallel"),
+        (parallel, "pipeline_interleave", parallel.pipeline_schedule == "interleaved", schedule),
+        (parallel, "fsdp", replicated, replicas),
+        (parallel, "zero1", replicated, replicas),
+    )
+    for flags, name, has_effect, what in needs:
+        if name in given and not has_effect:
+            raise without_effect(flags, name, what)
+    if isinstance(config, ResumeConfig):
+        _check_resume(config)
+
+
+def without_effect(flags: object, name: str, what: str) -> ArgonneError:
+    """The refusal of a flag of the group ``flags`` that does nothing without ``what``."""
+    value = getattr(flags, name)
+    shown = repr(value) if isinstance(value, str) else value
+    return ArgonneError(f"{name}={shown} has no effect without {what}; legal: {what} too, or leave it out")
+
+
+def _check_resume(config: ResumeConfig) -> None:
+    flags = config.resume
+    if flags.force_from_scratch and flags.reset_optimizer:
+        raise ArgonneError(
+            "force_from_scratch=True conflicts with reset_optimizer=True: at step 0 there is nothing to reset; "
+            "legal: one of them"
+        )
+    if "rewarmup_steps" in config.given and not flags.reset_optimizer:
+        raise without_effect(flags, "rewarmup_steps", "--reset-optimizer")

@@ -1,0 +1,191 @@
+"""Every flag is part of what a run is, a condition that is told when it changes, or free: and each is what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from argonne.data import train_tokenizer
+from argonne.parallel import ArgonneError, ProcessGroups
+from argonne.training import conditions
+from argonne.training.conditions import MEANINGS, announced, changed_since, comparable, identity_of
+from argonne.training.config import (
+    DataFlags,
+    ModelFlags,
+    ParallelFlags,
+    ResumeFlags,
+    RunConfig,
+    RunFlags,
+    TrainingFlags,
+)
+from argonne.training.run_directory import differences
+from argonne.training.setup import prepare
+from tests.integration.runs import write_corpus
+
+GROUPS = {"model": ModelFlags, "data": DataFlags, "training": TrainingFlags, "parallel": ParallelFlags, "run": RunFlags}
+# Told with the global batch, or refused until it is built.
+ELSEWHERE = {"initial_batch_size", "gradient_accumulation_steps", "reproducible", "batch_size", "reset_optimizer"}
+ELSEWHERE |= {"rewarmup_steps", "checkpoint_path", "force_from_scratch"}
+
+
+def names(*kinds: type) -> list[str]:
+    return [field.name for kind in kinds for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+
+
+def test_every_flag_has_a_meaning_and_no_other_name_has_one() -> None:
+    assert sorted(MEANINGS) == sorted({*names(*GROUPS.values(), ResumeFlags)})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    home = tmp_path_factory.mktemp("meanings")
+    write_corpus(home / "corpus", documents=30)
+    write_corpus(home / "other", documents=24, shards=2)
+    for name, texts in (("tokenizer", ["some words and more of them"] * 9), ("another", ["quite other text"] * 9)):
+        train_tokenizer(texts).save_pretrained(home / name)
+    return RunConfig(
+        model=ModelFlags("demo", hidden_size=48, num_attention_heads=4, num_key_value_heads=2, vocab_size=400),
+        data=DataFlags((f"{home}/corpus/*.parquet",), block_size=16, tokenizer_path=home / "tokenizer"),
+        training=TrainingFlags(precision="fp16", learning_rate=0.01),
+        run=RunFlags(home / "run"),
+    )
+
+
+def other_values(base: RunConfig) -> dict[str, Any]:
+    """Another legal value of each flag for which adding 1, or the other truth, is none."""
+    home = base.run.output_dir.parent
+    return {
+        "preset": "argonne-2.0-2b",
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 10,
+        "intermediate_size": 64,
+        "rope_theta": 500.0,
+        "rms_norm_eps": 1e-3,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.5,
+        "hidden_size": 56,
+        "num_hidden_layers": 3,
+        "data_glob": (f"{home}/other/*.parquet",),
+        "validation_glob": (f"{home}/other/*.parquet",),
+        "tokenizer_path": home / "another",
+        "data_lanes": 3,
+        "on_bad_shard": "skip",
+        "cache_dir": home,
+        "min_learning_rate": 1e-3,
+        "learning_rate": 0.5,
+        "precision": "fp64",
+        "pipeline_schedule": "zb",
+        "output_dir": home / "elsewhere",
+        "stop_at_step": 3,
+        "wall_time": 9.0,
+        "device": "cuda",
+        "nproc": 1,
+        "local_rank": 0,
+        "pipeline_parallel": "auto",
+        "tensor_parallel": 1,
+    }
+
+
+def changed(base: RunConfig, group: str, name: str, value: Any) -> RunConfig:
+    flags = replace(getattr(base, group), **{name: value})
+    if name == "model_config":
+        flags = replace(flags, preset=None)
+    return replace(base, **{group: flags})
+
+
+def told(config: RunConfig, device: str = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
+    workload = prepare(config, ProcessGroups.single(device))
+    return workload.identity, workload.conditions
+
+
+def test_each_flag_is_what_the_table_says(base: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One flag at a time: another value shows in the identity, in the conditions alone, or in neither."""
+    home, values = base.run.output_dir.parent, other_values(base)
+    (home / "config.json").write_text(
+        '{"model_type": "llama", "hidden_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4, "vocab_size": 500'
+        ', "intermediate_size": 40, "rms_norm_eps": 1e-6, "num_key_value_heads": 2, "rope_theta": 10000.0}'
+    )
+    values["model_config"] = home / "config.json"
+    with_held_out = changed(base, "data", "validation_glob", values["validation_glob"])
+    begun = {False: told(base), True: told(with_held_out)}
+    for group, kind in GROUPS.items():
+        for name in names(kind):
+            if name in ELSEWHERE or name in ("device", "kernels", "streaming"):
+                continue  # the two that no CPU changes are below; streaming is part of the data's own identity
+            held_out = name == "validation_sequences"
+            was = getattr(getattr(base, group), name)
+            value = values[name] if name in values else (not was) if isinstance(was, bool) else (was or 0) + 1
+            now = told(changed(with_held_out if held_out else base, group, name, value))
+            identity, others = (differences(a, b) for a, b in zip(begun[held_out], now, strict=True))
+            meaning = "identity" if identity else "condition" if others else "free"
+            assert meaning == MEANINGS[name], f"--{name}: {was!r} -> {value!r}: {identity} {others}"
+    streaming = replace(base.data, streaming=False)
+    assert differences(begun[False][0], told(replace(base, data=streaming))[0]) == ["data.streaming: true -> false"]
+    monkeypatch.setattr(conditions, "uses_triton", lambda backend, x: backend == "triton")
+    triton = replace(base, training=replace(base.training, kernels="triton"))
+    assert differences(begun[False][1], told(triton)[1]) == ["kernels: torch -> triton"]
+    flags = (base, prepare(base, ProcessGroups.single()).precision)
+    on_meta = conditions.conditions_of(*flags, torch.device("meta"), ())
+    assert differences(begun[False][1], on_meta) == ["device: cpu -> meta"]
+    assert not base.run.output_dir.exists(), "settling what a run is writes nothing"
+
+
+def test_boundary_tokens_are_part_of_the_tokenizer(base: RunConfig, tmp_path: Path) -> None:
+    """Two tokenizers with the same ids for every text, of which one begins documents with another token."""
+    one, two = (train_tokenizer(["some words and more of them"] * 9) for _ in range(2))
+    two.bos_token = "<mask>"
+    found = []
+    for name, tokenizer in (("one", one), ("two", two)):
+        tokenizer.save_pretrained(tmp_path / name)
+        data = replace(base.data, tokenizer_path=tmp_path / name, add_document_boundary_tokens=True)
+        found.append(told(replace(base, data=data))[0])
+    assert differences(*found) == ["tokenizer.boundary: [0, 2] -> [4, 2]"]
+
+
+def older(config: RunConfig, told: tuple[dict[str, Any], dict[str, Any]], precision: str) -> dict[str, Any]:
+    """What a version before this one kept."""
+    identity = {name: value for name, value in told[0].items() if name not in ("precision", "initial_loss_scale")}
+    identity["tokenizer"] = {name: told[0]["tokenizer"][name] for name in ("fingerprint", "size")}
+    return {"identity": identity, "flags": {"training": {"precision": precision}}}
+
+
+@pytest.mark.parametrize(("kept", "asked"), [("fp32", "bf16"), ("auto", "fp16"), ("fp64", "fp64"), ("bf16", "auto")])
+def test_what_an_older_version_kept_is_the_same_run(base: RunConfig, kept: str, asked: str) -> None:
+    config = changed(base, "training", "precision", asked)
+    now = told(config)
+    saved = older(config, now, kept)
+    assert changed_since(saved, *now, config) == []
+    assert differences(*comparable(identity_of(saved), now[0])) == []
+
+
+@pytest.mark.parametrize(
+    ("kept", "asked", "flag"), [("fp64", "auto", "fp32"), ("fp64", "bf16", "fp32"), ("auto", "fp64", "fp64")]
+)
+def test_state_is_converted_only_where_the_command_names_the_precision(
+    base: RunConfig, kept: str, asked: str, flag: str
+) -> None:
+    config = changed(base, "training", "precision", asked)
+    now = told(config)
+    saved = older(config, now, kept)
+    with pytest.raises(ArgonneError, match=rf"would be converted \(precision.state: .*--precision {flag} to convert"):
+        changed_since(saved, *now, config)
+    (line,) = changed_since(saved, *now, replace(config, given=frozenset({"precision"})))
+    assert line.startswith("precision.state: ")
+    assert announced([line, "data.shards: x", "seed: 1 -> 2"]) == [
+        f"changed from here on: {line}",
+        "changed from here on: seed: 1 -> 2",
+    ]
+
+
+def test_a_condition_that_was_not_kept_is_not_said_to_have_changed(base: RunConfig) -> None:
+    identity, now = told(base)
+    fewer: Callable[..., dict[str, Any]] = lambda *gone: {n: v for n, v in now.items() if n not in gone}  # noqa: E731
+    saved = {"identity": identity, "conditions": {**fewer("kernels"), "torch": "2.0"}}
+    assert changed_since(saved, identity, now, base) == [f"torch: 2.0 -> {torch.__version__}"]
