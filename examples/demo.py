@@ -8,16 +8,33 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
+
+from argonne.parallel.legal import require_whole
+from argonne.training.command_line import guarded, parse
+from argonne.training.config import MOST_STEPS
 
 HERE = Path(__file__).parent
 
 
-def main(corpus: Path, output_dir: Path, steps: int = 600) -> int:
-    """Train on ``corpus`` and say what to do next."""
+@dataclass(frozen=True)
+class Demo:
+    """Train a small model on a corpus and say what to do next."""
+
+    corpus: Path
+    """Directory of the shards that ``demo_corpus.py`` wrote."""
+    output_dir: Path
+    """Directory of the run."""
+    steps: int = 600
+    """Optimizer steps of the whole run."""
+
+
+def main(flags: Demo) -> None:
+    corpus, output_dir, steps = flags.corpus, flags.output_dir, flags.steps
+    require_whole("steps", steps, 1, MOST_STEPS // 2)
     processes = 2 if torch.cuda.device_count() != 1 else 1
     flags = {
         "--nproc": processes,
@@ -45,8 +62,8 @@ def main(corpus: Path, output_dir: Path, steps: int = 600) -> int:
         print(f"  {python} {here}/{resume}")
         generate = f"generate.py --nproc {processes} --checkpoint-path {output_dir} --prompt 'My fellow citizens, '"
         print(f"  {python} {here}/{generate}")
-    return status
+    sys.exit(status)
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main))
+    guarded(lambda: main(parse(Demo, sys.argv[1:])))

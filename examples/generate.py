@@ -13,8 +13,9 @@ from argonne.data import load_tokenizer
 from argonne.inference import Sampling, generate
 from argonne.models import build_model, from_huggingface
 from argonne.parallel import ArgonneError, choose_device, process_groups
+from argonne.parallel.legal import require_whole
 from argonne.training.command_line import drive, guarded, parse, world_size
-from argonne.training.config import ParallelFlags
+from argonne.training.config import MOST_SEED, ParallelFlags
 from argonne.training.setup import PRECISIONS, resolve_precision
 
 
@@ -29,7 +30,7 @@ class GenerateFlags:
     seed: int = 0
     """Seed of the draws."""
     precision: str = "auto"
-    """Compute dtype: auto, fp32, bf16 or fp64."""
+    """Compute dtype: auto, fp32, bf16, fp16 or fp64 [bf16 on GPU, fp32 on CPU]."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def check(config: GenerateConfig, processes: int) -> None:
     if config.generate.precision not in ("auto", *PRECISIONS):
         legal = ", ".join(("auto", *PRECISIONS))
         raise ArgonneError(f"precision={config.generate.precision!r} is not known; legal: {legal}")
+    require_whole("seed", config.generate.seed, 0, MOST_SEED - len(config.generate.prompt))
     layout = config.parallel.layout(processes)
     model = from_huggingface(model_directory(config.generate.checkpoint_path))
     model.check_layout(layout)

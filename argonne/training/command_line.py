@@ -23,6 +23,7 @@ import tyro
 import argonne
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import ParallelFlags
+from argonne.training.flags import at_home, help_rules
 
 
 class HasParallelFlags(Protocol):
@@ -32,6 +33,7 @@ class HasParallelFlags(Protocol):
     def parallel(self) -> ParallelFlags: ...
 
 
+Parsed = TypeVar("Parsed")
 ConfigType = TypeVar("ConfigType", bound=HasParallelFlags)
 
 USAGE, PEER_LOST, INTERRUPTED = 2, 3, 130
@@ -50,16 +52,19 @@ _LAUNCHER_LOOKS_WITHIN = 2.0  # seconds; a launcher has then acted on the rank t
 _MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
 
-def parse(config_type: type[ConfigType], arguments: Sequence[str]) -> ConfigType:
-    """The configuration that ``arguments`` describe.
+def parse(config_type: type[Parsed], arguments: Sequence[str]) -> Parsed:
+    """The configuration that ``arguments`` describe, with the ``~`` of every path expanded.
+
+    Where ``config_type.left_out`` says what happens to a field that no flag names, ``--help`` says so too.
 
     Raises:
         ArgonneError: an unknown flag or an unusable value, in one line.
     """
     told = io.StringIO()
+    rules = help_rules(getattr(config_type, "left_out", {}))
     try:
         with contextlib.redirect_stderr(told):
-            return tyro.cli(config_type, args=arguments, config=_MARKERS)
+            return at_home(tyro.cli(config_type, args=arguments, config=_MARKERS, registry=rules))
     except SystemExit as stop:
         if not stop.code:
             raise
