@@ -17,7 +17,7 @@ from argonne.parallel.errors import ArgonneError
 from argonne.parallel.layout import Layout
 from argonne.parallel.legal import require_number, require_whole
 from argonne.parallel.pipeline_plan import PipelinePlan, ScheduleName
-from argonne.training.flags import PathText, at_home
+from argonne.training.flags import HomeText, at_home
 
 DEFAULT_PRESET = "argonne-2.0-4.9b"
 
@@ -87,11 +87,11 @@ class ModelFlags:
 class DataFlags:
     """The data: shards of Parquet or Arrow with a text column, and the tokenizer."""
 
-    data_glob: tuple[PathText, ...] | None = None
+    data_glob: tuple[HomeText, ...] | None = None
     """Globs of the training shards, GLOB:WEIGHT each to mix several corpora
     [the first that matches of ../data/CC-MAIN-2025-26/*.parquet, data/CC-MAIN-2025-26/*.parquet, ../data/*.arrow and
     data/*.arrow]."""
-    validation_glob: tuple[PathText, ...] | None = None
+    validation_glob: tuple[HomeText, ...] | None = None
     """Globs of held-out shards, on which the loss is measured at every save [it is not measured]."""
     validation_sequences: int = 64
     """Sequences of the held-out text that are used, from its beginning."""

@@ -22,7 +22,7 @@ class _MayBePath:
     """Marks text that may be a path."""
 
 
-PathText = Annotated[str, _MayBePath()]
+HomeText = Annotated[str, _MayBePath()]
 """What may be a path but is no ``Path``: a glob, a URL, or a name beside which a folder is legal too."""
 
 # What a docstring says, and in brackets at its end what happens when the flag is left out.
@@ -77,7 +77,7 @@ def _shown(field: StructFieldSpec, left_out: Mapping[str, str]) -> StructFieldSp
 def at_home(config: Config) -> Config:
     """``config``, a dataclass that may hold others, with the ``~`` that begins a path replaced by the home directory.
 
-    Paths are the fields of type ``Path``, and ``PathText``. Elsewhere a ``~`` stands for
+    Paths are the fields of type ``Path``, and ``HomeText``. Elsewhere a ``~`` stands for
     itself, and so does ``$HOME`` everywhere: variables are the shell's.
 
     Raises:
