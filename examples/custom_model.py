@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from argonne import parallel
+from argonne.parallel.legal import require_whole
 from argonne.training.command_line import drive, guarded, parse, world_size
 
 BATCH, SEQUENCE, VOCABULARY = 4, 64, 256
@@ -95,8 +96,7 @@ class NeoX(nn.Module):
 
 def check(config: Config, processes: int) -> None:
     for name, least in {"steps": 1, "layers": 1, "hidden": 1, "heads": processes}.items():
-        if getattr(config, name) < least:
-            raise parallel.ArgonneError(f"{name}={getattr(config, name)} is not legal; legal: {least} or more")
+        require_whole(name, getattr(config, name), least)
     if config.hidden % (8 * config.heads):
         raise parallel.ArgonneError(f"hidden={config.hidden} is not a multiple of 8 * heads={8 * config.heads}")
 

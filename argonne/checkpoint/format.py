@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from argonne.files import TEMPORARY, sync, write_json
+from argonne.files import TEMPORARY, read_json, sync, write_json
 from argonne.parallel.errors import ArgonneError
 
 MANIFEST = "manifest.json"
@@ -114,7 +114,7 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of a checkpoint. Raises ``CheckpointError`` when it is missing or damaged."""
     path = directory / MANIFEST
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
         if found["sha256"] != _fingerprint({name: found[name] for name in ("step", "files", "tensors")}):
             raise ValueError("it has changed since it was written (SHA-256 differs)")
         return Manifest(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from argonne.checkpoint.format import INDEX, TRAINER, CheckpointError, read_manifest
 from argonne.checkpoint.save import Piece
+from argonne.files import read_json
 from argonne.parallel import ShardedParameter, regions_of
 
 
@@ -54,7 +54,7 @@ def weight_pieces(parameters: Iterable[ShardedParameter]) -> list[Piece]:
 def load_trainer(directory: Path) -> dict[str, Any]:
     """``trainer.json`` of a checkpoint. Raises ``CheckpointError`` when it is not there."""
     try:
-        return json.loads((directory / TRAINER).read_text())
+        return read_json(directory / TRAINER)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{str(directory / TRAINER)!r} cannot be read: {error}") from error
 
@@ -66,7 +66,7 @@ def _tensor_files(directory: Path) -> dict[str, str]:
     index, single = directory / INDEX, directory / "model.safetensors"
     try:
         if index.exists():
-            return dict(json.loads(index.read_text())["weight_map"])
+            return dict(read_json(index)["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{str(index)!r} cannot be read: {error}") from error
     try:

@@ -57,6 +57,11 @@ def find_shards(patterns: Sequence[str] = ()) -> tuple[Location, ...]:
     raise DataError(f"no data shards match {tried}; a shard is a Parquet or Arrow file")
 
 
+def matching_default() -> list[str] | None:
+    """The default glob that `find_shards` takes without patterns; None where none of them matches anything."""
+    return next(([pattern] for pattern in DEFAULT_GLOBS if expand(pattern)), None)
+
+
 def open_shards(paths: Sequence[Location], on_bad: OnBad = "raise") -> tuple[Shard, ...]:
     """Read the footers of all `paths`, in the given order; no text is read.
 

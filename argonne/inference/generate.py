@@ -10,6 +10,7 @@ from torch import Tensor
 from argonne.models import ArgonneModel, PipelinedModel
 from argonne.parallel.collectives import broadcast
 from argonne.parallel.errors import ArgonneError
+from argonne.parallel.legal import require_number, require_whole
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,9 @@ class Sampling:
     """Draw from the fewest most likely tokens that have this probability together; 1 for all."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 0:
-            raise ArgonneError(f"max_new_tokens={self.max_new_tokens} is not legal; legal: 0 or more")
-        if not self.temperature >= 0:
-            raise ArgonneError(f"temperature={self.temperature} is not legal; legal: 0 or more")
-        if self.top_k < 0:
-            raise ArgonneError(f"top_k={self.top_k} is not legal; legal: 0 or more")
+        require_whole("max_new_tokens", self.max_new_tokens, 0)
+        require_number("temperature", self.temperature, zero=True)
+        require_whole("top_k", self.top_k, 0)
         if not 0 < self.top_p <= 1:
             raise ArgonneError(f"top_p={self.top_p} is not legal; legal: more than 0, at most 1")
 

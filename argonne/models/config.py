@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from argonne.parallel.errors import ArgonneError, LayoutError
 from argonne.parallel.layout import Layout, divisors, require_divisible
+from argonne.parallel.legal import require_number, require_whole
+
+MOST_LAYERS = 1 << 16
+"""More blocks than any model has; what asks for more is a mistake."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +43,17 @@ class ArgonneConfig:
     residual stream begin smaller by sqrt(2 * num_hidden_layers)."""
 
     def __post_init__(self) -> None:
-        for field in (
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "vocab_size",
-            "max_position_embeddings",
-        ):
-            _require(self, field, lambda value: isinstance(value, int) and value >= 1, "1 or more")
+        for field in ("hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+            require_whole(field, getattr(self, field), 1)
+        require_whole("num_hidden_layers", self.num_hidden_layers, 1, MOST_LAYERS)
+        require_whole("max_position_embeddings", self.max_position_embeddings, 1)
         for field in ("intermediate_size", "head_dim"):
-            _require(self, field, lambda value: isinstance(value, int) and value >= 0, "0 or more")
-        for field in ("rms_norm_eps", "rope_theta"):
-            _require(self, field, lambda value: isinstance(value, int | float) and value > 0, "more than 0")
-        _require(self, "initializer_range", lambda value: isinstance(value, int | float) and value >= 0, "0 or more")
+            require_whole(field, getattr(self, field), 0)
+        for field in ("rms_norm_eps", "rope_theta", "initializer_range"):
+            require_number(field, getattr(self, field), zero=field == "initializer_range")
+            object.__setattr__(self, field, float(getattr(self, field)))
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ArgonneError(f"tie_word_embeddings={self.tie_word_embeddings!r} is not legal; legal: True, False")
         require_divisible(
             "num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads
         )
@@ -106,12 +105,6 @@ class ArgonneConfig:
 def feed_forward_size(hidden_size: int) -> int:
     """The 2.x rule: 8/3 of the hidden size, rounded up to a multiple of 256."""
     return -(-int(8 * hidden_size / 3) // 256) * 256
-
-
-def _require(config: ArgonneConfig, field: str, is_legal: Callable[[Any], bool], legal: str) -> None:
-    value = getattr(config, field)
-    if not is_legal(value):
-        raise ArgonneError(f"{field}={value!r} is not legal; legal: {legal}")
 
 
 def _preset(hidden: int, layers: int, heads: int, kv: int, vocabulary: int, tied: bool = True) -> ArgonneConfig:

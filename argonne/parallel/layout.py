@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -71,7 +72,8 @@ class Layout:
 
 def divisors(number: int) -> list[int]:
     """The divisors of ``number``, ascending: the legal sizes that an error message names."""
-    return [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
 
 
 def require_divisible(field: str, value: int, by: str, size: int) -> None:

@@ -28,6 +28,7 @@ from argonne.training.endings import (
     stopped_status,
     was_refused,
 )
+from argonne.training.flags import at_home, help_rules
 from argonne.training.launcher import launch
 from argonne.training.signals import STOP
 
@@ -39,22 +40,27 @@ class HasParallelFlags(Protocol):
     def parallel(self) -> LayoutFlags: ...
 
 
+Parsed = TypeVar("Parsed")
 ConfigType = TypeVar("ConfigType", bound=HasParallelFlags)
 
 _MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
 
-def parse(config_type: type[ConfigType], arguments: Sequence[str]) -> ConfigType:
-    """The configuration that ``arguments`` describe; one with a field ``given`` is told there which flags they name.
+def parse(config_type: type[Parsed], arguments: Sequence[str]) -> Parsed:
+    """The configuration that ``arguments`` describe, with the ``~`` of every path expanded.
+
+    Where ``config_type.left_out`` says what happens to a field that no flag names, ``--help`` says so too. A
+    configuration with a field ``given`` is told there which flags the arguments name.
 
     Raises:
         ArgonneError: an unknown flag, an unusable value, or a flag with two values, in one line.
     """
     given = named_flags(arguments)
     told = io.StringIO()
+    rules = help_rules(getattr(config_type, "left_out", {}))
     try:
         with contextlib.redirect_stderr(told):
-            config = tyro.cli(config_type, args=arguments, config=_MARKERS)
+            config = at_home(tyro.cli(config_type, args=arguments, config=_MARKERS, registry=rules))
     except SystemExit as stop:
         if not stop.code:
             raise

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -14,7 +15,9 @@ from argonne.models.huggingface import from_huggingface
 from argonne.parallel.data_parallel import Kind
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.layout import Layout
+from argonne.parallel.legal import require_number, require_whole
 from argonne.parallel.pipeline_plan import PipelinePlan, ScheduleName
+from argonne.training.flags import HomeText, at_home
 
 DEFAULT_PRESET = "argonne-2.0-4.9b"
 
@@ -22,39 +25,42 @@ _flag = tyro.conf.arg
 
 Given = Annotated[frozenset[str], tyro.conf.Suppress]
 """The names of the flags that a command line has: filled in by ``parse``, and no flag itself."""
+MOST_STEPS = 2**63 - 1
+MOST_SEED = 2**64 - 1
+"""The largest seed of PyTorch's generators; that of a sample is the run's plus the step."""
 
 
 @dataclass(frozen=True)
 class ModelFlags:
-    """The model: a preset, any field of which may be overridden."""
+    """The model: a preset (or the config in its place), any field of which may be overridden."""
 
     preset: str | None = None
     """A named shape: demo, argonne-2.0-4.9b, argonne-2.0-2b, argonne-2.5-1b or argonne-2.0-8b
     [argonne-2.0-4.9b]."""
     model_config: Path | None = None
-    """A Hugging Face Llama config.json (or its directory) to take the shape from, instead of a preset."""
+    """A Hugging Face Llama config.json (or its directory) to take the shape from, instead of a preset [the preset]."""
     hidden_size: int | None = None
-    """Width of the residual stream."""
+    """Width of the residual stream [the preset's]."""
     num_hidden_layers: int | None = None
-    """Transformer blocks."""
+    """Transformer blocks [the preset's]."""
     num_attention_heads: int | None = None
-    """Query heads."""
+    """Query heads [the preset's]."""
     num_key_value_heads: int | None = None
-    """Key-value heads."""
+    """Key-value heads [the preset's]."""
     head_dim: int | None = None
-    """Width of a head [hidden_size / num_attention_heads]."""
+    """Width of a head [the preset's; hidden_size / num_attention_heads where one of these is given]."""
     intermediate_size: int | None = None
-    """Width of the feed-forward layer [8/3 of hidden_size, rounded up to a multiple of 256]."""
+    """Width of the feed-forward layer [the preset's; 8/3 of a given hidden_size, up to a multiple of 256]."""
     vocab_size: int | None = None
     """Tokens in the model; at least the tokenizer's [the preset's; the tokenizer's own for one trained here]."""
     rope_theta: float | None = None
-    """Base of the rotary frequencies."""
+    """Base of the rotary frequencies [the preset's]."""
     rms_norm_eps: float | None = None
-    """Added to the mean square in RMSNorm."""
+    """Added to the mean square in RMSNorm [the preset's]."""
     tie_word_embeddings: bool | None = None
-    """Whether the output head is the embedding (True or False)."""
+    """Whether the output head is the embedding [the preset's]."""
     initializer_range: float | None = None
-    """Standard deviation of the initial weights [hidden_size ** -0.5]."""
+    """Standard deviation of the initial weights [the preset's: 0.02 for demo, hidden_size ** -0.5 for all others]."""
 
     def resolve(self, block_size: int) -> ArgonneConfig:
         """The whole shape. Raises ``ArgonneError`` naming what is not legal."""
@@ -65,6 +71,9 @@ class ModelFlags:
         base = from_huggingface(self.model_config) if self.model_config else preset(self.preset or DEFAULT_PRESET)
         changed = {name: value for name, value in vars(self).items() if value is not None}
         changed = {name: value for name, value in changed.items() if name not in ("preset", "model_config")}
+        for name in ("head_dim", "intermediate_size", "initializer_range"):
+            if changed.get(name) == 0:  # for ArgonneConfig that means: derive it
+                raise ArgonneError(f"{name}={changed[name]} is not legal; legal: more than 0, or leave the flag out")
         # What a preset derives from another field is derived again when that field is changed.
         if "hidden_size" in changed:
             changed = {"head_dim": 0, "intermediate_size": 0, **changed}
@@ -80,11 +89,12 @@ class ModelFlags:
 class DataFlags:
     """The data: shards of Parquet or Arrow with a text column, and the tokenizer."""
 
-    data_glob: tuple[str, ...] | None = None
+    data_glob: tuple[HomeText, ...] | None = None
     """Globs of the training shards, GLOB:WEIGHT each to mix several corpora
-    [../data/CC-MAIN-2025-26/*.parquet, or the next default that matches]."""
-    validation_glob: tuple[str, ...] | None = None
-    """Globs of held-out shards, on which the loss is measured at every save [none]."""
+    [the first that matches of ../data/CC-MAIN-2025-26/*.parquet, data/CC-MAIN-2025-26/*.parquet, ../data/*.arrow and
+    data/*.arrow]."""
+    validation_glob: tuple[HomeText, ...] | None = None
+    """Globs of held-out shards, on which the loss is measured at every save [it is not measured]."""
     validation_sequences: int = 64
     """Sequences of the held-out text that are used, from its beginning."""
     tokenizer_path: Path | None = None
@@ -104,7 +114,8 @@ class DataFlags:
     accept_data_change: bool = False
     """Go on with shards, weights or a tokenizer other than those that the run was saved with."""
     streaming: bool = True
-    """Tokenise while training. --no-streaming: once, before it, to a cache on disk, shuffled anew in every epoch."""
+    """--no-streaming: tokenise once, before training, to a cache on disk, shuffled anew in every epoch
+    [while training, without a cache, in the order of the shards]."""
     num_proc: int = 8
     """Processes that tokenise with --no-streaming."""
     cache_dir: Path | None = None
@@ -140,7 +151,7 @@ class TrainingFlags:
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
     """Compute dtype; weights and moments are kept in float32 (float64 for fp64) [bf16 on GPU, fp32 on CPU]."""
     kernels: Backend = "auto"
-    """What computes norms, RoPE, SwiGLU and the loss: torch, triton or auto (Triton on GPU, torch on CPU)."""
+    """What computes norms, RoPE, SwiGLU and the loss: torch, triton or auto [Triton on GPU, torch on CPU]."""
     initial_loss_scale: float = 65536.0
     """What the loss is multiplied by at first, in fp16 only; it follows the overflows from there."""
     disable_gradient_checkpointing: bool = False
@@ -168,7 +179,7 @@ class LayoutFlags:
     nproc: int | None = None
     """Processes to start when not under torchrun [every GPU, or 1 on CPU]."""
     local_rank: Annotated[int | None, _flag(name="local_rank")] = None
-    """Set by old launchers; LOCAL_RANK is what counts."""
+    """Set by old launchers, and not read [LOCAL_RANK is what counts]."""
 
     def layout(self, world_size: int) -> Layout:
         """The layout of ``world_size`` processes. Raises ``LayoutError`` when they do not match."""
@@ -253,9 +264,9 @@ class RunFlags:
     log_interval: int = 10
     """Steps between log lines."""
     stop_at_step: int | None = None
-    """Save and leave at this step; the schedule of the run stays as it is."""
+    """Save and leave at this step; the schedule of the run stays as it is [at --total-steps]."""
     wall_time: float | None = None
-    """Seconds after which to save and leave, with time to spare for the save."""
+    """Seconds after which to save and leave, with time to spare for the save [no limit]."""
 
 
 @dataclass(frozen=True)
@@ -270,50 +281,57 @@ class RunConfig:
     given: Given = frozenset()
     """The flags that this command names: what they say counts even where it equals a default."""
 
+    def __post_init__(self) -> None:
+        for group in ("model", "data", "run"):  # parsed flags are expanded already, those of a program are not
+            object.__setattr__(self, group, at_home(getattr(self, group)))
+
     def check(self) -> None:
         """Raise ``ArgonneError`` for the first value that no run could use; needs neither data nor peers."""
         t, d, r = self.training, self.data, self.run
+        require_whole("total_steps", t.total_steps, 1, MOST_STEPS)
+        require_whole("warmup_steps", t.warmup_steps, 0, MOST_STEPS)
+        require_whole("seed", t.seed, 0, MOST_SEED - t.total_steps)
         least = {
-            "total_steps": (t.total_steps, 1),
             "initial_batch_size": (t.initial_batch_size, 1),
             "min_batch_size": (t.min_batch_size, 1),
             "gradient_accumulation_steps": (t.gradient_accumulation_steps, 1),
-            "warmup_steps": (t.warmup_steps, 0),
-            "seed": (t.seed, 0),
             "block_size": (d.block_size, 1),
             "num_proc": (d.num_proc, 1),
             "prefetch_batches": (d.prefetch_batches, 1),
             "validation_sequences": (d.validation_sequences, 1),
-            "save_interval": (r.save_interval, 1),
             "sample_tokens": (r.sample_tokens, 0),
-            "keep_checkpoints": (r.keep_checkpoints, 1),
-            "log_interval": (r.log_interval, 1),
-            "data_lanes": (1 if d.data_lanes is None else d.data_lanes, 1),
-            "nproc": (1 if self.parallel.nproc is None else self.parallel.nproc, 1),
-            "stop_at_step": (1 if r.stop_at_step is None else r.stop_at_step, 1),
+            "data_lanes": (d.data_lanes, 1),
+            "nproc": (self.parallel.nproc, 1),
         }
         for name, (value, minimum) in least.items():
-            if value < minimum:
-                raise ArgonneError(f"{name}={value} is not legal; legal: {minimum} or more")
-        positive = {
-            "learning_rate": t.learning_rate,
-            "gradient_clip": t.gradient_clip,
-            "initial_loss_scale": t.initial_loss_scale,
+            if value is not None:
+                require_whole(name, value, minimum)
+        steps = {
+            "save_interval": r.save_interval,
+            "keep_checkpoints": r.keep_checkpoints,
+            "log_interval": r.log_interval,
+            "stop_at_step": r.stop_at_step,
         }
+        for name, count in steps.items():
+            if count is not None:
+                require_whole(name, count, 1, MOST_STEPS)
+        for name in ("learning_rate", "gradient_clip", "initial_loss_scale"):
+            require_number(name, getattr(t, name))
         if r.wall_time is not None:
-            positive["wall_time"] = r.wall_time
-        for name, number in positive.items():
-            if not number > 0:
-                raise ArgonneError(f"{name}={number} is not legal; legal: more than 0")
+            require_number("wall_time", r.wall_time)
         if not 0 <= t.min_learning_rate <= t.learning_rate:
             raise ArgonneError(
                 f"min_learning_rate={t.min_learning_rate} is not legal; legal: 0 to learning_rate={t.learning_rate}"
             )
-        if not t.weight_decay >= 0:
-            raise ArgonneError(f"weight_decay={t.weight_decay} is not legal; legal: 0 or more")
+        require_number("weight_decay", t.weight_decay, zero=True)
         for name, globs in (("data_glob", d.data_glob), ("validation_glob", d.validation_glob)):
             if globs is not None and not all(globs or [""]):
                 raise ArgonneError(f"{name}={' '.join(globs)!r} is empty; legal: a glob, or leave the flag out")
+
+
+def names_of(*groups: type) -> list[str]:
+    """The names of all the fields of dataclasses."""
+    return [each.name for group in groups for each in fields(group)]
 
 
 @dataclass(frozen=True)
@@ -337,3 +355,19 @@ class ResumeConfig(RunConfig):
     """Everything that a resume can be told; what is left out is as it was saved."""
 
     resume: ResumeFlags
+
+    left_out: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(names_of(ModelFlags, DataFlags, TrainingFlags, RunFlags), "as saved"),
+        "gradient_accumulation_steps": "what keeps the global batch",
+        "output_dir": "the checkpoint's run",
+        "stop_at_step": "at --total-steps",
+        "wall_time": "no limit",
+    }
+    """What happens to a field that no flag names, where it is not what ``RunConfig`` says of it."""
+
+    def check(self) -> None:
+        """Refuse what no resume could use, then what no run could."""
+        if self.resume.batch_size is not None:
+            require_whole("batch_size", self.resume.batch_size, 1)
+        require_whole("rewarmup_steps", self.resume.rewarmup_steps, 0, MOST_STEPS)
+        super().check()

@@ -57,8 +57,6 @@ def parse_resume(arguments: Sequence[str]) -> ResumeConfig:
 def check_resume(config: ResumeConfig, world_size: int) -> None:
     """Refuse what a resume cannot use; needs no peers."""
     flags, output = config.resume, config.run.output_dir
-    if flags.rewarmup_steps < 0:
-        raise ArgonneError(f"rewarmup_steps={flags.rewarmup_steps} is not legal; legal: 0 or more")
     found = resolve(flags.checkpoint_path)
     elsewhere = output.resolve() != found[-1].resolve().parent
     if (elsewhere or flags.force_from_scratch) and read_run(output) is not None:

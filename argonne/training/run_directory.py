@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from argonne.checkpoint import CheckpointError, checkpoints, step_of
-from argonne.data import changes, is_url
+from argonne.data import changes, is_url, matching_default
+from argonne.files import read_json
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import DataFlags, ModelFlags, ParallelFlags, RunConfig, RunFlags, TrainingFlags
 from argonne.training.metrics import MetricsLog
@@ -80,7 +81,7 @@ def read_run(directory: Path) -> dict[str, Any] | None:
             )
         return None
     try:
-        run = json.loads(path.read_text())
+        run = read_json(path)
         missing = {"identity", "global_batch", "first_layout"} - set(run)
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
@@ -95,6 +96,7 @@ def flags_to_json(config: RunConfig) -> dict[str, Any]:
         name: {field: _plain(value) for field, value in dataclasses.asdict(getattr(config, name)).items()}
         for name in ("model", "data", "training", "parallel", "run")
     }
+    flags["data"]["data_glob"] = flags["data"]["data_glob"] or matching_default()
     for name in ("data_glob", "validation_glob"):
         if flags["data"][name] is not None:
             globs = flags["data"][name]
@@ -220,7 +222,7 @@ def require_same(
 def saved_flags(checkpoint: Path) -> RunConfig:
     """The flags of the run that wrote ``checkpoint``."""
     try:
-        return flags_from_json(json.loads((checkpoint / "trainer.json").read_text())["flags"])
+        return flags_from_json(read_json(checkpoint / "trainer.json")["flags"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{str(checkpoint / 'trainer.json')!r} does not tell the run's flags: {error!r}"

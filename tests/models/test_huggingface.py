@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ PLAIN = {
     "vocab_size": 50,
     "intermediate_size": 40,
 }
+
+
+SHARED = [field.name for field in dataclasses.fields(ArgonneConfig) if field.name != "rope_theta"]
 
 
 @st.composite
@@ -72,19 +76,7 @@ def test_config_round_trips_through_its_file_or_directory(tmp_path: Path, config
 def test_transformers_reads_the_same_values(tmp_path: Path, config: ArgonneConfig) -> None:
     write(tmp_path / "config.json", to_huggingface(config, TOKENS, "bfloat16"))
     llama = LlamaConfig.from_pretrained(tmp_path)
-    for field in (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "vocab_size",
-        "intermediate_size",
-        "head_dim",
-        "max_position_embeddings",
-        "rms_norm_eps",
-        "tie_word_embeddings",
-        "initializer_range",
-    ):
+    for field in SHARED:
         assert getattr(llama, field) == getattr(config, field), field
     assert llama.rope_parameters["rope_theta"] == config.rope_theta
     assert llama.rope_parameters["rope_type"] == "default"
@@ -115,12 +107,22 @@ def test_a_file_of_older_transformers_is_read(tmp_path: Path) -> None:
     assert (config.rope_theta, config.num_key_value_heads, config.head_dim) == (500_000.0, 3, 4)
 
 
-def test_what_a_file_leaves_out_is_what_llama_config_takes(tmp_path: Path) -> None:
-    config = from_huggingface(write(tmp_path / "config.json", PLAIN))
-    llama = LlamaConfig(**PLAIN)
-    for field in ("num_key_value_heads", "tie_word_embeddings", "rms_norm_eps", "max_position_embeddings", "head_dim"):
+@pytest.mark.parametrize("left_out", [*PLAIN, None])
+def test_what_a_file_leaves_out_is_what_llama_config_takes(tmp_path: Path, left_out: str | None) -> None:
+    written = {name: value for name, value in PLAIN.items() if name != left_out}
+    if left_out in ("hidden_size", "num_attention_heads"):
+        written |= {"hidden_size": 192} if left_out == "num_attention_heads" else {"num_attention_heads": 8}
+    config = from_huggingface(write(tmp_path / "config.json", written))
+    llama = LlamaConfig(**written)
+    for field in SHARED:
         assert getattr(config, field) == getattr(llama, field), field
     assert config.rope_theta == llama.rope_parameters["rope_theta"]
+
+
+def test_a_file_that_says_only_that_it_is_a_llama_is_llama_configs(tmp_path: Path) -> None:
+    config, llama = from_huggingface(write(tmp_path / "config.json", {"model_type": "llama"})), LlamaConfig()
+    assert {field: getattr(config, field) for field in SHARED} == {field: getattr(llama, field) for field in SHARED}
+    assert config.intermediate_size == 11_008
 
 
 @pytest.mark.parametrize(
@@ -138,10 +140,10 @@ def test_what_a_file_leaves_out_is_what_llama_config_takes(tmp_path: Path) -> No
             {"rope_parameters": {"rope_type": "llama3"}},
             "rope scaling {{'rope_type': 'llama3'}} in {file!r} is not supported; legal: rope_type 'default'",
         ),
-        ({"hidden_size": None, "vocab_size": None}, "{file!r} lacks hidden_size, vocab_size"),
         (
             {"num_key_value_heads": 4},
-            "num_attention_heads=6 is not divisible by num_key_value_heads=4; legal sizes: 1, 2, 3, 6",
+            "model config {file!r}: num_attention_heads=6 is not divisible by num_key_value_heads=4; "
+            "legal sizes: 1, 2, 3, 6",
         ),
     ],
 )

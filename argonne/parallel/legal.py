@@ -1,0 +1,34 @@
+"""What a number from outside may be: its type, its bounds, and that it is finite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from argonne.parallel.errors import ArgonneError
+
+MOST = 2**31 - 1
+"""The largest size or count that is taken: products of two of them still fit 64 bits."""
+
+LARGEST = 3.4e38
+"""The largest number that is taken: about the largest of float32."""
+
+
+def require_whole(name: str, value: Any, least: int, most: int = MOST) -> None:
+    """Raise ``ArgonneError`` unless ``value`` is an ``int`` (no ``bool``) from ``least`` to ``most``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgonneError(f"{name}={value!r} is not legal; legal: a whole number, {least} or more")
+    if value < least:
+        raise ArgonneError(f"{name}={value} is not legal; legal: {least} or more")
+    if value > most:
+        raise ArgonneError(f"{name}={value} is not legal; legal: {least} to {most}")
+
+
+def require_number(name: str, value: Any, zero: bool = False, legal: str = "") -> None:
+    """Raise ``ArgonneError`` unless ``value`` is a finite number (no ``bool``) above 0, or 0 itself if ``zero``."""
+    legal = legal or ("0 or more" if zero else "more than 0")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ArgonneError(f"{name}={value!r} is not legal; legal: a number, {legal}")
+    if not (value > 0 or (zero and value == 0)):  # nan too
+        raise ArgonneError(f"{name}={value} is not legal; legal: {legal}")
+    if value > LARGEST:
+        raise ArgonneError(f"{name}={value} is not legal; legal: {legal}, at most {LARGEST}")

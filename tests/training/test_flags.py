@@ -1,0 +1,199 @@
+"""Flags at their borders: numbers that no run could use are refused by name, and the ``~`` of a path is home."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pwd
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import pytest
+import torch
+
+from argonne.inference import Sampling
+from argonne.parallel import ArgonneError
+from argonne.training.command_line import parse
+from argonne.training.config import DataFlags, ModelFlags, ResumeConfig, RunConfig, RunFlags
+from argonne.training.flags import HomeText, at_home
+from argonne.training.run_directory import flags_from_json, flags_to_json
+from benchmarks.token_ids import Flags as TokenIds
+from examples.demo import Demo
+from examples.generate import GenerateConfig
+
+GROUPS = ("model", "data", "training", "run")
+
+
+def numbers(kind: type) -> list[str]:
+    """The fields of a run's configuration that hold an ``int``, or a ``float``."""
+    found = []
+    for group in GROUPS:
+        for name, hint in get_type_hints(get_type_hints(RunConfig)[group]).items():
+            if hint is kind or kind in get_args(hint):
+                found.append(name)
+    return found
+
+
+def checked(words: list[str]) -> None:
+    """What a driver refuses of a command line before it looks at any file."""
+    config = parse(RunConfig, words)
+    config.check()
+    config.model.resolve(config.data.block_size)
+
+
+@pytest.mark.parametrize("name", numbers(int))
+@pytest.mark.parametrize("value", ["-1", str(10**23), "9" * 5000, "1e3", "nan", "٣" * 30])
+def test_a_whole_number_out_of_bounds_is_refused_by_its_name(name: str, value: str) -> None:
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(ArgonneError) as refusal:
+        checked([f"{flag}={value}"])
+    assert name in str(refusal.value).replace("-", "_")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", numbers(float))
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "-1", "1e39", "many", ""])
+def test_a_number_that_is_not_finite_or_out_of_bounds_is_refused_by_its_name(name: str, value: str) -> None:
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(ArgonneError) as refusal:
+        checked([f"{flag}={value}"])
+    assert name in str(refusal.value).replace("-", "_")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["head_dim", "intermediate_size", "initializer_range"])
+def test_a_zero_is_not_taken_for_a_flag_left_out(name: str) -> None:
+    with pytest.raises(ArgonneError, match=f"{name}=0.* is not legal; legal: more than 0, or leave the flag out"):
+        checked([f"--{name.replace('_', '-')}=0"])
+
+
+def test_the_largest_seed_is_one_that_every_sample_of_the_run_can_be_drawn_with() -> None:
+    largest = 2**64 - 1 - 100
+    checked([f"--seed={largest}", "--total-steps=100"])
+    torch.Generator().manual_seed(largest + 100)
+    with pytest.raises(ArgonneError, match=f"seed={largest + 1} is not legal; legal: 0 to {largest}"):
+        checked([f"--seed={largest + 1}", "--total-steps=100"])
+    checked(["--weight-decay=-0.0", "--min-learning-rate=-0.0"])
+
+
+@pytest.mark.parametrize("value", ["-1", str(10**23)])
+def test_what_only_a_resume_is_told_is_checked_too(value: str) -> None:
+    for name in ("batch-size", "rewarmup-steps"):
+        config = parse(ResumeConfig, ["--checkpoint-path=x", f"--{name}={value}"])
+        with pytest.raises(ArgonneError, match=f"^{name.replace('-', '_')}={value} is not legal"):
+            config.check()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, 10**400, "1", True])
+def test_sampling_is_told_numbers(value: Any) -> None:
+    for name in ("temperature", "top_k", "max_new_tokens"):
+        with pytest.raises(ArgonneError, match=f"{name}=.*legal"):
+            Sampling(**{name: value})
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_the_home_directory_of_every_path_flag_of_a_run_is_expanded(home: Path) -> None:
+    globs = ["~/a/*.parquet:0.7", "~/b:0.3"]
+    words = ["--data-glob", *globs, "--validation-glob=~/c", "--tokenizer-path=~/t", "--output-dir=~/r/x"]
+    config = parse(RunConfig, [*words, "--cache-dir", "~", "--model-config=~/m~/config.json"])
+    assert config.data.data_glob == (f"{home}/a/*.parquet:0.7", f"{home}/b:0.3")
+    assert config.data.validation_glob == (f"{home}/c",)
+    assert config.data.tokenizer_path == home / "t"
+    assert config.data.cache_dir == home
+    assert config.run.output_dir == home / "r/x"
+    assert config.model.model_config == home / "m~/config.json"
+    assert flags_from_json(flags_to_json(config)).data == config.data
+
+
+def test_every_flag_of_every_driver_that_is_a_path_is_expanded(home: Path) -> None:
+    required = {"Demo": {"corpus": "a", "output_dir": "b"}, "ResumeConfig": {"checkpoint_path": "c"}}
+    required["GenerateConfig"] = {"checkpoint_path": "d"}
+    for config_type in (RunConfig, ResumeConfig, GenerateConfig, Demo, TokenIds):
+        paths = path_flags(config_type)
+        assert paths
+        flags = required.get(config_type.__name__, {}) | dict.fromkeys(paths, "~/x")
+        found = parse(config_type, [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()])
+        values = {name: value for name, value in leaves(found).items() if name in paths}
+        assert {str(value[0] if isinstance(value, tuple) else value) for value in values.values()} == {f"{home}/x"}
+
+
+def path_flags(config_type: Any) -> set[str]:
+    found = set()
+    for name, hint in get_type_hints(config_type, include_extras=True).items():
+        if dataclasses.is_dataclass(hint):
+            found |= path_flags(hint)
+        elif "Path" in str(hint):
+            found.add(name)
+    return found
+
+
+def leaves(config: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in (field.name for field in dataclasses.fields(config)):
+        value = getattr(config, name)
+        found |= leaves(value) if dataclasses.is_dataclass(value) else {name: value}
+    return found
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["s3://bucket/~/x", "data/~x/*.parquet", "./~x", "$HOME/x", "file:///~/x", "x~", "/a/~"],
+)
+def test_nothing_else_is_expanded(home: Path, word: str) -> None:
+    assert parse(RunConfig, ["--data-glob", word]).data.data_glob == (word,)
+    assert parse(RunConfig, ["--data-glob", f"{word}:2"]).data.data_glob == (f"{word}:2",)
+
+
+def test_text_that_is_no_path_keeps_its_tilde(home: Path) -> None:
+    config = parse(GenerateConfig, ["--checkpoint-path=x", "--prompt", "~/x", "~"])
+    assert config.generate.prompt == ("~/x", "~")
+
+
+def test_the_home_of_another_user_is_expanded_and_of_none_refused(home: Path) -> None:
+    user = pwd.getpwuid(0)
+    found = parse(RunConfig, [f"--tokenizer-path=~{user.pw_name}/t"]).data.tokenizer_path
+    assert found == Path(user.pw_dir) / "t"
+    for flag in ("--output-dir", "--data-glob"):
+        with pytest.raises(ArgonneError, match=r"='~nobody-here/x' begins with the home .* or \./~nobody-here/x"):
+            parse(RunConfig, [flag, "~nobody-here/x"])
+
+
+def test_a_configuration_that_a_program_builds_is_expanded_too(home: Path) -> None:
+    config = RunConfig(
+        model=ModelFlags(model_config=Path("~/m.json")),
+        data=DataFlags(data_glob=("~/d/*", "e"), cache_dir=Path("~/c")),
+        run=RunFlags(output_dir=Path("~/r")),
+    )
+    assert config.model.model_config == home / "m.json"
+    assert config.data.data_glob == (f"{home}/d/*", "e")
+    assert (config.data.cache_dir, config.run.output_dir) == (home / "c", home / "r")
+    assert dataclasses.replace(config) == config
+
+
+def test_only_what_is_marked_is_expanded(home: Path) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Flags:
+        folder: Path | None
+        words: tuple[str, ...]
+        text: HomeText
+
+    hints = {"folder": Path | None, "words": tuple[str, ...], "text": HomeText}
+    Flags.__annotations__ = hints
+    assert get_origin(HomeText) is Annotated
+    assert at_home(Flags(Path("~"), ("~",), "~/a")) == Flags(home, ("~",), f"{home}/a")
+    assert at_home(Flags(None, ("~",), "b")) == Flags(None, ("~",), "b")
+
+
+def test_a_run_with_default_data_records_which_data_that_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.arrow").touch()
+    (tmp_path / "work" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    assert flags_to_json(RunConfig())["data"]["data_glob"] == [f"{os.path.realpath(tmp_path)}/data/*.arrow"]
+    monkeypatch.chdir(tmp_path / "work" / "deep")
+    assert flags_to_json(RunConfig())["data"]["data_glob"] is None
