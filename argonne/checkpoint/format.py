@@ -114,7 +114,7 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of a checkpoint. Raises ``CheckpointError`` when it is missing or damaged."""
     path = directory / MANIFEST
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         if found["sha256"] != _fingerprint({name: found[name] for name in ("step", "files", "tensors")}):
             raise ValueError("it has changed since it was written (SHA-256 differs)")
         return Manifest(

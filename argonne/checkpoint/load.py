@@ -54,7 +54,7 @@ def weight_pieces(parameters: Iterable[ShardedParameter]) -> list[Piece]:
 def load_trainer(directory: Path) -> dict[str, Any]:
     """``trainer.json`` of a checkpoint. Raises ``CheckpointError`` when it is not there."""
     try:
-        return json.loads((directory / TRAINER).read_text())
+        return json.loads((directory / TRAINER).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{str(directory / TRAINER)!r} cannot be read: {error}") from error
 
@@ -66,7 +66,7 @@ def _tensor_files(directory: Path) -> dict[str, str]:
     index, single = directory / INDEX, directory / "model.safetensors"
     try:
         if index.exists():
-            return dict(json.loads(index.read_text())["weight_map"])
+            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{str(index)!r} cannot be read: {error}") from error
     try:

@@ -255,7 +255,7 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
 def read_sealed(path: Path) -> dict[str, Any] | None:
     """What `write_sealed` wrote; None where there is no such file, or anything else in it."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         return content if content.pop("sha256") == _seal(content) else None
     except (OSError, ValueError, KeyError, AttributeError):
         return None

@@ -58,7 +58,7 @@ def from_huggingface(path: Path) -> ArgonneConfig:
     """
     file = path / "config.json" if path.is_dir() else path
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as error:

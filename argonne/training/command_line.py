@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -21,6 +23,7 @@ import torch.distributed as dist
 import tyro
 
 import argonne
+from argonne.output import steady_output
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import ParallelFlags
 
@@ -43,6 +46,7 @@ STARTED_AT = "ARGONNE_STARTED_AT"
 RESTARTS_LEFT = "ARGONNE_RESTARTS_LEFT"
 """Tells the ranks that ``drive`` started how often it would still start them again."""
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _REFUSED = "argonne/refused"
 """Is in the store of a job that a rank has refused."""
 _FIRST_RANK_SPEAKS_WITHIN = 20.0  # seconds
@@ -122,12 +126,17 @@ def restarts_left() -> int:
 
 def guarded(body: Callable[[], None]) -> None:
     """Run a driver's ``body``; end the process with one clear line, from one rank, for what went wrong."""
+    steady_output()
     try:
         body()
     except ArgonneError as error:
         _refuse(str(error))
     except KeyboardInterrupt:
         _leave(INTERRUPTED)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        _refuse(str(error))
     except (dist.DistError, RuntimeError) as error:
         if not _is_lost_peer(error):
             raise
@@ -142,9 +151,9 @@ def guarded(body: Callable[[], None]) -> None:
 
 def _age(pid: int) -> float:
     """Seconds since a process was started."""
-    after_its_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    after_its_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     started = int(after_its_name[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5): ticks since the boot
-    return float(Path("/proc/uptime").read_text().split()[0]) - started
+    return float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0]) - started
 
 
 def _end_with_launcher() -> None:
@@ -166,6 +175,10 @@ def _launch(processes: int, max_restarts: int) -> None:
     agent because the agent would also repeat what was refused, and would not say what happened.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it in one line
+    try:
+        tempfile.gettempdir()  # the agent keeps a directory there
+    except OSError as error:  # a full disk, usually
+        raise ArgonneError(f"{error.strerror}; legal: TMPDIR=DIRECTORY, of a disk that has room") from error
     os.environ.setdefault(STARTED_AT, str(argonne.STARTED))
     # Ranks that share a CPU must not each start a thread for every core.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))

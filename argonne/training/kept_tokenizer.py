@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from argonne.data import DataError, OnBad, Shard, fingerprint, read_texts, train_tokenizer
+from argonne.data.errors import one_line
 
 TOKENIZER_TRAINING_BYTES = 16 << 20
 """The fallback tokenizer is trained on this much text at most, from the beginning of the data."""
@@ -18,16 +19,20 @@ def train_kept_tokenizer(shards: Sequence[Shard], path: Path, on_bad: OnBad = "r
     """The fallback: a byte-level BPE of the data's own text, kept at ``path`` with what it was trained on."""
     origin = {"data": fingerprint(shards)}
     record = path / "trained_on.json"
-    if record.exists() and json.loads(record.read_text()) == origin:
+    if record.exists() and json.loads(record.read_text(encoding="utf-8")) == origin:
         return
     print("no --tokenizer-path: training a byte-level BPE of 12,000 on the data", flush=True)
     tokenizer = train_tokenizer(_some_text(shards, on_bad))
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    tokenizer.save_pretrained(temporary)
-    (temporary / record.name).write_text(json.dumps(origin))
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(temporary, path)
+    try:
+        tokenizer.save_pretrained(temporary)
+        (temporary / record.name).write_text(json.dumps(origin), encoding="utf-8")
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    except Exception as error:  # several libraries write, and each tells of a full disk in its own way
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise DataError(f"the tokenizer cannot be kept at {str(path)!r}: {one_line(error)}") from error
 
 
 def _some_text(shards: Sequence[Shard], on_bad: OnBad) -> Iterator[str]:

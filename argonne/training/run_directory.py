@@ -6,7 +6,6 @@ import dataclasses
 import fcntl
 import json
 import os
-import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from argonne.checkpoint import CheckpointError, checkpoints, step_of
 from argonne.data import changes, is_url
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import DataFlags, ModelFlags, ParallelFlags, RunConfig, RunFlags, TrainingFlags
-from argonne.training.metrics import MetricsLog
+from argonne.training.report import Reports
 
 Flags = TypeVar("Flags")
 
@@ -76,7 +75,7 @@ def read_run(directory: Path) -> dict[str, Any] | None:
             )
         return None
     try:
-        run = json.loads(path.read_text())
+        run = json.loads(path.read_text(encoding="utf-8"))
         missing = {"identity", "global_batch", "first_layout"} - set(run)
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
@@ -109,11 +108,11 @@ def flags_from_json(saved: Mapping[str, Any]) -> RunConfig:
     )
 
 
-def continue_at(directory: Path, step: int) -> list[str]:
+def continue_at(directory: Path, step: int, reports: Reports) -> list[str]:
     """Make the directory say what was true at ``step``; returns a line for each checkpoint set aside.
 
-    Lines of ``metrics.jsonl`` and sections of ``samples.md`` past ``step`` are dropped: they are written
-    again. Checkpoints past it are renamed, not deleted.
+    What its ``reports`` say of steps past ``step`` is dropped: it is written again. Checkpoints past it are renamed,
+    not deleted.
     """
     # Checkpoints first, newest first: if this is interrupted, the next start still begins at `step` or later
     # with every line up to there.
@@ -127,14 +126,7 @@ def continue_at(directory: Path, step: int) -> list[str]:
                 aside = path.with_name(f"{path.name}.set-aside-{number}")
             os.replace(path, aside)
             moved.append(f"checkpoint {path.name} lies past step {step} and was set aside as {aside.name}")
-    samples = directory / "samples.md"
-    if samples.exists():
-        sections = re.split(r"(?m)^(?=## Step )", samples.read_text())
-        kept = [s for s in sections if (m := re.match(r"## Step (\d+)", s)) is None or int(m.group(1)) <= step]
-        temporary = samples.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(samples)
-    MetricsLog(directory / "metrics.jsonl").drop_after(step)
+    reports.drop_after(step)
     return moved
 
 
@@ -147,7 +139,7 @@ def claim(directory: Path, patience: float = 10.0) -> IO[str]:
         ArgonneError: another job is at work there.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    file = (directory / ".lock").open("a")
+    file = (directory / ".lock").open("a", encoding="utf-8")
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -184,7 +176,7 @@ def require_same(
 def saved_flags(checkpoint: Path) -> RunConfig:
     """The flags of the run that wrote ``checkpoint``."""
     try:
-        return flags_from_json(json.loads((checkpoint / "trainer.json").read_text())["flags"])
+        return flags_from_json(json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))["flags"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{str(checkpoint / 'trainer.json')!r} does not tell the run's flags: {error!r}"

@@ -83,7 +83,7 @@ def train(
                 "versions": versions(),
             }
             write_json(directory / "run.json", run)
-            say(groups, *continue_at(directory, state.step))
+            say(groups, *continue_at(directory, state.step, trainer.reports))
 
     collectively(begin, groups.world)
     count = len(workload.data.shards)
