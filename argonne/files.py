@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,34 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         ValueError: it holds a number that JSON has not, infinity say; nothing is written.
     """
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        sync(temporary)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which then becomes ``path``; if the writing fails, nothing is left of it."""
     temporary = path.with_name(path.name + TEMPORARY)
-    temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    sync(temporary)
-    os.replace(temporary, path)
+    with named(path):
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Name ``path`` in an error of the file system that names no file: a full disk is told of by the descriptor."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def read_json(path: Path) -> Any:
@@ -46,8 +72,9 @@ def read_json(path: Path) -> Any:
 
 def sync(path: Path) -> None:
     """Flush a file, or a directory's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with named(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

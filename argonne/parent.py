@@ -81,7 +81,9 @@ def _launcher() -> int:
     pid = os.getppid()
     while pid > 1 and _is_of_this_rank(pid):
         try:
-            after_its_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            after_its_name = (
+                Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+            )
         except OSError:  # it has just ended, and left this process to another
             return 1
         pid = int(after_its_name[1])

@@ -79,7 +79,7 @@ def build(folder: Path, sources: Iterable[Source] | None = None) -> dict[str, An
     """
     manifest = folder / MANIFEST
     if manifest.is_file():
-        found: dict[str, Any] = json.loads(manifest.read_text())
+        found: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
         print(f"{folder}: {found['documents']:,} documents, {found['bytes'] / 1e6:.1f} MB of text, built before")
         return found
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,8 @@ def build(folder: Path, sources: Iterable[Source] | None = None) -> dict[str, An
         old.unlink()
     total = write_shards(folder, documents)
     report = {"documents": len(documents), **total, "packages": taken}
-    manifest.write_text(json.dumps(report, indent=2) + "\n")  # last: its presence says that all is there
+    # Last: its presence says that all is there.
+    manifest.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     rows = [(name, p["version"], f"{p['documents']:,}", f"{p['bytes'] / 1e6:.1f}") for name, p in taken.items()]
     print("\n" + table(("package", "version", "documents", "MB of text"), rows))
     print(f"\n{folder}: {len(documents):,} documents, {total['bytes'] / 1e6:.1f} MB of text")

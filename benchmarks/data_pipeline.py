@@ -116,7 +116,7 @@ class Runner:
 
     def _resident(self) -> list[int]:
         with contextlib.suppress(OSError):  # no /proc on this system
-            pages = Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]
+            pages = Path(f"/proc/{self._process.pid}/statm").read_text(encoding="utf-8").split()[1]
             return [int(pages) * os.sysconf("SC_PAGE_SIZE")]
         return []
 

@@ -50,7 +50,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write ``value`` as indented JSON, making the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _commit() -> str | None:
@@ -67,7 +67,7 @@ def _commit() -> str | None:
 def _cpu() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()

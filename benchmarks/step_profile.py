@@ -78,7 +78,7 @@ def _most_allocated(seen: Any) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         seen.export_chrome_trace(str(path))
-        events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+        events = [e for e in json.loads(path.read_text(encoding="utf-8"))["traceEvents"] if e.get("name") == "[memory]"]
     held = most = 0
     for event in sorted(events, key=lambda event: event["ts"]):
         held += event["args"]["Bytes"]  # negative when freed

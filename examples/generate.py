@@ -12,6 +12,7 @@ from argonne.checkpoint import load_pieces, resolve, weight_pieces
 from argonne.data import load_tokenizer
 from argonne.inference import Sampling, generate
 from argonne.models import build_model, from_huggingface
+from argonne.output import show
 from argonne.parallel import ArgonneError, PipelinePlan, choose_device, process_groups
 from argonne.parallel.legal import require_whole
 from argonne.training.command_line import drive, guarded, parse, world_size
@@ -75,7 +76,7 @@ def main(config: GenerateConfig) -> None:
             ids = tokenizer.encode(prompt, add_special_tokens=False)
             new = generate(model, ids, config.sampling, flags.seed + number, tokenizer.eos_token_id)
             if groups.is_first:
-                print(tokenizer.decode(ids + new), flush=True)
+                show(tokenizer.decode(ids + new))
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def _largest_id(tokenizer: PreTrainedTokenizerFast) -> int:
 def _alone(path: Path, beat: _Beat) -> Iterator[None]:
     """Wait until no other process builds in `path`, and keep others out meanwhile."""
     with writing(path):
-        file = (path / ".lock").open("a")
+        file = (path / ".lock").open("a", encoding="utf-8")
     with file:
         told = False
         while True:

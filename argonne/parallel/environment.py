@@ -181,9 +181,9 @@ def _started_at() -> float | None:
 
 def _age(pid: int) -> float:
     """Seconds since a process was started."""
-    after_its_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    after_its_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     started = int(after_its_name[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5): ticks since the boot
-    return float(Path("/proc/uptime").read_text().split()[0]) - started
+    return float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0]) - started
 
 
 def _whole(variable: str, least: int, most: int | None = None) -> int | None:

@@ -35,9 +35,10 @@ def _busy() -> bool:
     """Whether a thread of Gloo's is doing anything but wait."""
     for task in _TASKS.iterdir():
         try:
-            name, state = (task / "stat").read_text().partition("(")[2].rpartition(") ")[::2]
+            told = (task / "stat").read_text(encoding="utf-8", errors="replace")
         except OSError:  # it has just ended
             continue
+        name, state = told.partition("(")[2].rpartition(") ")[::2]
         if name == _THREADS and not state.startswith("S"):
             return True
     return False

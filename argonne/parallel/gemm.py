@@ -44,5 +44,5 @@ def _mkl_is_slow_here() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available() and cpuinfo.exists()):
         return False
-    makers = [line for line in cpuinfo.read_text().splitlines() if line.startswith("vendor_id")]
+    makers = [line for line in cpuinfo.read_text(encoding="utf-8").splitlines() if line.startswith("vendor_id")]
     return bool(makers) and "GenuineIntel" not in makers[0] and hasattr(torch.ops.mkldnn, "_linear_pointwise")

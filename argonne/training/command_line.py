@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import re
 import time
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
+from argonne.output import steady_output
 from argonne.parallel import environment
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import LayoutFlags
@@ -43,6 +45,7 @@ class HasParallelFlags(Protocol):
 Parsed = TypeVar("Parsed")
 ConfigType = TypeVar("ConfigType", bound=HasParallelFlags)
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
 
@@ -136,11 +139,16 @@ def world_size() -> int:
 
 def guarded(body: Callable[[], None]) -> None:
     """Run a driver's ``body``; end the process with one clear line, from one rank, for what went wrong."""
+    steady_output()
     STOP.listen()
     try:
         body()
     except ArgonneError as error:
         refuse(error)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        refuse(ArgonneError(str(error)))
     except (dist.DistError, RuntimeError) as error:
         if not _is_lost_peer(error):
             raise

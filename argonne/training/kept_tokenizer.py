@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from argonne.data import DataError, OnBad, Shard, load_tokenizer, read_texts, tokenizer_fingerprint, train_tokenizer
+from argonne.data.errors import one_line
 from argonne.data.tokenizer import SPECIAL_TOKENS
 from argonne.files import TEMPORARY
 
@@ -54,9 +55,13 @@ def keep(tokenizer: PreTrainedTokenizerFast, path: Path) -> bool:
         return False
     temporary = path.with_name(path.name + TEMPORARY)
     shutil.rmtree(temporary, ignore_errors=True)
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(temporary, path)
+    try:
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    except Exception as error:  # several libraries write, and each tells of a full disk in its own way
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise DataError(f"the tokenizer cannot be kept at {str(path)!r}: {one_line(error)}") from error
     return True
 
 

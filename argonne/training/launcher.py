@@ -6,11 +6,13 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import uuid
 from typing import NoReturn
 
 import argonne
 from argonne.parallel.environment import RESTARTS_LEFT, STARTED_AT
+from argonne.parallel.errors import ArgonneError
 from argonne.parent import PARENT
 from argonne.training.endings import FINAL, leave, say
 from argonne.training.signals import STOP, heeded
@@ -28,6 +30,10 @@ def launch(processes: int, max_restarts: int) -> None:
         raise SignalException("", signal.Signals(number))
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it in one line
+    try:
+        tempfile.gettempdir()  # the agent keeps a directory there
+    except OSError as error:  # a full disk, usually
+        raise ArgonneError(f"{error.strerror}; legal: TMPDIR=DIRECTORY, of a disk that has room") from error
     os.environ[PARENT] = str(os.getpid())
     os.environ.setdefault(STARTED_AT, str(argonne.STARTED))
     # Ranks that share a CPU must not each start a thread for every core.

@@ -6,6 +6,7 @@ import json
 import resource
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from tqdm import tqdm
 
 from argonne.models.config import ArgonneConfig
+from argonne.training.appended import AppendedFile
+from argonne.training.plot import Outline
 
 # Dense bf16 peak, FLOP/s, from the vendor's data sheets.
 _PEAK = {
@@ -46,43 +49,48 @@ def memory_gib(device: torch.device) -> float:
     """Peak memory of this process: on the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    status = Path("/proc/self/status")  # rusage's peak begins with that of the process that started this one
-    if status.exists():
-        (peak,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(peak.split()[1]) / 2**20
+    with suppress(OSError):  # rusage's peak begins with that of the process that started this one
+        for line in Path("/proc/self/status").read_bytes().splitlines():
+            if line.startswith(b"VmHWM:"):
+                return int(line.split()[1]) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 class MetricsLog:
-    """``metrics.jsonl``: one JSON object for each optimizer step."""
+    """``metrics.jsonl``: one JSON object for each optimizer step; and of all of them, what a plot needs."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.file = AppendedFile(path)
+        self.training, self.held_out = Outline(), Outline()
 
-    def drop_after(self, step: int) -> None:
-        """Forget what an interrupted run wrote past the checkpoint from which it continues."""
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text().splitlines():
+    def drop_after(self, step: int) -> bool:
+        """Forget what an interrupted run wrote past the checkpoint from which it continues; whether it had.
+
+        Called before anything is written: the plot begins with the lines that stay.
+        """
+
+        def stays(line: bytes) -> bool:
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError):
-                continue  # a line that the interruption cut short
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(self.path)
+                record = json.loads(line)
+                if record["step"] > step:
+                    return False
+                self._draw(record)
+                return True
+            except (ValueError, KeyError, TypeError):
+                return False  # a line that the interruption cut short
+
+        return self.file.keep(stays)
 
     def write(self, record: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        """Append a line. Raises ``OSError`` when it cannot be written; it is then written with a later one."""
+        self._draw(record)
+        self.file.append(json.dumps(record) + "\n")
 
-    def read(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        return [json.loads(line) for line in self.path.read_text().splitlines()]
+    def _draw(self, record: dict[str, Any]) -> None:
+        for outline, field in ((self.training, "loss"), (self.held_out, "validation_loss")):
+            if record.get("tokens") is not None and record.get(field) is not None:
+                outline.add(record["tokens"], float(record[field]))
 
 
 class Progress:

@@ -1,43 +1,134 @@
-"""What a save leaves for people: ``samples.md``, ``stats/*.json`` and ``loss.png``."""
+"""What a run's directory tells people: ``metrics.jsonl``, and with each save samples, statistics and the plot."""
 
 from __future__ import annotations
 
+import re
+import sys
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tqdm import tqdm
 
 from argonne.data import LaneState
-from argonne.files import write_json
-from argonne.training.config import RunConfig
+from argonne.files import TEMPORARY, sync, write_json
+from argonne.training.appended import AppendedFile
+from argonne.training.metrics import MetricsLog
 from argonne.training.plot import plot_loss
-from argonne.training.setup import Workload
-from argonne.training.state import TrainingState
+
+if TYPE_CHECKING:
+    from argonne.training.config import RunConfig
+    from argonne.training.setup import Workload
+    from argonne.training.state import TrainingState
+
+T = TypeVar("T")
 
 
-def write_report(
-    config: RunConfig,
-    workload: Workload,
-    state: TrainingState,
-    lanes: Mapping[int, LaneState],
-    records: list[dict[str, Any]],
-    global_batch: int,
-    text: str,
-) -> None:
-    """Bring the reports of the run's directory up to the state's step; on one rank.
+class Reports:
+    """The reports of a run's directory, kept by one rank. None of them is worth the run: nothing here raises."""
 
-    ``lanes`` are all lanes of the run, ``records`` the lines of ``metrics.jsonl``.
-    """
-    directory = config.run.output_dir
-    with (directory / "samples.md").open("a") as file:
-        loss = records[-1]["loss"] if records else float("nan")
-        file.write(f"## Step {state.step} ({state.tokens:,} tokens, loss {loss:.3f})\n\n{_quote(text)}\n\n")
-    (directory / "stats").mkdir(exist_ok=True)
-    write_json(
-        directory / "stats" / f"step_{state.step:08d}.json", _stats(config, workload, state, lanes, global_batch)
-    )
-    model, layout = workload.model, state.model.groups.layout
-    title = f"{model.parameter_count / 1e6:,.1f}M parameters, {layout}, {state.tokens / 1e6:.2f}M tokens"
-    plot_loss(records, directory / "loss.png", title)
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.metrics = MetricsLog(directory / "metrics.jsonl")
+        self.samples = AppendedFile(directory / "samples.md")
+        self.stats, self.plot = directory / "stats", directory / "loss.png"
+        self._failing: set[Path] = set()
+        self._loss = float("nan")
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Add the line of one optimizer step."""
+        self._loss = record["loss"]
+        self.attempt(self.metrics.file.path, lambda: self.metrics.write(record))
+
+    def save(
+        self,
+        config: RunConfig,
+        workload: Workload,
+        state: TrainingState,
+        lanes: Mapping[int, LaneState],
+        global_batch: int,
+        text: str,
+    ) -> None:
+        """Bring all reports up to the state's step. ``lanes`` are all lanes of the run, ``text`` the model's."""
+        model, layout = workload.model, state.model.groups.layout
+        section = f"## Step {state.step} ({state.tokens:,} tokens, loss {self._loss:.3f})\n\n{_quote(text)}\n\n"
+        title = f"{model.parameter_count / 1e6:,.1f}M parameters, {layout}, {state.tokens / 1e6:.2f}M tokens"
+
+        def write_stats() -> None:
+            self.stats.mkdir(exist_ok=True)
+            file = self.stats / f"step_{state.step:08d}.json"
+            write_json(file, _stats(config, workload, state, lanes, global_batch))
+
+        self.attempt(self.samples.path, lambda: self.samples.append(section))
+        self.attempt(self.stats, write_stats)
+        curves = self.metrics.training.points, self.metrics.held_out.points
+        self.attempt(self.plot, lambda: plot_loss(*curves, self.plot, title))
+        # What a checkpoint follows is on the disk before it, or the run would go on from there with a hole behind it.
+        for path in (self.metrics.file.path, self.samples.path):
+            if path not in self._failing:
+                self.attempt(path, lambda path=path: sync(path))  # type: ignore[misc]
+
+    def drop_after(self, step: int) -> None:
+        """Forget what an interrupted run told of steps past ``step``; of the plot, all of it."""
+
+        def drop_stats() -> bool:
+            later = [path for path in self.stats.glob("step_*.json") if _step(path.stem) > step]
+            for path in [*later, *self.stats.glob("*" + TEMPORARY)]:
+                path.unlink()
+            return bool(later)
+
+        def drop_plot() -> None:
+            for name in ("loss.png", "run.json", "metrics.jsonl", "samples.md"):
+                (self.directory / (name + TEMPORARY)).unlink(missing_ok=True)
+            if any(dropped):
+                self.plot.unlink(missing_ok=True)
+
+        dropped = [
+            self.attempt(self.metrics.file.path, lambda: self.metrics.drop_after(step)),
+            self.attempt(self.samples.path, lambda: self.samples.keep(_sections_up_to(step))),
+            self.attempt(self.stats, drop_stats),
+        ]
+        self.attempt(self.plot, drop_plot)
+
+    def attempt(self, path: Path, action: Callable[[], T]) -> T | None:
+        """Do what is not worth a run; if it fails, say so once, until it succeeds again."""
+        try:
+            result = action()
+        except Exception as error:  # whatever it is: other ranks wait for this one in the next collective
+            if path not in self._failing:
+                self._failing.add(path)
+                reason = str(error).strip().partition("\n")[0]
+                what = reason if isinstance(error, OSError) else f"{type(error).__name__}: {reason}"
+                _warn(f"warning: {path}: {what}; training goes on, and will try again")
+            return None
+        if path in self._failing:
+            self._failing.discard(path)
+            _warn(f"{path} is up to date again")
+        return result
+
+
+def _warn(line: str) -> None:
+    tqdm.write(f"argonne: {line}", file=sys.stderr)
+
+
+def _step(name: str) -> int:
+    """The step that ``step_00000012`` says; -1 for any other name."""
+    number = name.removeprefix("step_")
+    return int(number) if number.isascii() and number.isdigit() else -1
+
+
+def _sections_up_to(step: int) -> Callable[[bytes], bool]:
+    """Whether each line of ``samples.md`` in turn tells of nothing past ``step``."""
+    kept = True
+
+    def stays(line: bytes) -> bool:
+        nonlocal kept
+        if heading := re.match(rb"## Step (\d+)", line):
+            kept = int(heading.group(1)) <= step
+        return kept
+
+    return stays
 
 
 def data_line(lanes: Mapping[int, LaneState]) -> str:

@@ -7,7 +7,6 @@ import dataclasses
 import fcntl
 import json
 import os
-import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from argonne.data import changes, is_url, matching_default
 from argonne.files import read_json
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import DataFlags, ModelFlags, ParallelFlags, RunConfig, RunFlags, TrainingFlags
-from argonne.training.metrics import MetricsLog
+from argonne.training.report import Reports
 
 Flags = TypeVar("Flags")
 
@@ -115,11 +114,11 @@ def flags_from_json(saved: Mapping[str, Any]) -> RunConfig:
     )
 
 
-def continue_at(directory: Path, step: int) -> list[str]:
+def continue_at(directory: Path, step: int, reports: Reports) -> list[str]:
     """Make the directory say what was true at ``step``; returns a line for each checkpoint set aside.
 
-    Lines of ``metrics.jsonl`` and sections of ``samples.md`` past ``step`` are dropped: they are written
-    again. Checkpoints past it are renamed, not deleted.
+    What its ``reports`` say of steps past ``step`` is dropped: it is written again. Checkpoints past it are renamed,
+    not deleted.
     """
     # Checkpoints first, newest first: if this is interrupted, the next start still begins at `step` or later
     # with every line up to there.
@@ -133,14 +132,7 @@ def continue_at(directory: Path, step: int) -> list[str]:
                 aside = path.with_name(f"{path.name}.set-aside-{number}")
             os.replace(path, aside)
             moved.append(f"checkpoint {path.name} lies past step {step} and was set aside as {aside.name}")
-    samples = directory / "samples.md"
-    if samples.exists():
-        sections = re.split(r"(?m)^(?=## Step )", samples.read_text())
-        kept = [s for s in sections if (m := re.match(r"## Step (\d+)", s)) is None or int(m.group(1)) <= step]
-        temporary = samples.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(samples)
-    MetricsLog(directory / "metrics.jsonl").drop_after(step)
+    reports.drop_after(step)
     return moved
 
 
@@ -177,7 +169,7 @@ def claim(directory: Path, patience: float = 10.0) -> Claim:
     deadline = time.monotonic() + patience
     while True:
         directory.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
+        file = path.open("a", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

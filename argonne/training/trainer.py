@@ -23,9 +23,9 @@ from argonne.training.config import RunConfig
 from argonne.training.endings import NOTHING_GAINED, STOPPING, say, stopped_status
 from argonne.training.evaluation import held_out_loss, sample_text
 from argonne.training.feed import BatchFeed, Fed
-from argonne.training.metrics import MetricsLog, Progress, flops_per_token, memory_gib, peak_flops
+from argonne.training.metrics import Progress, flops_per_token, memory_gib, peak_flops
 from argonne.training.optimizer import set_learning_rate
-from argonne.training.report import data_line, write_report
+from argonne.training.report import Reports, data_line
 from argonne.training.setup import Workload
 from argonne.training.signals import STOP
 from argonne.training.state import TrainingState
@@ -46,7 +46,7 @@ class Trainer:
         data = config.data
         self.feed = BatchFeed(self._stream(accumulation), shape, groups, data.document_mask, data.prefetch_batches)
         self.held_out = workload.held_out
-        self.metrics = MetricsLog(config.run.output_dir / "metrics.jsonl")
+        self.reports = Reports(config.run.output_dir)
         self.step_seconds = 0.0
         # Until a save has been timed: weights and moments at 200 MB/s.
         self.save_seconds = sum(3 * s.parameter.nbytes for s in state.parameters) / 200e6
@@ -84,7 +84,7 @@ class Trainer:
                     state.model, self.held_out, self.micro_batch, self.config.data.document_mask
                 )
             if progress:
-                self.metrics.write(record)
+                self.reports.step(record)
                 progress.step(record)
             if save_now:
                 self._save(progress)
@@ -191,11 +191,11 @@ class Trainer:
         text = sample_text(state.model, self.workload.tokenizer, config.run.sample_tokens, seed)
         lanes = state.all_lanes()
         if progress:
-            records = self.metrics.read()
-            write_report(config, self.workload, state, lanes, records, self.global_batch, text or "")
+            self.reports.save(config, self.workload, state, lanes, self.global_batch, text or "")
         path = state.save(config, self.workload, lanes, self.global_batch)
         if progress:
-            pruned = prune(config.run.output_dir, config.run.keep_checkpoints)
+            directory, keep = config.run.output_dir, config.run.keep_checkpoints
+            pruned = self.reports.attempt(directory, lambda: prune(directory, keep))
             gone = f"; {len(pruned)} older pruned" if pruned else ""
             progress.say(f"saved {path}{gone}\n  {data_line(lanes)}\n  {text!r}")
         self.save_seconds = max(self.save_seconds, time.monotonic() - began)

@@ -138,7 +138,7 @@ def train(
                 if keep(workload.tokenizer, directory / "tokenizer") and before:
                     say(groups, f"{directory / 'tokenizer'} was missing or damaged, and was restored")
             write_json(directory / "run.json", run)
-            say(groups, *continue_at(directory, state.step))
+            say(groups, *continue_at(directory, state.step, trainer.reports))
 
     collectively(begin, groups.world)
     count = len(workload.data.shards)

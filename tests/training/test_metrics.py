@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -65,14 +66,16 @@ def test_a_float32_loss_is_written_exactly(loss: float) -> None:
     assert torch.equal(torch.tensor(json.loads(json.dumps({"loss": value.item()}))["loss"]), value)
 
 
-def test_the_log_reads_what_was_written_in_order(tmp_path: Path) -> None:
+def lines_of(log: MetricsLog) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.file.path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_log_has_what_was_written_in_order(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
-    assert log.read() == []
     records = [{"step": step, "loss": 1 / step, "mfu": None, "data_position": {"shard": "a"}} for step in (1, 2, 3)]
     for record in records:
         log.write(record)
-    assert log.read() == records
-    assert MetricsLog(log.path).read() == records
+    assert lines_of(log) == records
 
 
 @given(st.integers(0, 12), st.integers(-1, 14))
@@ -80,27 +83,47 @@ def test_lines_past_a_step_are_dropped_and_the_others_kept_byte_for_byte(
     tmp_path_factory: pytest.TempPathFactory, written: int, step: int
 ) -> None:
     log = MetricsLog(tmp_path_factory.mktemp("run") / "metrics.jsonl")
-    log.drop_after(step)
-    assert not log.path.exists()
+    path = log.file.path
+    assert not log.drop_after(step)
+    assert not path.exists()
     for number in range(1, written + 1):
         log.write({"step": number, "loss": 0.1 * number})
-    lines = log.path.read_text().splitlines(keepends=True) if written else []
-    log.drop_after(step)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if written else []
+    assert log.drop_after(step) == (written > max(step, 0))
     if written:
-        assert log.path.read_text() == "".join(lines[: max(step, 0)])
-    assert [path.name for path in log.path.parent.iterdir()] in ([], ["metrics.jsonl"])
+        assert path.read_text(encoding="utf-8") == "".join(lines[: max(step, 0)])
+    assert [path.name for path in path.parent.iterdir()] in ([], ["metrics.jsonl"])
 
 
-@pytest.mark.parametrize("tail", ['{"step": 3, "lo', "{", "\x00\x00\x00", '{"loss": 2.0}'])
+@pytest.mark.parametrize(
+    "tail", ['{"step": 3, "lo', "{", "\x00\x00\x00", '{"loss": 2.0}', "[1]\n", '{"step": "3"}\n', "é"]
+)
 def test_a_line_that_an_interruption_cut_short_is_dropped(tmp_path: Path, tail: str) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.write({"step": 1})
     log.write({"step": 2})
-    with log.path.open("a") as file:
-        file.write(tail)
+    with log.file.path.open("ab") as file:
+        file.write(tail.encode("latin-1"))
     log.drop_after(5)
     log.write({"step": 3})
-    assert [record["step"] for record in log.read()] == [1, 2, 3]
+    assert [record["step"] for record in lines_of(log)] == [1, 2, 3]
+
+
+def test_the_plot_goes_on_from_the_lines_that_stay(tmp_path: Path) -> None:
+    undisturbed, stopped = MetricsLog(tmp_path / "one"), MetricsLog(tmp_path / "two")
+    for step in range(1, 3001):
+        line = record(step, loss=math.sin(step) + 50 / step, validation_loss=2.0 + step if step % 7 == 0 else None)
+        undisturbed.write(line)
+        if step <= 2500:
+            stopped.write(line)
+    resumed = MetricsLog(stopped.file.path)
+    resumed.drop_after(1234)
+    for line in lines_of(undisturbed)[1234:]:
+        resumed.write(line)
+    assert resumed.training.points == undisturbed.training.points
+    assert resumed.held_out.points == undisturbed.held_out.points
+    assert len(resumed.held_out.points) == 3000 // 7
+    assert stopped.file.path.read_bytes() == undisturbed.file.path.read_bytes()
 
 
 def record(step: int, **changed: Any) -> dict[str, Any]:
