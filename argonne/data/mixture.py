@@ -98,6 +98,9 @@ class Mixture:
         total = math.fsum(weights)
         # Whole numbers: the same choice on every machine.
         self._ends = [round(share / total * _ONE) for share in accumulate(weights)][:-1]
+        self._states: dict[int, LaneState] = {}
+        # The keys of lanes that have moved since their state was looked up: of many lanes a batch moves few.
+        self._moved = {index * self.lanes + lane for index in range(len(streams)) for lane in self.served}
 
     def source(self, sample: int) -> int:
         """The index of the stream that the sample comes from."""
@@ -105,15 +108,16 @@ class Mixture:
 
     def sample(self, number: int) -> Packed:
         """The sample of that number; those of a lane must be asked for in order."""
-        return self._streams[self.source(number)].next_sequence(number % self.lanes)
+        source, lane = self.source(number), number % self.lanes
+        self._moved.add(source * self.lanes + lane)
+        return self._streams[source].next_sequence(lane)
 
     def states(self) -> dict[int, LaneState]:
         """The state of each lane that is served here, of stream s under the key s * lanes + lane."""
-        return {
-            index * self.lanes + lane: stream.state(lane)
-            for index, stream in enumerate(self._streams)
-            for lane in self.served
-        }
+        for key in sorted(self._moved):
+            self._states[key] = self._streams[key // self.lanes].state(key % self.lanes)
+        self._moved.clear()
+        return dict(self._states)
 
 
 def states_of_source(states: Mapping[int, LaneState], source: int, lanes: int) -> list[LaneState] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from argonne.data.errors import DataError
@@ -26,7 +26,7 @@ class DataPosition:
 
     def to_dict(self) -> dict[str, int]:
         """The position as JSON-able values."""
-        return asdict(self)
+        return dict(vars(self))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DataPosition:
@@ -52,7 +52,7 @@ class LaneState:
 
     def to_dict(self) -> dict[str, Any]:
         """The state as JSON-able values."""
-        return asdict(self)
+        return {**vars(self), "position": self.position.to_dict(), "dropped": dict(self.dropped)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LaneState:

@@ -32,7 +32,9 @@ class RowGroups:
 
     def __init__(self, shards: Sequence[Shard], on_bad: OnBad, report: Callable[[str], None] | None) -> None:
         self._shards, self._on_bad, self._report = shards, on_bad, report
-        self._kept: OrderedDict[tuple[int, int], Texts] = OrderedDict()
+        self._rows = [sum(shard.rows) for shard in shards]
+        self._kept: OrderedDict[tuple[int, int], tuple[Texts, int]] = OrderedDict()
+        self._kept_bytes = 0
         self._failed: set[tuple[int, int]] = set()
         self._streamed: set[tuple[int, int]] = set()
         self._lock = threading.RLock()
@@ -85,19 +87,21 @@ class RowGroups:
 
     def _streams(self, shard: int, row_group: int) -> bool:
         from_disk = self._shards[shard]
-        share = from_disk.rows[row_group] / max(1, sum(from_disk.rows))
+        share = from_disk.rows[row_group] / max(1, self._rows[shard])
         return from_disk.format == "Parquet file" and from_disk.size * share > self._most_bytes
 
     def _texts(self, shard: int, row_group: int) -> Texts:
         key = (shard, row_group)
         with self._lock:
             if key not in self._kept:
-                self._kept[key] = open_texts(self._shards[shard], row_group)
-                while len(self._kept) > 1 and sum(texts.nbytes for texts in self._kept.values()) > KEPT_BYTES:
-                    self._kept.popitem(last=False)
-                self._count_decoded(self._kept[key].nbytes)
+                texts = open_texts(self._shards[shard], row_group)
+                self._kept[key] = texts, texts.nbytes
+                self._kept_bytes += texts.nbytes
+                while len(self._kept) > 1 and self._kept_bytes > KEPT_BYTES:
+                    self._kept_bytes -= self._kept.popitem(last=False)[1][1]
+                self._count_decoded(texts.nbytes)
             self._kept.move_to_end(key)
-            return self._kept[key]
+            return self._kept[key][0]
 
     def _count_decoded(self, size: int) -> None:
         """Now and then have Arrow give back what it keeps for later: 40 MB in a hundred million tokens otherwise."""

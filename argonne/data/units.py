@@ -75,8 +75,9 @@ class LanePlan:
 
     def enter(self, lane: int, epoch: int) -> Place:
         """The lane's first row in `epoch`; in a later one where there are too few units to give it any."""
-        while (unit := (lane + epoch) % self.lanes) >= len(self.units):
-            epoch += 1
+        unit = (lane + epoch) % self.lanes
+        if unit >= len(self.units):  # it moves up by one an epoch, and comes round to the first
+            epoch, unit = epoch + self.lanes - unit, 0
         return Place(epoch, unit, self.units[unit].first)
 
     def next_unit(self, lane: int, place: Place) -> Place:

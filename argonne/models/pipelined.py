@@ -108,7 +108,7 @@ class PipelinedModel(nn.Module):
         )
         options = {} if documents is None else {"documents": documents.flatten(0, 1)}
         loss = pipeline.forward_backward(local_ids, local_targets, **options)
-        like = torch.zeros((), dtype=self.precision.parameters, device=ids.device)
+        like = torch.zeros((), dtype=self.precision.statistics, device=ids.device)
         return share_from_last(loss, like, self.plan, self.groups.pipeline)
 
     def pipeline(self, micro_batches: int, batch: int, sequence: int) -> Pipeline:
@@ -137,8 +137,8 @@ class PipelinedModel(nn.Module):
         """As ``ArgonneModel.loss``, on every rank and without gradients: to evaluate."""
         x = self._forward(share_sequence(ids, self.groups.context), ids.shape[1], whole=False, documents=documents)
         local = share_sequence(targets, self.groups.context)
-        accurate = torch.promote_types(self.precision.compute, torch.float32)
-        like = torch.zeros(() if reduction == "sum" else local.shape, dtype=accurate, device=ids.device)
+        shape = () if reduction == "sum" else local.shape
+        like = torch.zeros(shape, dtype=self.precision.statistics, device=ids.device)
         losses = None if self.last is None else self.last.losses(_given(x), local, reduction)
         return share_from_last(losses, like, self.plan, self.groups.pipeline)
 

@@ -93,5 +93,8 @@ def clip_gradients(parameters: Sequence[ShardedParameter], norm: Tensor, limit: 
     """
     factor = (limit / (norm + 1e-6)).clamp(max=1.0) / loss_scale
     for sharded in parameters:
-        if sharded.parameter.grad is not None:
-            sharded.parameter.grad.mul_(factor.to(sharded.parameter.grad.dtype))
+        gradient = sharded.parameter.grad
+        if gradient is not None:
+            # A dimension makes its dtype count: it is the product that is rounded to a narrow one, not the factor.
+            accurate = factor.to(torch.promote_types(gradient.dtype, torch.float32))
+            gradient.mul_(accurate.reshape((1,) * gradient.ndim))

@@ -20,3 +20,8 @@ class Precision:
     instead of rounding it to the compute dtype, casting and adding it. ``weight.grad`` of a bfloat16
     parameter is then float32. Autograd sees no gradient of the weight: hooks on it do not run, and
     ``torch.compile`` falls back to eager at each such layer."""
+
+    @property
+    def statistics(self) -> torch.dtype:
+        """Losses, and whatever else is added up to be looked at: float32, or the compute dtype where it is wider."""
+        return torch.promote_types(self.compute, torch.float32)

@@ -52,4 +52,7 @@ def pipeline_forward(
 
 def share_from_last(value: Tensor | None, like: Tensor, plan: PipelinePlan, axis: Axis) -> Tensor:
     """What the rank of the last stage has, on every rank of the pipeline; ``like`` has its shape and dtype."""
-    return all_reduce(torch.zeros_like(like) if value is None else value.to(like.dtype).clone(), axis)
+    if value is None:
+        return all_reduce(torch.zeros_like(like), axis)
+    assert (value.shape, value.dtype) == (like.shape, like.dtype), f"{value.dtype} would become {like.dtype}"
+    return all_reduce(value.clone(), axis)

@@ -191,7 +191,10 @@ class Corpora:
                 lanes, here = adopt(own, listing, part.shards, same_tokens)
             found |= {source * self.lanes + lane: state for lane, state in enumerate(lanes)}
             kept, total = kept + here, total + self.lanes
-        return found, f"{kept} of {total} lanes keep their places, the others begin their pass over the data anew"
+        line = f"{kept} of {total} lanes keep their places, the others begin their pass over the data anew"
+        if not self.flags.streaming:
+            line = f"{kept} of {total} lanes go on as many sequences into the shuffled order of the new data"
+        return found, line
 
     def shard_of(self, lane_key: int, state: LaneState) -> Shard:
         """The shard in which a lane stands; keys are those of ``Mixture.states``."""

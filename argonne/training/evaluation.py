@@ -71,13 +71,20 @@ def held_out_loss(
 ) -> float:
     """The mean loss per token over what ``held_out_sequences`` gave, with documents apart if training has them so.
 
-    The data-parallel ranks share the work (collective).
+    The data-parallel ranks share the work (collective). A pass through the model is collective too, under ``fsdp``
+    for one: all of them make as many as the first, which has the most sequences, and what they make beyond their own
+    does not count.
     """
     data = model.groups.data
+    passes = -(-sequences.shape[1] // (data.size * micro_batch))
     total = torch.zeros((), dtype=torch.float64, device=sequences.device)
-    for ids, documents in zip(*(part[data.rank :: data.size].split(micro_batch) for part in sequences), strict=True):
-        own = documents[:, :-1] if document_mask else None
-        total += model.loss(ids[:, :-1], ids[:, 1:], reduction="sum", documents=own).double()
+    for first in range(0, passes * micro_batch, micro_batch):
+        own = sequences[:, data.rank :: data.size][:, first : first + micro_batch]
+        ids, documents = own if own.shape[1] else sequences[:, :1]
+        apart = documents[:, :-1] if document_mask else None
+        loss = model.loss(ids[:, :-1], ids[:, 1:], reduction="sum", documents=apart)
+        if own.shape[1]:
+            total += loss.double()
     all_reduce(total, model.groups.replicas)
     return total.item() / sequences[0, :, 1:].numel()
 

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
-import numpy as np
+from pathlib import Path
 
-from argonne.data import SequenceStream, describe
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from argonne.data import LaneState, SequenceStream, Shard, describe
 from argonne.data.adoption import adopt
+from argonne.data.units import UNITS_PER_LANE, LanePlan
 
 LANES, BLOCK = 4, 15
 
@@ -35,6 +40,36 @@ def test_shards_that_are_added_behind_the_others_leave_every_lane_at_its_place(s
             np.testing.assert_array_equal(
                 continued.next_sequence(lane).tokens, stream.next_sequence(lane).tokens, f"lane {lane}"
             )
+
+
+def plan_shards(rows: list[list[int]]) -> tuple[Shard, ...]:
+    return tuple(Shard(Path(f"{n}.parquet"), tuple(each), 1, "Parquet file") for n, each in enumerate(rows))
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=8), min_size=1, max_size=6),
+    st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=8), min_size=1, max_size=3),
+    st.integers(1, 9),
+    st.data(),
+)
+def test_shards_added_behind_four_row_groups_a_lane_move_no_lane_and_fewer_move_those_that_are_counted(
+    before, added, lanes, data
+) -> None:
+    old, new = plan_shards(before), plan_shards([*before, *added])
+    then, now = LanePlan(old, lanes), LanePlan(new, lanes)
+    states = []
+    for lane in range(lanes):
+        place = then.enter(lane, 0)
+        for _ in range(data.draw(st.integers(0, 40))):
+            place = then.next_row(lane, place)
+        states.append(LaneState(then.position(place, token=0)))
+    adopted, kept = adopt(states, describe(old), new, same_tokens=True)
+    assert kept <= sum(one == other for one, other in zip(states, adopted, strict=True))
+    if sum(map(len, before)) >= UNITS_PER_LANE * lanes:
+        assert (adopted, kept) == (states, lanes)
+    for lane, (one, other) in enumerate(zip(states, adopted, strict=True)):
+        there = now.find(lane, other.position)
+        assert one == other or there == now.enter(lane, one.position.epoch)
 
 
 def test_a_lane_whose_shard_has_changed_begins_its_pass_anew_and_keeps_its_counts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import timedelta
 
 import pytest
@@ -137,6 +138,18 @@ def test_clipping_never_enlarges_and_bounds_the_norm(size: float, limit: float) 
     assert global_gradient_norm(parameters, groups) <= limit * (1 + 1e-6) or norm <= limit
     if norm + 1e-6 <= limit:
         assert all(torch.equal(p.grad, g) for p, g in zip(layer.parameters(), kept, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(), (7,), (5, 3)])
+def test_clipping_rounds_the_product_to_a_narrow_gradient_and_not_the_factor(dtype: torch.dtype, shape: tuple) -> None:
+    parameter = nn.Parameter(torch.zeros(shape, dtype=dtype))
+    layer = nn.ParameterDict({"weight": parameter})
+    parameter.grad = values(15, kind="normal", seed=1)[: math.prod(shape)].view(shape).to(dtype)
+    norm, limit, scale = torch.tensor(3.7, dtype=torch.float64), 0.83, 2.0**12
+    wanted = (parameter.grad.float() * (limit / (norm + 1e-6) / scale).float()).to(dtype)
+    clip_gradients(sharded_parameters(layer, ProcessGroups.single()), norm, limit, scale)
+    torch.testing.assert_close(parameter.grad, wanted, rtol=0, atol=0)
 
 
 def test_norm_is_float64_however_small_the_gradients() -> None:
