@@ -163,7 +163,7 @@ class Trainer:
             write_report(config, self.workload, state, lanes, records, self.global_batch, text or "")
         path = state.save(config, self.workload, lanes, self.global_batch)
         if progress:
-            pruned = prune(config.run.output_dir, config.run.keep_checkpoints)
+            pruned = prune(config.run.output_dir, config.run.keep_checkpoints, path)
             gone = f"; {len(pruned)} older pruned" if pruned else ""
             progress.say(f"saved {path}{gone}\n  {data_line(lanes)}\n  {text!r}")
         self.save_seconds = max(self.save_seconds, time.monotonic() - began)
