@@ -2,7 +2,8 @@
 
 A checkpoint is written to ``step_XXXXXXXX.tmp``; the manifest, written last, lists every other file with
 its size and SHA-256, and every whole tensor with the SHA-256 of its value. The directory is then renamed.
-One without a manifest that holds is not a checkpoint.
+One without a manifest that holds is not a checkpoint. Where a step is saved again, and the two cannot change
+places at one blow, the one before is ``step_XXXXXXXX.replaced`` meanwhile: still a checkpoint of that step.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from argonne.files import TEMPORARY, read_json, sync, write_json
+from argonne.files import TEMPORARY, exchange, read_object, set_aside, sync, write_json
 from argonne.parallel.errors import ArgonneError
 
 MANIFEST = "manifest.json"
 TRAINER = "trainer.json"
 INDEX = "model.safetensors.index.json"
-_STEP = re.compile(r"step_(\d{8,})")
+REPLACED = ".replaced"
+"""Ends the name of a checkpoint that another of the same step is about to replace."""
+_STEP = re.compile(r"step_(\d{8,})(\.replaced(-\d+)?)?")
 _READ = 1 << 22
 
 
@@ -90,19 +94,38 @@ def record_tensor(tensor: Tensor, file: str) -> TensorRecord:
 
 
 def commit(temporary: Path, final: Path, manifest: Manifest) -> None:
-    """Make a complete temporary directory the checkpoint ``final``."""
+    """Make a complete temporary directory the checkpoint ``final``.
+
+    At every moment of it, a step that had a valid checkpoint has one: killed, it leaves the one before or this one.
+    """
     listed = asdict(manifest)
     write_json(temporary / MANIFEST, {"format": 1, "sha256": _fingerprint(listed), **listed})
-    sync(temporary)
-    if final.exists():  # saved again: the one before makes way only for one that is complete
-        replaced = final.with_name(final.name + ".replaced" + TEMPORARY)
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.replace(final, replaced)
+    # The names of the files: without them on the disk, what is in the files is lost with the power.
+    for directory in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
+        sync(directory)
+    if not final.exists():
         os.replace(temporary, final)
-        shutil.rmtree(replaced, ignore_errors=True)
-    else:
+    elif not exchange(temporary, final):
+        set_aside(final, REPLACED)
         os.replace(temporary, final)
     sync(final.parent)
+    for before in (temporary, *final.parent.glob(final.name + REPLACED + "*")):
+        delete(before)
+
+
+def delete(directory: Path) -> bool:
+    """Remove a checkpoint, or what there is of one; renamed first, so that no part of it looks like one.
+
+    Returns whether it went: a file system that will not let go of it is no reason to end a run.
+    """
+    doomed = directory
+    try:
+        if TEMPORARY not in directory.name:
+            doomed = set_aside(directory, TEMPORARY)
+    except OSError:
+        return False
+    shutil.rmtree(doomed, ignore_errors=True)
+    return True
 
 
 def _fingerprint(listed: dict[str, Any]) -> str:
@@ -114,7 +137,7 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of a checkpoint. Raises ``CheckpointError`` when it is missing or damaged."""
     path = directory / MANIFEST
     try:
-        found = read_json(path)
+        found = read_object(path)
         if found["sha256"] != _fingerprint({name: found[name] for name in ("step", "files", "tensors")}):
             raise ValueError("it has changed since it was written (SHA-256 differs)")
         return Manifest(
@@ -129,10 +152,13 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(f"{str(path)!r} is not a readable manifest: {error}") from error
 
 
-def faults(directory: Path, part: int = 0, parts: int = 1) -> list[str]:
+def faults(
+    directory: Path, part: int = 0, parts: int = 1, wanted: Callable[[str], bool] = lambda name: True
+) -> list[str]:
     """What is wrong with a checkpoint: empty when every file has the size and checksum it was written with.
 
-    Processes may share the reading: each looks at the files numbered ``part``, ``part + parts``, ...
+    Processes may share the reading: each looks at the files numbered ``part``, ``part + parts``, ... Of those, only
+    files whose names are ``wanted`` are looked at.
     """
     try:
         manifest = read_manifest(directory)
@@ -140,11 +166,36 @@ def faults(directory: Path, part: int = 0, parts: int = 1) -> list[str]:
         return [str(error)]
     found = []
     for name, expected in list(manifest.files.items())[part::parts]:
-        path = directory / name
-        if not path.is_file():
-            found.append(f"{name} is missing")
-        elif path.stat().st_size != expected.size:
-            found.append(f"{name} has {path.stat().st_size} bytes instead of {expected.size}")
-        elif record_file(path) != expected:
-            found.append(f"{name} has changed since it was written (SHA-256 differs)")
+        fault = _fault(directory / name, expected) if wanted(name) else ""
+        if fault:
+            found.append(f"{name} {fault}")
     return found
+
+
+def require_intact(directory: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
+    """Raise ``CheckpointError`` if ``directory`` is a checkpoint and a ``wanted`` file is not as it was written.
+
+    A directory that is none, of a Hugging Face model say, has no manifest to go by and is left to its reader.
+    """
+    if (directory / MANIFEST).exists() or step_of(directory.resolve()) is not None:
+        found = faults(directory, wanted=wanted)
+        if found:
+            raise CheckpointError(f"checkpoint {str(directory)!r} is damaged: {found[0]}")
+
+
+def is_small(name: str) -> bool:
+    """Whether a file of a checkpoint holds no tensors: configuration, tokenizer, trainer state."""
+    return not name.endswith(".safetensors")
+
+
+def _fault(path: Path, expected: FileRecord) -> str:
+    try:
+        if not path.is_file():
+            return "is missing"
+        if path.stat().st_size != expected.size:
+            return f"has {path.stat().st_size} bytes instead of {expected.size}"
+        if record_file(path) != expected:
+            return "has changed since it was written (SHA-256 differs)"
+    except OSError as error:  # a bad sector, say: other processes wait for what this one finds
+        return f"cannot be read: {error}"
+    return ""

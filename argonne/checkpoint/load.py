@@ -9,23 +9,28 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from argonne.checkpoint.format import INDEX, TRAINER, CheckpointError, read_manifest
+from argonne.checkpoint.format import INDEX, MANIFEST, TRAINER, CheckpointError, read_manifest, require_intact
 from argonne.checkpoint.save import Piece
-from argonne.files import read_json
+from argonne.files import read_object
 from argonne.parallel import ShardedParameter, regions_of
 
 
-def load_pieces(directory: Path, pieces: Iterable[Piece]) -> None:
+def load_pieces(directory: Path, pieces: Iterable[Piece], verify: bool = True) -> None:
     """Overwrite each piece with its part of the whole tensor of that name.
 
     Args:
         directory: a checkpoint, or any Hugging Face directory of safetensors.
         pieces: what this rank wants.
+        verify: compare the files of a checkpoint with its manifest first. Without, the ranks have done so
+            together (``newest_valid``), which spares each of them the reading of what the others want.
 
     Raises:
-        CheckpointError: a tensor is missing, or has another shape.
+        CheckpointError: a tensor is missing, or has another shape, or a file is not as it was written.
     """
-    files = _tensor_files(directory)
+    pieces, files = list(pieces), _tensor_files(directory)
+    if verify:
+        read = {files.get(piece.name) for piece in pieces}
+        require_intact(directory, lambda name: name in read)
     with ExitStack() as stack:
         opened: dict[str, Any] = {}
         for piece in pieces:
@@ -52,21 +57,23 @@ def weight_pieces(parameters: Iterable[ShardedParameter]) -> list[Piece]:
 
 
 def load_trainer(directory: Path) -> dict[str, Any]:
-    """``trainer.json`` of a checkpoint. Raises ``CheckpointError`` when it is not there."""
+    """``trainer.json`` of a checkpoint. Raises ``CheckpointError`` when it is not there, or not as it was written."""
     try:
-        return read_json(directory / TRAINER)
+        if (directory / MANIFEST).exists():
+            require_intact(directory, lambda name: name == TRAINER)
+        return read_object(directory / TRAINER)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{str(directory / TRAINER)!r} cannot be read: {error}") from error
 
 
 def _tensor_files(directory: Path) -> dict[str, str]:
     """The file of each tensor: from the manifest, or as Hugging Face keeps them."""
-    if (directory / "manifest.json").exists():
+    if (directory / MANIFEST).exists():
         return {name: record.file for name, record in read_manifest(directory).tensors.items()}
     index, single = directory / INDEX, directory / "model.safetensors"
     try:
         if index.exists():
-            return dict(read_json(index)["weight_map"])
+            return {name: str(file) for name, file in dict(read_object(index)["weight_map"]).items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{str(index)!r} cannot be read: {error}") from error
     try:

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
+from itertools import groupby
 from pathlib import Path
 
-from argonne.checkpoint.format import CheckpointError, faults, read_manifest, step_of
+from argonne.checkpoint.format import (
+    MANIFEST,
+    REPLACED,
+    CheckpointError,
+    delete,
+    faults,
+    read_manifest,
+    step_directory,
+    step_of,
+)
 from argonne.files import TEMPORARY
 from argonne.parallel import ProcessGroups
-from argonne.parallel.collectives import gather_objects
+from argonne.parallel.collectives import collectively, gather_objects
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """The step directories of a run that have a manifest, oldest first."""
+    """The step directories of a run that have a manifest, oldest first; what is replaced before its successor."""
     if not root.is_dir():
         return []
-    found = [(step_of(path), path) for path in root.iterdir() if path.is_dir()]
-    return [
-        path for step, path in sorted((s, p) for s, p in found if s is not None) if (path / "manifest.json").exists()
-    ]
+    found = [(step_of(path), REPLACED not in path.name, path) for path in root.iterdir() if path.is_dir()]
+    return [path for step, _, path in sorted(f for f in found if f[0] is not None) if (path / MANIFEST).exists()]
 
 
 def resolve(path: Path) -> list[Path]:
@@ -32,6 +40,9 @@ def resolve(path: Path) -> list[Path]:
         CheckpointError: there is nothing there, or nothing that is a checkpoint.
     """
     if not path.exists():
+        before = [each for each in checkpoints(path.parent) if each.name.startswith(path.name + REPLACED)]
+        if before:  # a save of this step again was killed between its two renames
+            return before
         raise CheckpointError(f"checkpoint path {str(path)!r} does not exist")
     directory = path if path.is_dir() else path.parent
     if step_of(directory.resolve()) is not None:
@@ -61,18 +72,49 @@ def newest_valid(candidates: list[Path], groups: ProcessGroups) -> tuple[Path | 
     return None, reports
 
 
-def prune(root: Path, keep: int) -> list[Path]:
-    """Delete all but the newest ``keep`` checkpoints (at least one stays), and what interrupted saves left.
+def trusted(path: Path, groups: ProcessGroups) -> tuple[Path, list[str]]:
+    """The newest valid one of the checkpoints that ``path`` may mean, and why newer ones were passed over (collective).
+
+    Raises:
+        CheckpointError: on every rank, that there is none.
+    """
+    checkpoint, reports = newest_valid(collectively(lambda: resolve(path), groups.world), groups)
+    if checkpoint is None:
+        raise CheckpointError(f"checkpoint path {str(path)!r} holds no valid checkpoint: {reports[0]}")
+    return checkpoint, reports
+
+
+def prune(root: Path, keep: int, saved: Path | None = None) -> list[Path]:
+    """Delete all but the newest ``keep`` steps, and what interrupted saves left; at least one valid checkpoint stays.
+
+    Args:
+        root: the run's output directory.
+        keep: how many steps stay (1 at least).
+        saved: the checkpoint that has just been written, which need not be read again to be trusted.
 
     Returns:
         The checkpoints that went.
     """
-    for path in root.glob("step_*" + TEMPORARY):
-        shutil.rmtree(path, ignore_errors=True)
-    old = checkpoints(root)[: -max(keep, 1)]
-    for path in old:
-        # Renamed first: a deletion that is interrupted leaves nothing that looks like a checkpoint.
-        doomed = path.with_name(path.name + TEMPORARY)
-        os.replace(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-    return old
+    for path in root.glob(f"step_*{TEMPORARY}*"):
+        delete(path)
+
+    def is_valid(path: Path) -> bool:
+        return path == saved or not faults(path)
+
+    for path in checkpoints(root):
+        if REPLACED in path.name:  # of a save that was killed
+            step = step_of(path)
+            assert step is not None
+            final = step_directory(root, step)
+            if not final.exists():
+                with contextlib.suppress(OSError):
+                    os.replace(path, final)
+            elif is_valid(final):
+                delete(path)
+    steps = [list(same) for _, same in groupby(checkpoints(root), key=step_of)]
+    kept = [path for same in steps[-max(keep, 1) :] for path in same]
+    old = [path for same in steps[: -max(keep, 1)] for path in same]
+    if old and not any(map(is_valid, reversed(kept))):
+        last_good = next(filter(is_valid, reversed(old)), None)
+        old = [path for path in old if path != last_good]
+    return [path for path in old if delete(path)]

@@ -28,7 +28,7 @@ from argonne.checkpoint.format import (
     record_tensor,
     step_directory,
 )
-from argonne.files import TEMPORARY, sync, write_json
+from argonne.files import TEMPORARY, make_directory, sync, write_json
 from argonne.parallel import ProcessGroups, Region
 from argonne.parallel.collectives import gather_objects
 
@@ -88,7 +88,7 @@ def save_checkpoint(
     if groups.is_first:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            make_directory(temporary)
         except OSError as error:
             problems.append(str(error))
     problems = gather_objects(problems, groups.world)[0]

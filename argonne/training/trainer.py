@@ -195,7 +195,7 @@ class Trainer:
         path = state.save(config, self.workload, lanes, self.global_batch)
         if progress:
             directory, keep = config.run.output_dir, config.run.keep_checkpoints
-            pruned = self.reports.attempt(directory, lambda: prune(directory, keep))
+            pruned = self.reports.attempt(directory, lambda: prune(directory, keep, path))
             gone = f"; {len(pruned)} older pruned" if pruned else ""
             progress.say(f"saved {path}{gone}\n  {data_line(lanes)}\n  {text!r}")
         self.save_seconds = max(self.save_seconds, time.monotonic() - began)
