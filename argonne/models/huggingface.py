@@ -28,7 +28,7 @@ _REQUIRED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": Fals
 
 
 def to_huggingface(config: ArgonneConfig, special_tokens: dict[str, int | None], dtype: str) -> dict[str, Any]:
-    """The ``config.json`` with which ``transformers``, vLLM and llama.cpp open the weights as Llama.
+    """The ``config.json`` with which ``transformers`` (4.57 and 5) opens the weights as Llama.
 
     Args:
         config: the model's shape.
@@ -81,3 +81,26 @@ def from_huggingface(path: Path) -> ArgonneConfig:
     known.setdefault("initializer_range", 0.02)
     theta = rope.get("rope_theta") or found.get("rope_theta") or 10_000.0
     return ArgonneConfig(**known, rope_theta=float(theta))
+
+
+def end_tokens(directory: Path) -> set[int]:
+    """The ids that end a text, one or several, as ``generation_config.json`` and ``config.json`` name them.
+
+    Raises:
+        ArgonneError: a file cannot be read, or names something that is no id.
+    """
+    found: set[int] = set()
+    for file in (directory / "generation_config.json", directory / "config.json"):
+        if not file.exists():
+            continue
+        try:
+            named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise ArgonneError(f"{str(file)!r} cannot be read: {error}") from error
+        ids = named if isinstance(named, list) else [] if named is None else [named]
+        if not all(type(token) is int for token in ids):
+            raise ArgonneError(
+                f"eos_token_id={named!r} in {str(file)!r} is not legal; legal: an id, a list of ids or null"
+            )
+        found.update(ids)
+    return found

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from argonne.data import DataError, OnBad, Shard, fingerprint, read_texts, train_tokenizer
+from argonne.data import DataError, OnBad, Shard, fingerprint, read_texts, train_tokenizer, write_tokenizer
 
 TOKENIZER_TRAINING_BYTES = 16 << 20
 """The fallback tokenizer is trained on this much text at most, from the beginning of the data."""
@@ -24,7 +24,7 @@ def train_kept_tokenizer(shards: Sequence[Shard], path: Path, on_bad: OnBad = "r
     tokenizer = train_tokenizer(_some_text(shards, on_bad))
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    tokenizer.save_pretrained(temporary)
+    write_tokenizer(tokenizer, temporary)
     (temporary / record.name).write_text(json.dumps(origin))
     shutil.rmtree(path, ignore_errors=True)
     os.replace(temporary, path)

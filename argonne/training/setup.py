@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from argonne.checkpoint import load_trainer
+from argonne.checkpoint.format import TRAINER
 from argonne.data import (
     DataError,
     boundary_tokens,
@@ -149,7 +151,7 @@ def prepare(
     source = collectively(find_tokenizer, groups.world)
     reads_data = groups.model.rank == 0
     tokenizer = collectively(
-        lambda: load_tokenizer(source, config.data.trust_remote_code) if reads_data else None, groups.world
+        lambda: _tokenizer(source, config.data.trust_remote_code, saved is None) if reads_data else None, groups.world
     )
     boundary = None
     if config.data.add_document_boundary_tokens:
@@ -250,6 +252,12 @@ def _model(config: RunConfig, tokenizer_size: int) -> ArgonneConfig:
             f"legal: --vocab-size {tokenizer_size} or more"
         )
     return model
+
+
+def _tokenizer(source: Path, trust_remote_code: bool, compare: bool) -> PreTrainedTokenizerFast:
+    """The tokenizer of a directory. A checkpoint's is what it was before the run's boundary tokens were its own."""
+    own = load_trainer(source).get("special_tokens") if (source / TRAINER).exists() else None
+    return load_tokenizer(source, trust_remote_code, own, compare)
 
 
 def _token_count(tokenizer: PreTrainedTokenizerFast) -> int:
