@@ -46,6 +46,8 @@ def to_huggingface(config: ArgonneConfig, special_tokens: dict[str, int | None],
         "dtype": dtype,
         "torch_dtype": dtype,
         "use_cache": True,
+        # Of this form, not of the library here. Without it, 4.57 takes a large vocabulary for Mistral's faulty one.
+        "transformers_version": "5.0.0",
         **special_tokens,
     }
 
