@@ -11,7 +11,7 @@ from pathlib import Path
 from argonne.checkpoint import load_pieces, resolve, weight_pieces
 from argonne.data import load_tokenizer
 from argonne.inference import Sampling, generate
-from argonne.models import build_model, from_huggingface
+from argonne.models import build_model, end_tokens, from_huggingface
 from argonne.output import show
 from argonne.parallel import ArgonneError, PipelinePlan, choose_device, process_groups
 from argonne.parallel.legal import require_whole
@@ -72,9 +72,10 @@ def main(config: GenerateConfig) -> None:
             model = build_model(from_huggingface(directory), groups, resolve_precision(flags.precision, device), plan)
         load_pieces(directory, weight_pieces(model.sharded_parameters()))
         tokenizer = load_tokenizer(directory)
+        stop = end_tokens(directory) | {tokenizer.eos_token_id}
         for number, prompt in enumerate(flags.prompt):
             ids = tokenizer.encode(prompt, add_special_tokens=False)
-            new = generate(model, ids, config.sampling, flags.seed + number, tokenizer.eos_token_id)
+            new = generate(model, ids, config.sampling, flags.seed + number, stop)
             if groups.is_first:
                 show(tokenizer.decode(ids + new))
 

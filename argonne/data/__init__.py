@@ -37,6 +37,7 @@ from argonne.data.tokenizer import (
     tokenizer_fingerprint,
     train_tokenizer,
 )
+from argonne.data.tokenizer_files import special_tokens, write_tokenizer
 from argonne.data.units import default_lanes
 
 __all__ = [
@@ -84,7 +85,9 @@ __all__ = [
     "rejection",
     "restore",
     "served_lanes",
+    "special_tokens",
     "states_of_source",
     "tokenizer_fingerprint",
     "train_tokenizer",
+    "write_tokenizer",
 ]

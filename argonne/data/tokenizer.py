@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from argonne.data.byte_pair import AWKWARD, contained
 from argonne.data.errors import DataError, one_line
 
 # With a configuration alone, transformers would make a tokenizer that has no vocabulary.
@@ -25,12 +26,27 @@ SPECIAL_TOKENS = {
 BOS_NAMES = ("<|im_start|>", "<s>", "[CLS]")
 EOS_NAMES = ("<|im_end|>", "</s>", "[SEP]")
 
+OWN_WORDS = 200
+"""Of a vocabulary, so many words are tried besides `AWKWARD`: rules that differ show where tokens would meet."""
 
-def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
+
+def load_tokenizer(
+    path: str | Path,
+    trust_remote_code: bool = False,
+    special_tokens: Mapping[str, str | None] | None = None,
+    compare: bool = True,
+) -> PreTrainedTokenizerFast:
     """The fast tokenizer kept in a local directory; without a pad token of its own it pads with EOS.
 
+    Args:
+        path: the directory.
+        trust_remote_code: whether a tokenizer may run code of its own.
+        special_tokens: what counts instead of the directory's ``bos_token``, ``eos_token`` or ``pad_token``.
+        compare: refuse a tokenizer that gives other ids than ``tokenizer.json``. Not needed where its fingerprint is
+            compared, with that of a run that began before this was looked at.
+
     Raises:
-        DataError: the directory does not exist, holds no tokenizer, or only a slow one.
+        DataError: the directory does not exist, holds no tokenizer, only a slow one, or files that disagree.
     """
     directory = Path(path).expanduser()
     if not directory.is_dir():
@@ -39,12 +55,18 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
         raise DataError(f"tokenizer path {path} holds no tokenizer: none of {', '.join(VOCABULARY_FILES)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, use_fast=True, trust_remote_code=trust_remote_code
+            directory,
+            local_files_only=True,
+            use_fast=True,
+            trust_remote_code=trust_remote_code,
+            **(special_tokens or {}),
         )
     except Exception as error:  # a broken file surfaces as whatever the parser in question raises
         raise DataError(f"tokenizer path {path} cannot be loaded: {one_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(f"tokenizer path {path} has no fast implementation; expected a tokenizer.json")
+    if compare:
+        _require_own_ids(tokenizer, directory)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -107,6 +129,54 @@ def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """A SHA-256 (hex) of all that decides how text becomes ids; padding and truncation settings do not."""
     return hashlib.sha256(plain_backend(tokenizer).to_str().encode()).hexdigest()
+
+
+def _require_own_ids(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Raise ``DataError`` unless the tokenizer gives the ids that the directory's ``tokenizer.json`` says.
+
+    The class that a directory names may build its own rules from the vocabulary alone, and every other program that
+    opens the file then makes other ids of a text.
+    """
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        return  # made from a vocabulary: there is nothing to compare with
+    try:
+        told = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise DataError(f"tokenizer path {directory}: tokenizer.json cannot be read: {one_line(error)}") from error
+    built = plain_backend(tokenizer)
+    ids = built.get_vocab()
+    moved = [token for token, token_id in told.get_vocab().items() if ids.get(token) != token_id]
+    told.no_padding()
+    told.no_truncation()
+    # What a configuration calls special is no text, whether or not the file says so too.
+    told.add_special_tokens([token for token in built.get_added_tokens_decoder().values() if token.special])
+    built.encode_special_tokens = told.encode_special_tokens = True  # as in training
+    texts = (text for text in (*AWKWARD, *_own_words(told)) if _ids(built, text) != _ids(told, text))
+    differs = min(moved) if moved else next(texts, None)
+    if differs is not None:
+        raise DataError(
+            f"tokenizer path {directory}: {type(tokenizer).__name__}, which its configuration names, gives other ids "
+            f"than tokenizer.json for {differs[:40]!r}; legal: files that agree (tokenizer_class "
+            "PreTrainedTokenizerFast takes tokenizer.json as it is)"
+        )
+
+
+def _own_words(backend: Tokenizer) -> list[str]:
+    """Texts of a vocabulary's own words, put together in the ways in which rules of cutting differ."""
+    size = backend.get_vocab_size()
+    some = (backend.decode([token_id]) for token_id in range(0, size, max(1, size // OWN_WORDS)))
+    words = [word for word in some if word and "\ufffd" not in word]
+    return [between.join(words) for between in ("", " ", "\n", "\t", "1", "'s ", ".")]
+
+
+def _ids(backend: Tokenizer, text: str) -> list[int] | None:
+    try:
+        return backend.encode(text, add_special_tokens=False).ids
+    except BaseException as error:
+        if not contained(error):
+            raise
+        return None  # some vocabularies have nothing for some texts
 
 
 def _first_id(tokenizer: PreTrainedTokenizerFast, own: str | None, names: tuple[str, ...]) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,11 @@ class Sampling:
 
 @torch.no_grad()
 def generate(
-    model: ArgonneModel | PipelinedModel, prompt: list[int], sampling: Sampling, seed: int, stop: int | None
+    model: ArgonneModel | PipelinedModel,
+    prompt: list[int],
+    sampling: Sampling,
+    seed: int,
+    stop: int | Collection[int] | None = None,
 ) -> list[int]:
     """Continue ``prompt``; every rank of the job calls this and gets the same tokens.
 
@@ -45,13 +50,14 @@ def generate(
         prompt: at least one token id.
         sampling: how tokens are drawn.
         seed: of the draws.
-        stop: a token that ends the text (it is not returned), or None.
+        stop: a token, or several, that end the text (the one that did is not returned), or None.
 
     Returns:
         The new token ids, without the prompt.
     """
     if not prompt:
         raise ArgonneError("the prompt has no tokens; legal: at least one")
+    ends = {stop} if isinstance(stop, int) else set(stop or ())
     device = model.groups.device
     generator = torch.Generator(device).manual_seed(seed)
     ids = torch.tensor([prompt], device=device)
@@ -59,7 +65,7 @@ def generate(
         logits = model.next_token_logits(ids[:, -model.config.max_position_embeddings :])[0]
         token = _draw(logits.float(), sampling, generator)
         broadcast(token, model.groups.world)
-        if stop is not None and token.item() == stop:
+        if token.item() in ends:
             break
         ids = torch.cat((ids, token.view(1, 1)), dim=1)
     return ids[0, len(prompt) :].tolist()

@@ -2,7 +2,7 @@
 
 from argonne.models.argonne import ArgonneModel
 from argonne.models.config import PRESETS, ArgonneConfig, preset
-from argonne.models.huggingface import from_huggingface, to_huggingface
+from argonne.models.huggingface import end_tokens, from_huggingface, to_huggingface
 from argonne.models.pipelined import PipelinedModel, build_model
 from argonne.models.replicas import build_replicas, replicas_of
 
@@ -13,6 +13,7 @@ __all__ = [
     "PipelinedModel",
     "build_model",
     "build_replicas",
+    "end_tokens",
     "from_huggingface",
     "preset",
     "replicas_of",

@@ -46,7 +46,7 @@ _DERIVED = ("num_key_value_heads", "head_dim")
 
 
 def to_huggingface(config: ArgonneConfig, special_tokens: dict[str, int | None], dtype: str) -> dict[str, Any]:
-    """The ``config.json`` with which ``transformers``, vLLM and llama.cpp open the weights as Llama.
+    """The ``config.json`` with which ``transformers`` (4.57 and 5) opens the weights as Llama.
 
     Args:
         config: the model's shape.
@@ -64,6 +64,8 @@ def to_huggingface(config: ArgonneConfig, special_tokens: dict[str, int | None],
         "dtype": dtype,
         "torch_dtype": dtype,
         "use_cache": True,
+        # Of this form, not of the library here. Without it, 4.57 takes a large vocabulary for Mistral's faulty one.
+        "transformers_version": "5.0.0",
         **special_tokens,
     }
 
@@ -136,3 +138,26 @@ def _require_plain(file: Path, field: str, value: Any, required: Any) -> None:
     number = isinstance(required, float) and isinstance(value, int) and not isinstance(value, bool)
     if value != required or (type(value) is not type(required) and not number):
         raise ArgonneError(f"{field}={value!r} in {str(file)!r} is not supported; legal: {required!r}")
+
+
+def end_tokens(directory: Path) -> set[int]:
+    """The ids that end a text, one or several, as ``generation_config.json`` and ``config.json`` name them.
+
+    Raises:
+        ArgonneError: a file cannot be read, or names something that is no id.
+    """
+    found: set[int] = set()
+    for file in (directory / "generation_config.json", directory / "config.json"):
+        if not file.exists():
+            continue
+        try:
+            named = read_json(file).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise ArgonneError(f"{str(file)!r} cannot be read: {error}") from error
+        ids = named if isinstance(named, list) else [] if named is None else [named]
+        if not all(type(token) is int for token in ids):
+            raise ArgonneError(
+                f"eos_token_id={named!r} in {str(file)!r} is not legal; legal: an id, a list of ids or null"
+            )
+        found.update(ids)
+    return found

@@ -14,7 +14,16 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from argonne.data import DataError, OnBad, Shard, load_tokenizer, read_texts, tokenizer_fingerprint, train_tokenizer
+from argonne.data import (
+    DataError,
+    OnBad,
+    Shard,
+    load_tokenizer,
+    read_texts,
+    tokenizer_fingerprint,
+    train_tokenizer,
+    write_tokenizer,
+)
 from argonne.data.errors import one_line
 from argonne.data.tokenizer import SPECIAL_TOKENS
 from argonne.files import TEMPORARY
@@ -56,7 +65,7 @@ def keep(tokenizer: PreTrainedTokenizerFast, path: Path) -> bool:
     temporary = path.with_name(path.name + TEMPORARY)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        tokenizer.save_pretrained(temporary)
+        write_tokenizer(tokenizer, temporary)
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
     except Exception as error:  # several libraries write, and each tells of a full disk in its own way

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from argonne.checkpoint import load_trainer
+from argonne.checkpoint.format import TRAINER
 from argonne.data import (
     DataError,
     boundary_tokens,
@@ -167,7 +169,7 @@ def prepare(
     def load() -> PreTrainedTokenizerFast | None:
         if not reads_data:
             return None
-        return from_json(text) if path is None else load_tokenizer(path, config.data.trust_remote_code)
+        return from_json(text) if path is None else _tokenizer(path, config.data.trust_remote_code, saved is None)
 
     tokenizer = collectively(load, groups.world)
     boundary = None
@@ -295,6 +297,12 @@ def _model(config: RunConfig, tokenizer_size: int) -> ArgonneConfig:
             f"legal: --vocab-size {tokenizer_size} or more"
         )
     return model
+
+
+def _tokenizer(source: Path, trust_remote_code: bool, compare: bool) -> PreTrainedTokenizerFast:
+    """The tokenizer of a directory. A checkpoint's is what it was before the run's boundary tokens were its own."""
+    own = load_trainer(source).get("special_tokens") if (source / TRAINER).exists() else None
+    return load_tokenizer(source, trust_remote_code, own, compare)
 
 
 def _token_count(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -15,7 +15,7 @@ import transformers
 import argonne
 from argonne.checkpoint import CheckpointError, load_pieces, load_trainer, save_checkpoint, weight_pieces
 from argonne.checkpoint.format import TRAINER
-from argonne.data import LaneState
+from argonne.data import LaneState, special_tokens, write_tokenizer
 from argonne.files import write_json
 from argonne.models import ArgonneModel, PipelinedModel, build_replicas, to_huggingface
 from argonne.parallel import DataParallel, ProcessGroups, ShardedParameter, initialise
@@ -110,14 +110,12 @@ class TrainingState:
 
         def write_rest(directory: Path) -> None:
             assert workload.tokenizer is not None
-            tokens = {
-                "bos_token_id": workload.tokenizer.bos_token_id,
-                "eos_token_id": workload.tokenizer.eos_token_id,
-                "pad_token_id": workload.tokenizer.pad_token_id,
-            }
+            block_size = config.data.block_size
+            tokens = write_tokenizer(workload.tokenizer, directory, workload.boundary, block_size)
+            # The positions that were trained; the run's identity keeps what its flags made of the shape.
+            trained = replace(workload.model, max_position_embeddings=block_size)
             dtype = dtype_name(workload.precision.parameters)
-            workload.tokenizer.save_pretrained(directory)
-            write_json(directory / "config.json", to_huggingface(workload.model, tokens, dtype))
+            write_json(directory / "config.json", to_huggingface(trained, tokens, dtype))
             write_json(directory / "generation_config.json", tokens)
             write_json(directory / TRAINER, self._trainer(config, workload, lanes, global_batch))
 
@@ -140,6 +138,7 @@ class TrainingState:
         self, config: RunConfig, workload: Workload, lanes: dict[int, LaneState], global_batch: int
     ) -> dict[str, Any]:
         first = self.optimizer.state[self.parameters[0].parameter]["step"]
+        assert workload.tokenizer is not None
         return {
             "step": self.step,
             "tokens": self.tokens,
@@ -158,6 +157,8 @@ class TrainingState:
             "identity": workload.identity,
             "conditions": workload.conditions,
             "changes": self.changes,
+            # The directory's tokenizer names the run's boundary tokens instead.
+            "special_tokens": special_tokens(workload.tokenizer),
             "flags": flags_to_json(config),
             "versions": versions(),
         }
