@@ -3,7 +3,11 @@
 Run the same command again to continue. Without torchrun, ``--nproc N`` starts N processes.
 """
 
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback of them
 
 from argonne.training.command_line import drive, guarded, parse
 from argonne.training.config import RunConfig

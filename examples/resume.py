@@ -3,7 +3,11 @@
 What is not said is as it was saved; the layout is that of the processes it is given.
 """
 
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback of them
 
 from argonne.training.command_line import drive, guarded
 from argonne.training.resume import check_resume, parse_resume, resume

@@ -2,6 +2,7 @@
 # Pretrain on the nodes of a PBS Pro allocation. From the root of the repository:
 #   qsub -N argonne -j oe -l select=4:ncpus=64:ngpus=8:mpiprocs=1 -- \
 #     "$PWD/examples/launch/pbs.sh" --preset argonne-2.0-2b --data-glob '/data/*.parquet' --output-dir runs/2b
+# qdel gives a job as long as the server's kill_delay to finish its step and save; --wall-time SECONDS needs no haste.
 # --output-dir must be on a file system that all nodes share. The same command again continues the run.
 set -euo pipefail
 cd "${PBS_O_WORKDIR:-.}"

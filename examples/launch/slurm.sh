@@ -7,6 +7,8 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
+#SBATCH --signal=TERM@120
+# Two minutes before its time is over (the line above), and when it is cancelled, the job finishes its step and saves.
 set -euo pipefail
 
 gpus=${SLURM_GPUS_ON_NODE:-1}

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.integration.runs import Finished, run, succeed
+from tests.integration.runs import Finished, command, finish, run, start, succeed
 
 BEFORE_LAUNCH = {
     "heads": ({"--num-attention-heads": 3, "--num-key-value-heads": 1}, "num_attention_heads=3 is not divisible by"),
@@ -112,6 +112,27 @@ def test_a_directory_whose_every_checkpoint_is_damaged_is_refused_and_left_alone
     done = run("pretrain", {**flags, "--output-dir": tmp_path})
     assert_refused(done, "none of the 1 checkpoints in output_dir=")
     assert (tmp_path / "metrics.jsonl").read_text() == lines
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE='abc' is not legal; legal: 1 or more"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK='2' is not legal; legal: 0 to 1"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "0"},
+            "rank 1: MASTER_PORT='0' is not legal; legal: 1 to 65535",
+        ),
+        ({"OMP_NUM_THREADS": "many"}, "OMP_NUM_THREADS='many' is not legal"),
+    ],
+)
+def test_what_no_launcher_says_is_refused_by_the_process_that_is_told_so(
+    flags: dict[str, Any], tmp_path: Path, variables: dict[str, str], expected: str
+) -> None:
+    done = finish(start(command("pretrain", {**flags, "--output-dir": tmp_path / "run"}), **variables))
+    assert_refused(done, expected)
+    assert done.status == 2
+    assert not (tmp_path / "run").exists()
 
 
 def test_under_torchrun_one_rank_refuses_for_all(flags: dict[str, Any], tmp_path: Path) -> None:
