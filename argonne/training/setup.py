@@ -151,9 +151,11 @@ def prepare(
         before, now = comparable({n: saved.get(n) for n in names}, {n: wanted[n] for n in names})
         return require_same(before, now, directory, config.data.accept_data_change)
 
-    # Before anything that takes long.
-    size = saved and saved.get("tokenizer", {}).get("size")
-    compare(identity | ({"model": dataclasses.asdict(_model(config, size))} if size else {}))
+    # Before anything that takes long; of the vocabulary, the tokenizer has yet to tell.
+    kept_model = saved.get("model") if saved else None
+    shape = dataclasses.asdict(config.model.resolve(config.data.block_size))
+    early = {"model": shape | {"vocab_size": kept_model.get("vocab_size")}} if kept_model else {}
+    compare(identity | early)
 
     reads_data = groups.model.rank == 0
     path, text = config.data.tokenizer_path or kept_tokenizer(), ""
