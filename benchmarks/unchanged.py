@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.unchanged --output before.json`` on the old commit, then with ``--against before.json`` on the
 new one. The runs cover the demo, each axis and each schedule, and a resume; ``--keep DIR`` keeps the checkpoint that
-the last run goes on from, and ``--from DIR`` takes it from an older commit. Digests are of one machine and one set of
+the last run goes on from, and ``--source DIR`` takes it from an older commit. Digests are of one machine and one set of
 versions: another processor may round differently.
 """
 
@@ -78,7 +78,7 @@ class Options:
     """The digests of another commit: exit status 1 when one differs."""
     keep: Path | None = None
     """Keep here the run whose checkpoint the resume goes on from."""
-    from_: Path | None = None
+    source: Path | None = None
     """Resume the run kept here by an older commit, instead of one made now."""
 
 
@@ -120,8 +120,8 @@ def digests(options: Options, home: Path) -> dict[str, str]:
         directory = home / f"layout-{number}"
         add(name, directory, processes, {**SMALL, **train_on, **held_out, **flags, "--output-dir": directory})
 
-    first = options.from_ or home / "first"
-    if options.from_ is None:
+    first = options.source or home / "first"
+    if options.source is None:
         train(first, 2, {**SMALL, **train_on, **PRECISE, "--output-dir": first, "--stop-at-step": 6})
     if options.keep is not None:
         shutil.copytree(first, options.keep)

@@ -95,7 +95,8 @@ def flags_to_json(config: RunConfig) -> dict[str, Any]:
         name: {field: _plain(value) for field, value in dataclasses.asdict(getattr(config, name)).items()}
         for name in ("model", "data", "training", "parallel", "run")
     }
-    flags["data"]["data_glob"] = flags["data"]["data_glob"] or matching_default()
+    if flags["data"]["data_glob"] is None:
+        flags["data"]["data_glob"] = matching_default()
     for name in ("data_glob", "validation_glob"):
         if flags["data"][name] is not None:
             globs = flags["data"][name]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from argonne.parallel import ArgonneError
-from argonne.training.command_line import RESTARTS_LEFT, drive, named_flags, parse
+from argonne.parallel.environment import RESTARTS_LEFT
+from argonne.training.command_line import drive, named_flags, parse
 from argonne.training.config import ResumeConfig, RunConfig
 from argonne.training.conflicts import check_meaning
 from argonne.training.resume import parse_resume
