@@ -25,7 +25,12 @@ PROMPT = [3, 1, 4, 1, 5]
 
 
 def continue_prompt(
-    groups: ProcessGroups, config: ArgonneConfig, prompt: list[int], sampling: Sampling, seed: int, stop: int | None
+    groups: ProcessGroups,
+    config: ArgonneConfig,
+    prompt: list[int],
+    sampling: Sampling,
+    seed: int,
+    stop: int | set[int] | None,
 ) -> tuple[list[int], Parts]:
     model = ArgonneModel(config, groups, Precision(torch.float64, torch.float64))
     model.initialise(seed=2)
@@ -65,7 +70,7 @@ def test_drawn_tokens_are_the_same_on_every_rank_and_for_every_layout(ranks: Ran
         assert tokens == alone, f"rank {rank}"
 
 
-def single(prompt: list[int], sampling: Sampling, seed: int, stop: int | None) -> list[int]:
+def single(prompt: list[int], sampling: Sampling, seed: int, stop: int | set[int] | None) -> list[int]:
     return continue_prompt(ProcessGroups.single(), CONFIG, prompt, sampling, seed, stop)[0]
 
 
@@ -82,6 +87,8 @@ def test_a_stop_token_ends_the_text_and_is_not_returned(ranks: RankPool, size: i
     for tokens, _ in ranks.run(Layout(tensor=size), continue_prompt, CONFIG, PROMPT, GREEDY, 0, stop):
         assert tokens == whole[: whole.index(stop)]
     assert single(PROMPT, GREEDY, 0, whole[0]) == []
+    assert single(PROMPT, GREEDY, 0, {stop, 10_000}) == whole[: whole.index(stop)]
+    assert single(PROMPT, GREEDY, 0, {stop, whole[0]}) == []
     # A stop token within the prompt stops nothing.
     unseen = next(token for token in range(29) if token not in whole)
     assert single([unseen], GREEDY, 0, unseen) == single([unseen], GREEDY, 0, None)
