@@ -42,14 +42,7 @@ def leave(status: int) -> NoReturn:
 
 
 def leave_for_good(status: int) -> NoReturn:
-    """``leave``, and have no launcher start this again."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    end_for_good(status)
-
-
-def end_for_good(status: int) -> NoReturn:
-    """``leave_for_good`` without what is still to be written: safe while another thread writes.
+    """``leave``, and have no launcher start this again.
 
     A driver that launched this knows by the status. torchrun repeats whatever ends in another status than 0, so its
     agent on this node is ended; its own status is 1.
@@ -57,7 +50,7 @@ def end_for_good(status: int) -> NoReturn:
     with contextlib.suppress(LauncherError):  # it does not say whether there are restarts
         if under_torchrun() and not under_driver() and restarts_left():
             os.kill(os.getppid(), signal.SIGTERM)
-    os._exit(status)
+    leave(status)
 
 
 def stopped_status(number: int) -> int:

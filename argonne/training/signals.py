@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from argonne.parallel.environment import place
-from argonne.training.endings import STOPPING, end_for_good
+from argonne.training.endings import STOPPING
 
 ONE_REQUEST = 1.0
 """Seconds within which several signals are one request."""
@@ -76,12 +76,11 @@ class StopRequest:
                 return
         elif now - self._asked_at <= ONE_REQUEST:
             return
-        here = place()
-        if not here.launched:  # else the launcher says it
+        if not place().launched:  # else the launcher says it
             with contextlib.suppress(OSError):
                 # Not by print: the main thread may be printing, and then never let go.
                 os.write(2, f"argonne: stopped by {number.name}. The same command continues the run.\n".encode())
-        end_for_good(128 + number)
+        os._exit(128 + number)  # torchrun may start it again: so it also signals the ranks of an attempt that failed
 
 
 def heeded() -> list[signal.Signals]:
