@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from argonne.checkpoint import CheckpointError, checkpoints, load_trainer, newest_valid, resolve
+from argonne.checkpoint import CheckpointError, checkpoints, load_trainer, resolve, trusted
 from argonne.parallel.collectives import collectively
 from argonne.parallel.errors import ArgonneError
 from argonne.training.command_line import parse, restarts_left
@@ -28,7 +28,11 @@ def parse_resume(arguments: Sequence[str]) -> ResumeConfig:
     """The flags of ``resume.py``: those left out are as the checkpoint's run had them."""
     told = parse(ResumeConfig, arguments)
     given = frozenset(_names(arguments))
-    directory, saved = _newest_flags(told.resume.checkpoint_path)
+    return _overlaid(told, given, *_newest_flags(told.resume.checkpoint_path))
+
+
+def _overlaid(told: ResumeConfig, given: frozenset[str], directory: Path, saved: RunConfig) -> ResumeConfig:
+    """The flags that checkpoint ``directory`` was ``saved`` with, changed where this command says so."""
     config = ResumeConfig(
         model=_overlay(saved.model, told.model, given),
         data=_data_flags(saved.data, told.data, given, directory),
@@ -66,11 +70,13 @@ def resume(config: ResumeConfig) -> None:
     """Continue from a checkpoint; one rank of it."""
     flags = config.resume
     with joined(config) as groups:
-        checkpoint, reports = newest_valid(resolve(flags.checkpoint_path), groups)
+        checkpoint, reports = trusted(flags.checkpoint_path, groups)
         say(groups, *reports)
-        if checkpoint is None:
-            path = str(flags.checkpoint_path)
-            raise CheckpointError(f"checkpoint path {path!r} holds no valid checkpoint: {reports[0]}")
+        if reports:  # what was told so far may be of a checkpoint that is passed over
+            config = collectively(
+                lambda: _overlaid(config, flags.given, checkpoint, saved_flags(checkpoint)), groups.world
+            )
+            collectively(lambda: check(config, groups.world.size), groups.world)
         saved = collectively(lambda: _saved_run(checkpoint), groups.world)
         workload = prepare(config, groups, saved["identity"], _FIXED, kept_tokenizer=checkpoint)
         changed = differences(saved["identity"], workload.identity)

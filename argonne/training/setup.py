@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from argonne.checkpoint import is_small, require_intact
 from argonne.data import (
     DataError,
     boundary_tokens,
@@ -77,6 +78,8 @@ def check(config: RunConfig, world_size: int) -> None:
         raise DataError(
             f"tokenizer_path={str(path)!r} does not exist; legal: the directory of a Hugging Face tokenizer"
         )
+    if path is not None:
+        require_intact(path, is_small)
     saved = read_run(config.run.output_dir)
     Corpora.open(config.data, config.training.seed, saved["identity"].get("data") if saved else None)
     _check_output(config.run.output_dir)

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from argonne.checkpoint import CheckpointError, checkpoints, load_trainer, newest_valid
-from argonne.files import write_json
 from argonne.parallel import ProcessGroups, choose_device, process_groups
 from argonne.parallel.collectives import collectively
 from argonne.training.command_line import world_size
 from argonne.training.config import RunConfig
 from argonne.training.run_directory import claim, continue_at, flags_to_json, read_run
+from argonne.training.run_file import mended_run, write_run
 from argonne.training.setup import Workload, accumulation_for, prepare
 from argonne.training.state import TrainingState, versions
 from argonne.training.trainer import Trainer
@@ -82,7 +82,8 @@ def train(
                 "flags": flags_to_json(config),
                 "versions": versions(),
             }
-            write_json(directory / "run.json", run)
+            say(groups, *mended_run(directory))
+            write_run(directory, run)
             say(groups, *continue_at(directory, state.step))
 
     collectively(begin, groups.world)
