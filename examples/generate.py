@@ -8,10 +8,18 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from argonne.checkpoint import load_pieces, resolve, weight_pieces
+from argonne.checkpoint import (
+    CheckpointError,
+    is_checkpoint,
+    load_pieces,
+    require_intact,
+    resolve,
+    trusted,
+    weight_pieces,
+)
 from argonne.data import load_tokenizer
 from argonne.inference import Sampling, generate
-from argonne.models import build_model, end_tokens, from_huggingface
+from argonne.models import ArgonneConfig, build_model, end_tokens, from_huggingface
 from argonne.output import show
 from argonne.parallel import ArgonneError, PipelinePlan, choose_device, process_groups
 from argonne.parallel.legal import require_whole
@@ -45,8 +53,22 @@ class GenerateConfig:
     given: Given = frozenset()
 
 
-def model_directory(path: Path) -> Path:
-    return path if (path / "config.json").exists() else resolve(path)[-1]
+def is_plain(path: Path) -> bool:
+    """Whether this is a Hugging Face directory that has no manifest to go by."""
+    return (path / "config.json").exists() and not is_checkpoint(path)
+
+
+def some_config(path: Path) -> ArgonneConfig:
+    """The model's shape, from the newest checkpoint whose config.json is as it was written."""
+    problem: ArgonneError | None = None
+    for directory in [path] if is_plain(path) else reversed(resolve(path)):
+        try:
+            require_intact(directory, lambda name: name == "config.json")
+            return from_huggingface(directory)
+        except CheckpointError as error:
+            problem = problem or error
+    assert problem is not None
+    raise problem
 
 
 def check(config: GenerateConfig, processes: int) -> None:
@@ -58,19 +80,23 @@ def check(config: GenerateConfig, processes: int) -> None:
             raise without_effect(config.sampling, name, "a --temperature above 0")
     require_whole("seed", config.generate.seed, 0, MOST_SEED - len(config.generate.prompt))
     layout = config.parallel.layout(processes)
-    model = from_huggingface(model_directory(config.generate.checkpoint_path))
+    model = some_config(config.generate.checkpoint_path)
     model.check_layout(layout)
     PipelinePlan.of("1f1b", layout.pipeline).check_layers(model.num_hidden_layers)
 
 
 def main(config: GenerateConfig) -> None:
-    flags, directory = config.generate, model_directory(config.generate.checkpoint_path)
+    flags, directory = config.generate, config.generate.checkpoint_path
     device = choose_device(config.parallel.device)
     with process_groups(config.parallel.layout(world_size()), device) as groups:
+        if not is_plain(directory):
+            directory, reports = trusted(directory, groups)
+            for report in reports if groups.is_first else ():
+                print(report, file=sys.stderr, flush=True)  # the text stands alone on stdout
         with device:
             plan = PipelinePlan.of("1f1b", groups.layout.pipeline)
             model = build_model(from_huggingface(directory), groups, resolve_precision(flags.precision, device), plan)
-        load_pieces(directory, weight_pieces(model.sharded_parameters()))
+        load_pieces(directory, weight_pieces(model.sharded_parameters()), verify=False)
         tokenizer = load_tokenizer(directory)
         stop = end_tokens(directory) | {tokenizer.eos_token_id}
         for number, prompt in enumerate(flags.prompt):

@@ -18,7 +18,9 @@ def test_every_text_file_is_opened_with_its_encoding() -> None:
                     continue
                 name = getattr(node.func, "attr", getattr(node.func, "id", ""))
                 words = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
-                opens = (name == "open" and any(set(w) <= set("rwaxt+") for w in words if w)) or name in PATHS
+                opens = (name == "open" and any(set(w) <= set("rwaxt+") for w in words if w)) or (
+                    isinstance(node.func, ast.Attribute) and name in PATHS
+                )
                 if isinstance(node.func, ast.Attribute) and name == "open" and not node.args and not node.keywords:
                     opens = True  # path.open()
                 if opens and "encoding" not in {k.arg for k in node.keywords} and "utf-8" not in words:

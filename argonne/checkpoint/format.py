@@ -172,12 +172,17 @@ def faults(
     return found
 
 
+def is_checkpoint(directory: Path) -> bool:
+    """Whether a directory has a manifest to go by, or by its name must have one."""
+    return (directory / MANIFEST).exists() or step_of(directory.resolve()) is not None
+
+
 def require_intact(directory: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
     """Raise ``CheckpointError`` if ``directory`` is a checkpoint and a ``wanted`` file is not as it was written.
 
     A directory that is none, of a Hugging Face model say, has no manifest to go by and is left to its reader.
     """
-    if (directory / MANIFEST).exists() or step_of(directory.resolve()) is not None:
+    if is_checkpoint(directory):
         found = faults(directory, wanted=wanted)
         if found:
             raise CheckpointError(f"checkpoint {str(directory)!r} is damaged: {found[0]}")

@@ -13,6 +13,7 @@ from argonne.checkpoint.format import (
     CheckpointError,
     delete,
     faults,
+    is_checkpoint,
     read_manifest,
     step_directory,
     step_of,
@@ -33,7 +34,7 @@ def checkpoints(root: Path) -> list[Path]:
 def resolve(path: Path) -> list[Path]:
     """The checkpoints that a path given by a user may mean, oldest first.
 
-    A step directory means itself; a file, the directory that holds it; any other directory, the
+    A checkpoint means itself, whatever its name; a file, the directory that holds it; any other directory, the
     checkpoints in it.
 
     Raises:
@@ -45,7 +46,7 @@ def resolve(path: Path) -> list[Path]:
             return before
         raise CheckpointError(f"checkpoint path {str(path)!r} does not exist")
     directory = path if path.is_dir() else path.parent
-    if step_of(directory.resolve()) is not None:
+    if is_checkpoint(directory):
         read_manifest(directory)
         return [directory]
     if not path.is_dir():

@@ -33,7 +33,7 @@ from argonne.data.errors import DataError, one_line
 from argonne.data.shards import Shard, fingerprint
 from argonne.data.stream import Packed
 from argonne.data.tokenizer import tokenizer_fingerprint
-from argonne.files import read_json, write_json
+from argonne.files import read_object, write_json
 
 FORMAT = 1
 """Raised whenever the same corpus and tokenizer would give other files."""
@@ -255,9 +255,9 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
 def read_sealed(path: Path) -> dict[str, Any] | None:
     """What `write_sealed` wrote; None where there is no such file, or anything else in it."""
     try:
-        content = read_json(path)
+        content = read_object(path)
         return content if content.pop("sha256") == _seal(content) else None
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError):
         return None
 
 

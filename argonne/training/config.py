@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
+from argonne.checkpoint import require_intact
 from argonne.kernels import Backend
 from argonne.models.config import ArgonneConfig, preset
 from argonne.models.huggingface import from_huggingface
@@ -68,6 +69,9 @@ class ModelFlags:
             raise ArgonneError(
                 f"preset={self.preset!r} conflicts with model_config={str(self.model_config)!r}; legal: one"
             )
+        if self.model_config is not None:
+            directory = self.model_config if self.model_config.is_dir() else self.model_config.parent
+            require_intact(directory, lambda name: name == "config.json")
         base = from_huggingface(self.model_config) if self.model_config else preset(self.preset or DEFAULT_PRESET)
         changed = {name: value for name, value in vars(self).items() if value is not None}
         changed = {name: value for name, value in changed.items() if name not in ("preset", "model_config")}

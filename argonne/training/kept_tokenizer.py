@@ -26,7 +26,7 @@ from argonne.data import (
 )
 from argonne.data.errors import one_line
 from argonne.data.tokenizer import SPECIAL_TOKENS
-from argonne.files import TEMPORARY
+from argonne.files import TEMPORARY, set_aside, sync
 
 TOKENIZER_TRAINING_BYTES = 16 << 20
 """The fallback tokenizer is trained on this much text at most, from the beginning of the data."""
@@ -66,8 +66,14 @@ def keep(tokenizer: PreTrainedTokenizerFast, path: Path) -> bool:
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         write_tokenizer(tokenizer, temporary)
-        shutil.rmtree(path, ignore_errors=True)
+        for file in (*temporary.iterdir(), temporary):
+            sync(file)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif os.path.lexists(path):
+            set_aside(path)
         os.replace(temporary, path)
+        sync(path.parent)
     except Exception as error:  # several libraries write, and each tells of a full disk in its own way
         shutil.rmtree(temporary, ignore_errors=True)
         raise DataError(f"the tokenizer cannot be kept at {str(path)!r}: {one_line(error)}") from error

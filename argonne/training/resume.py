@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from argonne.checkpoint import CheckpointError, checkpoints, load_trainer, newest_valid, resolve
+from argonne.checkpoint import CheckpointError, checkpoints, load_trainer, resolve, trusted
 from argonne.parallel.collectives import collectively
 from argonne.parallel.environment import restarts_left
 from argonne.parallel.errors import ArgonneError
@@ -29,13 +29,17 @@ _FIXED = ("model", "data", "tokenizer")
 def parse_resume(arguments: Sequence[str]) -> ResumeConfig:
     """The flags of ``resume.py``: those left out are as the checkpoint's run had them."""
     told = parse(ResumeConfig, arguments)
-    given, batch = told.given, told.resume.batch_size
-    if batch is not None and "initial_batch_size" in given and batch != told.training.initial_batch_size:
+    batch = told.resume.batch_size
+    if batch is not None and "initial_batch_size" in told.given and batch != told.training.initial_batch_size:
         raise ArgonneError(
             f"batch_size={batch} conflicts with initial_batch_size={told.training.initial_batch_size}: both are the "
             "micro-batch; legal: one of them"
         )
-    directory, saved = _newest_flags(told.resume.checkpoint_path)
+    return _overlaid(told, told.given, *_newest_flags(told.resume.checkpoint_path))
+
+
+def _overlaid(told: ResumeConfig, given: frozenset[str], directory: Path, saved: RunConfig) -> ResumeConfig:
+    """The flags that checkpoint ``directory`` was ``saved`` with, changed where this command says so."""
     config = ResumeConfig(
         model=_overlay(saved.model, told.model, given),
         data=_data_flags(saved.data, told.data, given, directory),
@@ -49,8 +53,8 @@ def parse_resume(arguments: Sequence[str]) -> ResumeConfig:
         resume=told.resume,
         given=given,
     )
-    if batch is not None:
-        config = replace(config, training=replace(config.training, initial_batch_size=batch))
+    if told.resume.batch_size is not None:
+        config = replace(config, training=replace(config.training, initial_batch_size=told.resume.batch_size))
     return config
 
 
@@ -72,11 +76,13 @@ def resume(config: ResumeConfig) -> int:
     """Continue from a checkpoint; one rank of it, and its status."""
     flags = config.resume
     with joined(config) as groups:
-        checkpoint, reports = newest_valid(resolve(flags.checkpoint_path), groups)
+        checkpoint, reports = trusted(flags.checkpoint_path, groups)
         say(groups, *reports)
-        if checkpoint is None:
-            path = str(flags.checkpoint_path)
-            raise CheckpointError(f"checkpoint path {path!r} holds no valid checkpoint: {reports[0]}")
+        if reports:  # what was told so far may be of a checkpoint that is passed over
+            config = collectively(
+                lambda: _overlaid(config, config.given, checkpoint, saved_flags(checkpoint)), groups.world
+            )
+            collectively(lambda: check(config, groups.world.size), groups.world)
         saved = collectively(lambda: _saved_run(checkpoint), groups.world)
         accumulation, micro = config.training.gradient_accumulation_steps, config.training.initial_batch_size
         if "gradient_accumulation_steps" not in config.given:

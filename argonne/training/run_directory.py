@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from argonne.checkpoint import CheckpointError, checkpoints, step_of
+from argonne.checkpoint import CheckpointError, checkpoints, load_trainer, step_of
 from argonne.data import changes, is_url, matching_default
-from argonne.files import read_json
+from argonne.files import make_directory, set_aside
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import DataFlags, ModelFlags, ParallelFlags, RunConfig, RunFlags, TrainingFlags
 from argonne.training.report import Reports
+from argonne.training.run_file import RUN, run_of_checkpoints, stored_run
 
 Flags = TypeVar("Flags")
 
@@ -36,6 +37,14 @@ DATA = ("data.shards", "data.fingerprint", "data.weights", "data.filters", "toke
 
 PRECISION_FLAGS = {"float32": "fp32", "float64": "fp64"}
 """The flag that keeps weights and moments in a dtype."""
+
+# What would stand in the way of a report: a directory under the name of a file, or the reverse.
+_REPORTS = {
+    "metrics.jsonl": Path.is_dir,
+    "samples.md": Path.is_dir,
+    "loss.png": Path.is_dir,
+    "stats": Path.is_file,
+}
 
 
 def schedule_identity(config: RunConfig) -> dict[str, Any]:
@@ -71,22 +80,23 @@ def _changed_shards(saved: list[Any], wanted: list[Any]) -> list[str]:
 
 
 def read_run(directory: Path) -> dict[str, Any] | None:
-    """``run.json`` of a run's directory, or None where no run has begun."""
-    path = directory / "run.json"
-    if not path.exists():
-        if directory.is_dir() and checkpoints(directory):
-            raise ArgonneError(
-                f"output_dir={str(directory)!r} holds checkpoints but no run.json; legal: a run's directory"
-            )
-        return None
+    """What ``run.json`` says of a run, or its checkpoints where that is damaged; None where no run has begun."""
+    path = directory / RUN
     try:
-        run = read_json(path)
-        missing = {"identity", "global_batch", "first_layout"} - set(run)
-        if missing:
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        return run
-    except (OSError, ValueError, TypeError) as error:
-        raise ArgonneError(f"{str(path)!r} does not tell what the run is: {error}") from error
+        return stored_run(directory)
+    except (OSError, ValueError) as error:
+        problem = error
+    found = run_of_checkpoints(directory)
+    if found is not None:
+        return found[0]
+    if os.path.lexists(path):
+        raise ArgonneError(
+            f"{str(path)!r} does not tell what the run is: {problem}; legal: a copy of it, or (as no checkpoint here "
+            "can stand in for it) another --output-dir"
+        )
+    if directory.is_dir() and checkpoints(directory):
+        raise ArgonneError(f"output_dir={str(directory)!r} holds checkpoints but no run.json; legal: a run's directory")
+    return None
 
 
 def flags_to_json(config: RunConfig) -> dict[str, Any]:
@@ -126,13 +136,11 @@ def continue_at(directory: Path, step: int, reports: Reports) -> list[str]:
     moved = []
     for path in reversed(checkpoints(directory)):
         if (step_of(path) or 0) > step:
-            aside = path.with_name(path.name + ".set-aside")
-            number = 1
-            while aside.exists():
-                number += 1
-                aside = path.with_name(f"{path.name}.set-aside-{number}")
-            os.replace(path, aside)
+            aside = set_aside(path)
             moved.append(f"checkpoint {path.name} lies past step {step} and was set aside as {aside.name}")
+    for name, is_wrong in _REPORTS.items():
+        if is_wrong(directory / name):
+            moved.append(f"{name} is no report of a run and was set aside as {set_aside(directory / name).name}")
     reports.drop_after(step)
     return moved
 
@@ -169,7 +177,7 @@ def claim(directory: Path, patience: float = 10.0) -> Claim:
     made = [each for each in (path, directory, *directory.parents) if not each.exists()]
     deadline = time.monotonic() + patience
     while True:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         file = path.open("a", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -215,11 +223,9 @@ def require_same(
 def saved_flags(checkpoint: Path) -> RunConfig:
     """The flags of the run that wrote ``checkpoint``."""
     try:
-        return flags_from_json(read_json(checkpoint / "trainer.json")["flags"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{str(checkpoint / 'trainer.json')!r} does not tell the run's flags: {error!r}"
-        ) from error
+        return flags_from_json(load_trainer(checkpoint)["flags"])
+    except (ArgonneError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{str(checkpoint / 'trainer.json')!r} does not tell the run's flags: {error}") from error
 
 
 def _group(kind: type[Flags], saved: Mapping[str, Any]) -> Flags:

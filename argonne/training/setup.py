@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from argonne.checkpoint import load_trainer
+from argonne.checkpoint import is_small, load_trainer, require_intact
 from argonne.checkpoint.format import TRAINER
 from argonne.data import (
     DataError,
@@ -89,6 +89,8 @@ def check(config: RunConfig, world_size: int) -> None:
         raise DataError(
             f"tokenizer_path={str(path)!r} does not exist; legal: the directory of a Hugging Face tokenizer"
         )
+    if path is not None:
+        require_intact(path, is_small)
     Corpora.open(config.data, config.training.seed, saved["identity"].get("data") if saved else None)
     _check_output(config.run.output_dir)
 

@@ -85,12 +85,12 @@ class TrainingState:
             rewarmup = {name: saved["schedule"][name] for name in ("rewarmup_after", "rewarmup_steps")}
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{str(checkpoint / TRAINER)!r} is not complete: {error!r}") from error
-        load_pieces(checkpoint, weight_pieces(self.parameters))
+        load_pieces(checkpoint, weight_pieces(self.parameters), verify=False)
         self.replicas.publish()
         if reset_optimizer:
             rewarmup = {"rewarmup_after": self.step, "rewarmup_steps": rewarmup_steps}
         else:
-            load_pieces(checkpoint, moment_pieces(self.optimizer, self.parameters))
+            load_pieces(checkpoint, moment_pieces(self.optimizer, self.parameters), verify=False)
             for sharded in self.parameters:
                 self.optimizer.state[sharded.parameter]["step"].fill_(saved["optimizer_step"])
         self.schedule = replace(self.schedule, **rewarmup)

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from argonne.checkpoint import CheckpointError, checkpoints, load_trainer, newest_valid
-from argonne.files import write_json
 from argonne.parallel import ProcessGroups, choose_device, process_groups
 from argonne.parallel.collectives import collectively
 from argonne.parallel.environment import place
@@ -18,6 +17,7 @@ from argonne.training.conditions import announced, changed_since, identity_of
 from argonne.training.config import RunConfig
 from argonne.training.kept_tokenizer import keep
 from argonne.training.run_directory import claim, continue_at, flags_to_json, read_run
+from argonne.training.run_file import mended_run, write_run
 from argonne.training.setup import Workload, accumulation_for, prepare, with_tokens
 from argonne.training.state import TrainingState, versions
 from argonne.training.trainer import Trainer
@@ -137,7 +137,8 @@ def train(
                 assert workload.tokenizer is not None
                 if keep(workload.tokenizer, directory / "tokenizer") and before:
                     say(groups, f"{directory / 'tokenizer'} was missing or damaged, and was restored")
-            write_json(directory / "run.json", run)
+            say(groups, *mended_run(directory))
+            write_run(directory, run)
             say(groups, *continue_at(directory, state.step, trainer.reports))
 
     collectively(begin, groups.world)
