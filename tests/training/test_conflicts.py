@@ -116,8 +116,9 @@ def test_a_number_of_processes_that_the_launcher_does_not_start_is_refused(monke
     ran: list[int | None] = []
 
     def started(nproc: str, **variables: str) -> None:
-        for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", RESTARTS_LEFT, "TORCHELASTIC_RUN_ID"):
+        for name in ("LOCAL_WORLD_SIZE", RESTARTS_LEFT, "TORCHELASTIC_RUN_ID"):
             monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("RANK", "0")
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         drive(lambda c: ran.append(c.parallel.nproc), lambda c, n: None, parse(RunConfig, ["--nproc", nproc]))
