@@ -48,6 +48,7 @@ class Trainer:
                 workload.boundary,
                 config.data.validation_sequences,
                 groups,
+                config.data.validation_glob,
             )
         self.metrics = MetricsLog(config.run.output_dir / "metrics.jsonl")
         self.step_seconds = 0.0
