@@ -10,7 +10,7 @@ from argonne.data.cache_build import build_cache
 from argonne.data.cached import CachedStream, check_cache
 from argonne.data.documents import REASONS, rejection
 from argonne.data.encoder import Encoder, encode
-from argonne.data.errors import DataError
+from argonne.data.errors import DataError, naming
 from argonne.data.inventory import changes, describe, restore
 from argonne.data.location import Location, Url, is_url
 from argonne.data.mixture import LaneStream, Mixture, Weighted, parse_globs, states_of_source
@@ -74,6 +74,7 @@ __all__ = [
     "is_url",
     "load_tokenizer",
     "matching_default",
+    "naming",
     "open_cache",
     "open_shard",
     "open_shards",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 from argonne.parallel.errors import ArgonneError
 
 
@@ -13,3 +16,13 @@ def one_line(error: BaseException) -> str:
     """The first line of another library's error, fit to end a one-line message."""
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
+
+
+@contextmanager
+def naming(flag: str, globs: Sequence[str] | None) -> Iterator[None]:
+    """Whatever is wrong with the data within, the message begins with the flag, and the globs, that named it."""
+    try:
+        yield
+    except DataError as error:
+        value = f"={' '.join(globs)!r}" if globs else ""
+        raise DataError(f"{flag}{value}: {error}") from error

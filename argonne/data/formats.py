@@ -22,6 +22,9 @@ from argonne.data.pages import page_fault
 TEXT = "text"
 STREAM_BUFFER = 1 << 20
 
+# Of a schema, in a message.
+MOST_COLUMNS, MOST_CHARACTERS = 20, 60
+
 Format = Literal["Parquet file", "Arrow file", "Arrow stream"]
 # A stream starts with the marker that precedes every message.
 _MAGIC: dict[bytes, Format] = {
@@ -152,14 +155,31 @@ def _format(location: Location, head: bytes) -> Format:
 
 def _text_column(location: Location, schema: pa.Schema) -> int:
     """The index of the column `text`; raises DataError where there is none, or none of strings."""
-    index: int = schema.get_field_index(TEXT)
-    kind = schema.field(index).type if index >= 0 else None
+    found = schema.get_all_field_indices(TEXT)
+    if len(found) > 1:
+        raise DataError(
+            f"shard {location} has {len(found)} columns {TEXT!r}; legal: one. Its columns: {_columns(schema)}"
+        )
+    kind = schema.field(found[0]).type if found else None
     if isinstance(kind, pa.DictionaryType):
         kind = kind.value_type
     if kind not in _BYTES:
-        columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
-        raise DataError(f"shard {location} has no string column {TEXT!r}; its columns: {columns or 'none'}")
+        other = f"; {TEXT!r} is {_short(kind)}" if found else ""
+        raise DataError(f"shard {location} has no string column {TEXT!r}{other}; its columns: {_columns(schema)}")
+    index: int = found[0]
     return index
+
+
+def _columns(schema: pa.Schema) -> str:
+    """The columns and their types, on one line: names may be anything, and there may be thousands."""
+    listed = [f"{_short(field.name)} ({_short(field.type)})" for field in itertools.islice(schema, MOST_COLUMNS)]
+    more = [f"and {len(schema) - MOST_COLUMNS} more"] if len(schema) > MOST_COLUMNS else []
+    return ", ".join([*listed, *more]) or "none"
+
+
+def _short(value: object) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
 
 
 def _parquet_rows(location: Location, metadata: Any) -> tuple[int, ...]:

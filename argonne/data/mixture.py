@@ -14,10 +14,14 @@ from typing import Protocol
 from argonne.data.errors import DataError
 from argonne.data.position import LaneState
 from argonne.data.stream import Packed
+from argonne.parallel.legal import LARGEST
 
 # The fractional parts of k times the golden ratio fill the unit interval as evenly as any sequence can.
 _GOLDEN = 0x9E3779B97F4A7C15
 _ONE = 1 << 64
+
+LEAST_SHARE = 1e-15
+"""Of a corpus among all: one sample in so many is more than any run has."""
 
 
 class LaneStream(Protocol):
@@ -60,8 +64,13 @@ def parse_globs(words: Sequence[str]) -> tuple[Weighted, ...]:
         )
     weights = [weight for _, weight in split if weight is not None]
     for word, weight in zip(words, weights, strict=True):
-        if not (weight > 0 and math.isfinite(weight)):
-            raise DataError(f"data_glob={word!r} has a weight of {weight:g}; legal: more than 0")
+        if not (0 < weight <= LARGEST):
+            raise DataError(f"data_glob={word!r} has a weight of {weight:g}; legal: more than 0, at most {LARGEST}")
+        if weight / sum(weights) < LEAST_SHARE:
+            raise DataError(
+                f"data_glob={word!r} has a weight of {weight:g}, which is none beside the others; "
+                f"legal: a share of {LEAST_SHARE} or more"
+            )
     return tuple(Weighted((glob,), weight / sum(weights)) for (glob, _), weight in zip(split, weights, strict=True))
 
 

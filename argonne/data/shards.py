@@ -12,7 +12,7 @@ from typing import Literal
 
 from argonne.data.errors import DataError
 from argonne.data.formats import Format, Texts, inspect, read_column, stream_column
-from argonne.data.location import Location, Url, expand
+from argonne.data.location import Location, Url, expand, is_url
 
 DEFAULT_GLOBS = (
     "../data/CC-MAIN-2025-26/*.parquet",
@@ -53,8 +53,10 @@ def find_shards(patterns: Sequence[str] = ()) -> tuple[Location, ...]:
         found = {_identity(path): path for pattern in attempt for path in expand(pattern)}
         if found:
             return tuple(sorted(found.values(), key=canonical))
-    tried = ", ".join(pattern for attempt in attempts for pattern in attempt)
-    raise DataError(f"no data shards match {tried}; a shard is a Parquet or Arrow file")
+    tried = [pattern for attempt in attempts for pattern in attempt]
+    empty = [pattern for pattern in tried if not is_url(pattern) and os.path.isdir(os.path.expanduser(pattern))]
+    listed = f"; in a directory ({empty[0]}) those ending in .parquet or .arrow are taken" if empty else ""
+    raise DataError(f"no data shards match {', '.join(tried)}; a shard is a Parquet or Arrow file{listed}")
 
 
 def matching_default() -> list[str] | None:
@@ -78,7 +80,7 @@ def open_shard(path: Location) -> Shard:
     """Read the footer of one shard; see `open_shards`."""
     kind, size, rows = inspect(path)
     if not sum(rows):
-        raise DataError(f"shard {path} has no rows; remove it from the data glob")
+        raise DataError(f"shard {path} has no rows; leave it out of the glob")
     return Shard(path, rows, size, kind)
 
 

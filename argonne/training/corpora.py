@@ -22,6 +22,7 @@ from argonne.data import (
     describe,
     find_shards,
     fingerprint,
+    naming,
     open_shards,
     parse_globs,
     quarantine,
@@ -41,6 +42,8 @@ class Corpus:
     weight: float
     """Its share of the sequences."""
     shards: tuple[Shard, ...]
+    globs: tuple[str, ...] = ()
+    """What named them; empty for the defaults."""
     cache: TokenCache | None = None
     """Its tokens, where they are made before training."""
 
@@ -83,10 +86,15 @@ class Corpora:
         restored = flags.on_bad_shard == "skip" and not flags.accept_data_change and len(listings) == len(globs)
         parts = []
         for number, each in enumerate(globs):
-            paths = find_shards(each.globs)
-            shards = restore(listings[number], paths, "skip") if restored else open_shards(paths, flags.on_bad_shard)
-            parts.append(Corpus(each.weight, shards))
-        validation = open_shards(find_shards(flags.validation_glob)) if flags.validation_glob else ()
+            with naming("data_glob", each.globs):
+                paths = find_shards(each.globs)
+                on_bad = flags.on_bad_shard
+                shards = restore(listings[number], paths, "skip") if restored else open_shards(paths, on_bad)
+            parts.append(Corpus(each.weight, shards, each.globs))
+        validation: tuple[Shard, ...] = ()
+        if flags.validation_glob:
+            with naming("validation_glob", flags.validation_glob):
+                validation = open_shards(find_shards(flags.validation_glob))
         return cls(tuple(parts), validation, flags, seed, saved.get("lanes"), restored)
 
     @functools.cached_property
@@ -122,10 +130,10 @@ class Corpora:
 
     def without(self, reasons: Sequence[Mapping[int, str]]) -> Corpora:
         """The same with these shards quarantined: what every rank makes of the union of all ranks'."""
-        parts = [
-            replace(part, shards=quarantine(part.shards, away, self.restored))
-            for part, away in zip(self.parts, reasons, strict=True)
-        ]
+        parts = []
+        for part, away in zip(self.parts, reasons, strict=True):
+            with naming("data_glob", part.globs):
+                parts.append(replace(part, shards=quarantine(part.shards, away, self.restored)))
         return replace(self, parts=tuple(parts))
 
     def with_caches(self, caches: Sequence[TokenCache]) -> Corpora:
@@ -137,10 +145,11 @@ class Corpora:
     def check_block_size(self, tokenizer: PreTrainedTokenizerFast, boundary: tuple[int, int] | None) -> None:
         """Raise ``DataError`` unless every corpus fills a sequence."""
         for part in self.parts:
-            if part.cache is not None:
-                check_cache(part.cache, self.flags.block_size)
-            else:
-                check_block_size(part.shards, tokenizer, self.flags.block_size, boundary, self.flags.on_bad_shard)
+            with naming("data_glob", part.globs):
+                if part.cache is not None:
+                    check_cache(part.cache, self.flags.block_size)
+                else:
+                    check_block_size(part.shards, tokenizer, self.flags.block_size, boundary, self.flags.on_bad_shard)
 
     def mixture(
         self,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from argonne.data import DataError, SequenceStream, Shard
+from argonne.data import DataError, SequenceStream, Shard, naming
 from argonne.inference import Sampling, generate
 from argonne.models import ArgonneModel, PipelinedModel
 from argonne.parallel import ProcessGroups
@@ -24,10 +24,12 @@ def held_out_sequences(
     boundary: tuple[int, int] | None,
     limit: int,
     groups: ProcessGroups,
+    globs: Sequence[str] | None = None,
 ) -> Tensor:
     """The first sequences of the held-out text, ``[2, sequences, block_size + 1]`` on every rank (collective).
 
     First their ids, then the numbers of their documents. At most ``limit``, read once on the first rank, none twice.
+    ``globs`` are what ``--validation-glob`` said, for messages.
 
     Raises:
         DataError: the text is shorter than one sequence.
@@ -36,6 +38,10 @@ def held_out_sequences(
     def read() -> list[Tensor]:
         if not groups.is_first:
             return []
+        with naming("validation_glob", globs):
+            return read_first()
+
+    def read_first() -> list[Tensor]:
         assert tokenizer is not None
         stream = SequenceStream(shards, tokenizer, block_size, lanes=1, boundary=boundary, served=[0])
         found: list[Tensor] = []
@@ -56,7 +62,7 @@ def held_out_sequences(
             if state.epoch > 0:
                 break
         if not found:
-            raise DataError(f"validation_glob holds fewer than block_size+1={block_size + 1} tokens; legal: more text")
+            raise DataError(f"the held-out text has fewer than block_size+1={block_size + 1} tokens; legal: more text")
         return found
 
     found = collectively(read, groups.world)

@@ -205,6 +205,7 @@ def prepare(
             boundary,
             config.data.validation_sequences,
             groups,
+            config.data.validation_glob,
         )
     if groups.is_first:
         for line in accepted:
