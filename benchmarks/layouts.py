@@ -32,7 +32,7 @@ from argonne.parallel import (
 from argonne.parallel.collectives import all_reduce
 from argonne.parallel.pipeline_plan import SCHEDULES, PipelinePlan
 from argonne.training.command_line import drive, guarded, parse, world_size
-from argonne.training.config import ParallelFlags
+from argonne.training.layout_flags import ParallelFlags
 from argonne.training.optimizer import build_optimizer, set_learning_rate
 from argonne.training.setup import resolve_precision
 from benchmarks.report import environment, table, write_json

@@ -23,7 +23,7 @@ from argonne.models.config import PRESETS, ArgonneConfig, preset
 from argonne.parallel import ArgonneError, Layout, ProcessGroups, choose_device, process_groups
 from argonne.parallel.collectives import collectively, gather_objects
 from argonne.training.command_line import drive, guarded, parse, world_size
-from argonne.training.config import ParallelFlags
+from argonne.training.layout_flags import ParallelFlags
 from benchmarks.bandwidth_report import against_peak, plot_bandwidths, show, wrong_elements
 from benchmarks.collective_timing import ALL_REDUCE, OPERATIONS, Budget, exact_period, time_collective
 from benchmarks.memory import Need, available_memory, parse_size, ranks_sharing, require_memory, size_text

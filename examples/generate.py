@@ -24,8 +24,9 @@ from argonne.output import show
 from argonne.parallel import ArgonneError, PipelinePlan, choose_device, process_groups
 from argonne.parallel.legal import require_whole
 from argonne.training.command_line import drive, guarded, parse, world_size
-from argonne.training.config import MOST_SEED, Given, LayoutFlags
+from argonne.training.config import MOST_SEED, Given
 from argonne.training.conflicts import without_effect
+from argonne.training.layout_flags import LayoutFlags
 from argonne.training.setup import PRECISIONS, resolve_precision
 
 

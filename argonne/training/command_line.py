@@ -18,7 +18,6 @@ import tyro
 from argonne.output import steady_output
 from argonne.parallel import environment
 from argonne.parallel.errors import ArgonneError
-from argonne.training.config import LayoutFlags
 from argonne.training.endings import (
     LAUNCHER_LOOKS_WITHIN,
     PEER_LOST,
@@ -32,6 +31,7 @@ from argonne.training.endings import (
 )
 from argonne.training.flags import at_home, help_rules
 from argonne.training.launcher import launch
+from argonne.training.layout_flags import LayoutFlags
 from argonne.training.signals import STOP
 
 

@@ -16,7 +16,8 @@ from argonne.checkpoint import CheckpointError, checkpoints, load_trainer, step_
 from argonne.data import changes, is_url, matching_default
 from argonne.files import make_directory, set_aside
 from argonne.parallel.errors import ArgonneError
-from argonne.training.config import DataFlags, ModelFlags, ParallelFlags, RunConfig, RunFlags, TrainingFlags
+from argonne.training.config import DataFlags, ModelFlags, RunConfig, RunFlags, TrainingFlags
+from argonne.training.layout_flags import ParallelFlags
 from argonne.training.report import Reports
 from argonne.training.run_file import RUN, run_of_checkpoints, stored_run
 
