@@ -211,15 +211,27 @@ def test_a_run_that_begins_again_begins_its_reports_again(tmp_path: Path, report
     assert list((tmp_path / "stats").iterdir()) == []
 
 
-def test_reports_that_cannot_be_tidied_stop_no_run(
-    tmp_path: Path, reports: Reports, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_stands_in_the_place_of_a_report_is_set_aside(tmp_path: Path, reports: Reports) -> None:
     for name in ("metrics.jsonl", "samples.md", "loss.png"):
         (tmp_path / name).mkdir()
     (tmp_path / "stats").write_text("a file")
+    told = continue_at(tmp_path, 4, reports)
+    for name in ("metrics.jsonl", "samples.md", "loss.png", "stats"):
+        assert f"{name} is no report of a run and was set aside as {name}.set-aside" in told
+        assert (tmp_path / f"{name}.set-aside").exists()
+        assert not (tmp_path / name).exists()
+
+
+def test_reports_that_cannot_be_tidied_stop_no_run(
+    tmp_path: Path, reports: Reports, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(step: int) -> None:
+        raise OSError(5, "Input/output error", "metrics.jsonl")
+
+    monkeypatch.setattr(reports.metrics, "drop_after", fail)
     assert continue_at(tmp_path, 4, reports) == []
     told = capsys.readouterr().err
-    assert told.count("metrics.jsonl: ") == told.count("samples.md: ") == 1
+    assert told.count("Input/output error") == 1
     assert "Traceback" not in told
 
 
