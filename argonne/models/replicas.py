@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from argonne.kernels import Backend
@@ -19,23 +21,22 @@ from argonne.parallel import (
 from argonne.parallel.data_parallel import Kind
 
 
-def replicas_of(model: ArgonneModel | PipelinedModel, kind: Kind, precision: Precision) -> DataParallel:
+def replicas_of(
+    model: ArgonneModel | PipelinedModel, kind: Kind, precision: Precision, shard: int | None = None
+) -> DataParallel:
     """Keep the replicas of ``model`` at one model; see ``data_parallel``.
 
     Raises:
         ArgonneError: the kind does not suit the pipeline's schedule.
     """
-    groups, parameters = model.groups, model.sharded_parameters()
+    common: dict[str, Any] = {"precision": precision, "parameters": model.sharded_parameters(), "shard": shard}
     if isinstance(model, ArgonneModel):
         methods = ("loss", "next_token_logits")
-        layers = model.model.layers
-        return data_parallel(
-            model, groups, kind, precision=precision, parameters=parameters, blocks=layers, forward_methods=methods
-        )
+        return data_parallel(model, model.groups, kind, blocks=model.model.layers, forward_methods=methods, **common)
     check_kind(kind, model.plan.schedule)
     stages = list(model.held.values())
     blocks = [block for stage in stages for block in stage.model.layers]
-    return data_parallel(model, groups, kind, precision=precision, parameters=parameters, blocks=blocks, stages=stages)
+    return data_parallel(model, model.groups, kind, blocks=blocks, stages=stages, **common)
 
 
 def build_replicas(
@@ -45,6 +46,7 @@ def build_replicas(
     plan: PipelinePlan,
     kind: Kind,
     backend: Backend = "auto",
+    shard: int | None = None,
 ) -> tuple[ArgonneModel | PipelinedModel, DataParallel]:
     """A model on the device of ``groups`` and its replicas; its parameters are empty until something fills them.
 
@@ -53,7 +55,7 @@ def build_replicas(
     shares = kind == "fsdp" and groups.replicas.size > 1
     with torch.device("meta") if shares else groups.device:
         model = build_model(config, groups, precision, plan, backend)
-    return model, replicas_of(model, kind, precision)
+    return model, replicas_of(model, kind, precision, shard)
 
 
 def check_kind(kind: Kind, schedule: str) -> None:

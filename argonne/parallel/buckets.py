@@ -69,6 +69,8 @@ class OverlappedReduction:
         self._start = start
         self._micro_batches = 0  # 0: not between begin and finish
         self._deferred = False
+        self.is_late = False
+        """Whether backward has announced a gradient once more than it was to."""
         self._seen: dict[int, int] = {}
         self._missing: list[int] = []
         self._started: list[Pending] = []
@@ -84,6 +86,7 @@ class OverlappedReduction:
             raise RuntimeError("begin() was called twice without complete() between")
         self._micro_batches = micro_batches
         self._deferred = deferred
+        self.is_late = False
         self._seen = {}
         self._missing = [len(bucket) for bucket in self._buckets]
         self._started = []
@@ -108,6 +111,7 @@ class OverlappedReduction:
         if not self._micro_batches or self._deferred:
             return
         seen = self._seen[id(parameter)] = self._seen.get(id(parameter), 0) + 1
+        self.is_late |= seen > self._micro_batches
         if seen != self._micro_batches:
             return
         self._missing[number] -= 1

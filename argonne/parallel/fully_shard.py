@@ -2,28 +2,57 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from argonne.parallel.buckets import LateGradient, OverlappedReduction, plan_buckets
+from argonne.parallel.collectives import Pending, start_all_reduce
 from argonne.parallel.errors import ArgonneError
-from argonne.parallel.groups import ProcessGroups
+from argonne.parallel.groups import Axis, ProcessGroups
 from argonne.parallel.precision import Precision
 from argonne.parallel.sharding import ShardedParameter, narrow_rows
 from argonne.parallel.strategy import DataParallel, rows_of_rank
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a rank stands among its replicas: in a group that shares out rows, of several that have all of them."""
+
+    within: Axis
+    """The replicas that share out rows."""
+    across: Axis
+    """The replicas with the same rows, one of each group."""
+    holders: tuple[int, ...]
+    """Those as ranks of ``groups.replicas``."""
+
+    @classmethod
+    def of(cls, replicas: Axis, shard: int | None) -> _Place:
+        """This rank's, where each ``shard`` neighbours are a group (collective over the replicas)."""
+        if shard is None or shard == replicas.size:
+            return cls(replicas, Axis("across", ranks=(replicas.ranks[replicas.rank],)), (replicas.rank,))
+        group, rank = divmod(replicas.rank, shard)
+        holders = tuple(range(rank, replicas.size, shard))
+        neighbours = range(group * shard, (group + 1) * shard)
+        return cls(_axis("within", replicas, neighbours), _axis("across", replicas, holders), holders)
 
 
 class FullyShard(DataParallel):
     """Each replica has some rows of every parameter, of its gradient and of the optimizer's state.
 
     The parameters of a block are gathered just before it computes, in forward and again in backward, where its
-    gradients are then reduce-scattered; those outside the blocks stay gathered from forward to backward.
+    gradients are then reduce-scattered and added to this rank's rows, in every micro-batch: no rank ever has the whole
+    gradient. Parameters outside the blocks stay gathered from forward to backward.
+
+    With ``shard`` the rows are shared out within groups of so many neighbouring replicas, and the groups are replicas
+    of each other: their rows are summed once a step, in all-reduces that run beside the last backward.
+
     FSDP2's collectives do not announce themselves to ``record``. Under a narrower compute dtype it gathers
     every parameter in that, so that the weights of norms are rounded too.
 
@@ -46,6 +75,8 @@ class FullyShard(DataParallel):
         blocks: Iterable[nn.Module],
         forward_methods: Sequence[str],
         stages: Sequence[nn.Module],
+        shard: int | None,
+        bucket_bytes: int,
     ) -> None:
         if precision.accumulate_in_product and precision.compute.itemsize < torch.float32.itemsize:
             raise ArgonneError(
@@ -55,29 +86,28 @@ class FullyShard(DataParallel):
         for sharded in declared:
             if sharded.parameter.ndim == 0:
                 raise ArgonneError(f"{sharded.name} is a scalar, which cannot be cut into rows; legal: a vector of 1")
-        self._model = model
-        self._is_scheduled = bool(stages)
         self._modules = [*blocks, *(stages or [model])]
         homes = {
             id(p): (module, name) for module in model.modules() for name, p in module.named_parameters(recurse=False)
         }
-        self._micro_batches = self._begun = 0
-        assert groups.replicas.group is not None, "there is one replica only"
-        mesh = DeviceMesh.from_group(groups.replicas.group, groups.device.type, mesh_dim_names=("replicas",))
+        place = _Place.of(groups.replicas, shard)
+        assert place.within.group is not None, "there is one replica only"
+        mesh = DeviceMesh.from_group(place.within.group, groups.device.type, mesh_dim_names=("replicas",))
         for module in self._modules:
             _materialise(module, groups.device)
             fully_shard(module, mesh=mesh, mp_policy=_policy(precision))
             assert isinstance(module, FSDPModule)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # Gloo knows no other
-        if not stages:
-            model.register_forward_hook(lambda module, inputs, output: self._listen(output))
         for name in forward_methods:
             register_fsdp_forward_method(model, name)
-            setattr(model, name, self._heard(getattr(model, name)))
         self._dtensors = [getattr(*homes[id(sharded.parameter)]) for sharded in declared]
         pairs = zip(declared, self._dtensors, strict=True)
-        super().__init__([_own_rows(sharded, dtensor, groups) for sharded, dtensor in pairs], groups)
+        super().__init__([_own_rows(sharded, dtensor, place) for sharded, dtensor in pairs], groups)
+        self._across = place.across
+        trained = [dtensor for dtensor in self._dtensors if dtensor.requires_grad and place.across.size > 1]
+        self._buckets = plan_buckets(trained, bucket_bytes * place.within.size)
+        self._reduction = OverlappedReduction(self._buckets, self._start)
 
     def begin(self, micro_batches: int, deferred: bool = False) -> None:
         if deferred:
@@ -85,15 +115,10 @@ class FullyShard(DataParallel):
         super().begin(micro_batches)
         for dtensor in self._dtensors:
             dtensor.grad = None
-        self._micro_batches, self._begun = micro_batches, 0
+        self._reduction.begin(micro_batches, deferred)
 
     def complete(self) -> None:
-        if self._begun != self._micro_batches and not self._is_scheduled:
-            raise RuntimeError(
-                f"complete() after {self._begun} backward passes of {type(self._model).__name__}, but "
-                f"begin(micro_batches={self._micro_batches})"
-            )
-        self._micro_batches = 0
+        self._sum_over_groups()
         for sharded, dtensor in zip(self.parameters, self._dtensors, strict=True):
             if not dtensor.requires_grad:
                 continue
@@ -110,33 +135,27 @@ class FullyShard(DataParallel):
             assert isinstance(module, FSDPModule)
             module.reshard()
 
-    def _heard(self, method: Any) -> Any:
-        @functools.wraps(method)
-        def wrapped(*arguments: Any, **named: Any) -> Any:
-            output = method(*arguments, **named)
-            self._listen(output)
-            return output
+    def _start(self, number: int) -> Pending:
+        """Begin to sum a bucket of this rank's rows over the groups."""
+        bucket = self._buckets[number]
+        rows = [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in bucket]
+        return start_all_reduce(torch.cat([part.flatten() for part in rows]), self._across)
 
-        return wrapped
+    def _sum_over_groups(self) -> None:
+        totals = self._reduction.finish()
+        if self._reduction.is_late:
+            raise LateGradient
+        for bucket, total in zip(self._buckets, totals, strict=True):
+            for p, part in zip(bucket, total.split([_local(p).numel() for p in bucket]), strict=True):
+                if p.grad is not None:
+                    _local(p.grad).copy_(part.view_as(_local(p)))
 
-    def _listen(self, output: Any) -> None:
-        """Notice when backward comes to ``output`` of the model: a pass begins, and the last one communicates."""
-        begun = False
 
-        def begin(gradient: Tensor) -> None:
-            nonlocal begun
-            if begun or not self._micro_batches:
-                return
-            begun = True
-            self._begun += 1
-            last = self._begun == self._micro_batches
-            assert isinstance(self._model, FSDPModule)
-            self._model.set_requires_gradient_sync(last)
-            self._model.set_is_last_backward(last)
-
-        for tensor in output if isinstance(output, (tuple, list)) else [output]:
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensor.register_hook(begin)
+def _axis(name: str, replicas: Axis, members: Sequence[int]) -> Axis:
+    """Some of the replicas, this rank among them, with a process group that only they make."""
+    ranks = tuple(replicas.ranks[member] for member in members)
+    group = dist.new_group(list(ranks), use_local_synchronization=True)
+    return Axis(name, len(ranks), list(members).index(replicas.rank), group, ranks)
 
 
 def _materialise(module: nn.Module, device: torch.device) -> None:
@@ -155,11 +174,11 @@ def _policy(precision: Precision) -> MixedPrecisionPolicy:
     )
 
 
-def _own_rows(sharded: ShardedParameter, dtensor: Tensor, groups: ProcessGroups) -> ShardedParameter:
-    rows = rows_of_rank(len(dtensor), groups.replicas)
+def _own_rows(sharded: ShardedParameter, dtensor: Tensor, place: _Place) -> ShardedParameter:
+    rows = rows_of_rank(len(dtensor), place.within)
     local = _local(dtensor)
     assert len(local) == len(rows), f"FSDP2 cuts {sharded.name} into other rows: {len(local)} here, not {len(rows)}"
-    return narrow_rows(sharded, rows, nn.Parameter(local, requires_grad=dtensor.requires_grad))
+    return narrow_rows(sharded, rows, nn.Parameter(local, requires_grad=dtensor.requires_grad), place.holders)
 
 
 @torch.no_grad()

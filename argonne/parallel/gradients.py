@@ -38,10 +38,11 @@ def sum_partial_gradients(parameters: Sequence[ShardedParameter], groups: Proces
 def _sum_over_holders(parameters: Sequence[ShardedParameter], groups: ProcessGroups) -> None:
     """One all-reduce of the whole tensors that have several holders, each rank adding what it has."""
     shared = [(s, r) for s in parameters for r in s.spec.regions if r.partial_gradient]
-    # Where replicas hold different rows, the holders of an element need not be at one place of the data axis.
-    axis = groups.tensor if all(r.replicated for _, r in shared) else groups.stage
     if not shared:
         return
+    # Where replicas hold different rows, the holders of an element need not be at one place of the data axis.
+    rows_are_shared_out = any(r.replicas for _, r in shared)
+    axis = groups.stage if rows_are_shared_out else groups.tensor
     # Every rank has some region of each, so that all lay out the same buffer.
     shapes = {region.name: region.whole_shape for _, region in shared}
     # In the gradients' own dtype: that of a bfloat16 parameter may be float32.
@@ -52,7 +53,8 @@ def _sum_over_holders(parameters: Sequence[ShardedParameter], groups: ProcessGro
     pieces = buffer.split([torch.Size(shape).numel() for shape in shapes.values()])
     wholes = {name: piece.view(shapes[name]) for name, piece in zip(shapes, pieces, strict=True)}
     for sharded, region in shared:
-        if sharded.parameter.grad is not None:
+        # Replicas that hold the same rows have the same sum over all replicas already: one of them adds it.
+        if sharded.parameter.grad is not None and (not rows_are_shared_out or region.speaks_for_replicas(groups)):
             wholes[region.name][region.whole_index] = sharded.parameter.grad[region.local_index]
     all_reduce(buffer, axis)
     for sharded, region in shared:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
@@ -31,6 +32,17 @@ _SCHEDULES = {
     "interleaved": ScheduleInterleaved1F1B,
     "zb": ScheduleZBVZeroBubble,
 }
+
+
+class _Unwrapped(nn.Module):
+    """A stage under FSDP that the schedule does not know to be: it would hold back the sums of its gradients."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        return self.stage(*arguments, **options)
 
 
 class _SplitStage(PipelineStage):
@@ -95,7 +107,7 @@ class Pipeline:
             # Shapes are stated, so that no schedule runs the model to find them.
             built.append(
                 stage_type(
-                    module,
+                    _Unwrapped(module) if isinstance(module, FSDPModule) else module,
                     index,
                     plan.stages,
                     device,

@@ -43,16 +43,21 @@ class Region:
     stages: tuple[int, ...] = ()
     """The pipeline ranks that hold this same region (a tied embedding); empty: this one alone. Each has a part
     of the gradient."""
-    replicated: bool = True
-    """Every rank of ``groups.replicas`` holds this same region; False: this one alone (FSDP, ZeRO)."""
+    replicas: tuple[int, ...] = ()
+    """The ranks of ``groups.replicas`` that hold this same region (ZeRO and FSDP share out rows); empty: all of
+    them."""
 
     def speaks(self, groups: ProcessGroups) -> bool:
         """Whether this rank counts the region in a norm and saves it: true on one rank of the job."""
         return (
             self.holders[0] == groups.tensor.rank
             and (not self.stages or self.stages[0] == groups.pipeline.rank)
-            and (not self.replicated or groups.replicas.rank == 0)
+            and self.speaks_for_replicas(groups)
         )
+
+    def speaks_for_replicas(self, groups: ProcessGroups) -> bool:
+        """Whether this rank is the first of the replicas that hold the region."""
+        return groups.replicas.rank == (self.replicas[0] if self.replicas else 0)
 
     @property
     def whole_index(self) -> tuple[slice, ...]:
@@ -114,8 +119,10 @@ def sharded_parameters(model: nn.Module, groups: ProcessGroups) -> list[ShardedP
     return found
 
 
-def narrow_rows(sharded: ShardedParameter, rows: range, parameter: nn.Parameter) -> ShardedParameter:
-    """The declaration of ``parameter``, which is rows ``rows`` of ``sharded`` and held by this rank alone.
+def narrow_rows(
+    sharded: ShardedParameter, rows: range, parameter: nn.Parameter, replicas: tuple[int, ...]
+) -> ShardedParameter:
+    """The declaration of ``parameter``, which is rows ``rows`` of ``sharded`` and held by ``replicas`` alone.
 
     It has a region, though perhaps without rows, for each that ``sharded`` has.
     """
@@ -129,7 +136,7 @@ def narrow_rows(sharded: ShardedParameter, rows: range, parameter: nn.Parameter)
             start=(region.start[0] + first - begin, *region.start[1:]),
             shape=(last - first, *region.shape[1:]),
             local_start=(max(0, first - rows.start), *region.local_start[1:]),
-            replicated=False,
+            replicas=replicas,
         )
 
     spec = replace(sharded.spec, regions=tuple(narrowed(region) for region in sharded.spec.regions))

@@ -119,7 +119,7 @@ def _own_rows(sharded: ShardedParameter, groups: ProcessGroups) -> ShardedParame
     own = nn.Parameter(whole.data[rows.start : rows.stop])
     if gradient_dtype(whole) != whole.dtype:
         own.grad_dtype = gradient_dtype(whole)
-    return narrow_rows(sharded, rows, own)
+    return narrow_rows(sharded, rows, own, (groups.replicas.rank,))
 
 
 def _places(bucket: Sequence[nn.Parameter], own: dict[int, nn.Parameter], groups: ProcessGroups) -> Iterator[_Place]:

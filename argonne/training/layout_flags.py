@@ -72,6 +72,9 @@ class ParallelFlags(LayoutFlags):
     """Replicas of the model, each with its own samples of a step."""
     fsdp: bool = False
     """Share out parameters, gradients and optimizer state over the data- and context-parallel processes (FSDP2)."""
+    fsdp_shard: int | None = None
+    """Share out over groups of so many neighbouring processes only, which are replicas of each other (hybrid
+    sharding), with --fsdp [all data- and context-parallel processes]."""
     zero1: bool = False
     """Share out the optimizer's state alone over them (ZeRO stage 1)."""
     reproducible: bool = False

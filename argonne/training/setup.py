@@ -28,6 +28,7 @@ from argonne.models import ArgonneConfig
 from argonne.models.replicas import check_kind
 from argonne.parallel import Axis, Layout, Precision, ProcessGroups, choose_device, context_positions
 from argonne.parallel.collectives import collectively, gather_objects
+from argonne.parallel.data_parallel import check_shard
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.layout import require_divisible
 from argonne.training.conditions import comparable, conditions_of, dtype_name
@@ -81,6 +82,7 @@ def check(config: RunConfig, world_size: int) -> None:
     plan = config.parallel.plan(layout)
     plan.check_layers(model.num_hidden_layers)
     check_kind(config.parallel.kind, plan.schedule if layout.pipeline > 1 else "")
+    check_shard(config.parallel.kind, config.parallel.fsdp_shard, layout.data * layout.context)
     if saved is None:  # a run that is continued keeps its global batch
         plan.check_micro_batches(config.training.gradient_accumulation_steps)
     check_sequence(config.data.block_size, layout)

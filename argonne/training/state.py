@@ -54,8 +54,8 @@ class TrainingState:
         """Allocate the model and its optimizer; the weights are still empty."""
         t = config.training
         plan = config.parallel.plan(groups.layout)
-        kind, kernels = config.parallel.kind, t.kernels
-        model, replicas = build_replicas(workload.model, groups, workload.precision, plan, kind, kernels)
+        kind, shard = config.parallel.kind, config.parallel.fsdp_shard
+        model, replicas = build_replicas(workload.model, groups, workload.precision, plan, kind, t.kernels, shard)
         model.recompute_blocks(not t.disable_gradient_checkpointing)
         schedule = CosineSchedule(t.learning_rate, t.min_learning_rate, t.warmup_steps, t.total_steps)
         optimizer = build_optimizer(replicas.parameters, t.weight_decay)

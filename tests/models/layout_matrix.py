@@ -43,6 +43,8 @@ class Case:
     accumulation: int = 1
     blocks: int = 0
     """0: one more than there are stages, which no number of stages but 1 divides."""
+    shard: int | None = None
+    """Replicas of a group of ``fsdp``; None: all of them are one."""
     documents: bool = False
     """Sequences are packed of documents that do not see each other."""
 
@@ -64,6 +66,7 @@ class Case:
     def __str__(self) -> str:
         schedule = f", {self.schedule}" if self.layout.pipeline > 1 else ""
         kind = f", {self.kind}" if self.layout.data * self.layout.context > 1 else ""
+        kind += "" if self.shard is None else f" in groups of {self.shard}"
         head = "tied" if self.tied else "untied"
         packed = ", documents" if self.documents else ""
         return f"{self.layout}{schedule}{kind}, {head}, accumulation {self.accumulation}{packed}"
@@ -80,7 +83,9 @@ def every_case() -> Iterator[Case]:
         schedules = SCHEDULES if named["pipeline"] > 1 else ("1f1b",)
         kinds = KINDS if named["data"] * named["context"] > 1 else ("replicate",)
         sequence = (False, True) if named["tensor"] > 1 else (False,)
-        for schedule, kind, share in product(schedules, kinds, sequence):
+        replicas = named["data"] * named["context"]
+        shards = [(kind, None) for kind in kinds] + [("fsdp", size) for size in (2, 4) if size < replicas]
+        for schedule, (kind, shard), share in product(schedules, shards, sequence):
             if kind == "fsdp" and schedule == "zb":
                 continue  # refused
             least = named["pipeline"] if schedule in ("1f1b", "interleaved") else 1
@@ -92,6 +97,7 @@ def every_case() -> Iterator[Case]:
                 kind,
                 tied=turn // 2 % 2 == 0,
                 accumulation=accumulation,
+                shard=shard,
                 documents=turn % 3 == 2,
             )
             turn += 1
@@ -116,7 +122,7 @@ def train(
     With a ``directory``, begins with the checkpoint of step ``start`` there, if that is not 0, and leaves one of
     step ``stop``.
     """
-    model, replicas = build_replicas(case.config, groups, DOUBLE, case.plan, case.kind)  # type: ignore[arg-type]
+    model, replicas = build_replicas(case.config, groups, DOUBLE, case.plan, case.kind, shard=case.shard)  # type: ignore[arg-type]
     optimizer = build_optimizer(replicas.parameters, weight_decay=0.1)
     weights = weight_pieces(replicas.parameters)
     if start:

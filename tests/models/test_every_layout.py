@@ -31,12 +31,15 @@ FAST = [
     Case(Layout(pipeline=2, tensor=2, sequence_parallel=True), "zb", tied=False, accumulation=4, documents=True),
     Case(Layout(data=2, context=2), kind="replicate", tied=True, accumulation=1, documents=True),
     Case(Layout(context=2, tensor=2, sequence_parallel=True), kind="fsdp", tied=True, accumulation=4),
+    Case(Layout(data=4), kind="fsdp", tied=True, accumulation=2, shard=2),
 ]
 SLOW = [
     Case(Layout(pipeline=2, data=2, tensor=2, sequence_parallel=True), "interleaved", "zero1", True, 4),
     Case(Layout(pipeline=2, data=2, context=2), "1f1b", "fsdp", False, 4, documents=True),
     Case(Layout(pipeline=4, context=2), "zb", "zero1", True, 4),
     Case(Layout(tensor=8, sequence_parallel=True), tied=False, accumulation=4),
+    Case(Layout(data=4, tensor=2, sequence_parallel=True), kind="fsdp", tied=True, accumulation=2, shard=2),
+    Case(Layout(pipeline=2, data=2, context=2), "interleaved", "fsdp", False, 4, shard=2),
 ]
 
 
