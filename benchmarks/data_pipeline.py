@@ -167,7 +167,7 @@ def available() -> tuple[Contestant, ...]:
     """The contestants whose packages are installed; says which are left out."""
     if importlib.util.find_spec("datasets") is not None:
         return CONTESTANTS
-    print(f"{DATASETS} is left out: datasets is not installed (pip install 'argonne[bench]')", flush=True)
+    print(f"{DATASETS} is left out: datasets is not installed (pip install -e '.[bench]')", flush=True)
     return tuple(each for each in CONTESTANTS if each.name != DATASETS)
 
 

@@ -21,7 +21,7 @@ def choose_tokenizer(name: str, shards: Sequence[Path]) -> PreTrainedTokenizerFa
         try:
             from tests.qwen import qwen
         except ImportError as error:
-            raise ArgonneError(f"tokenizer=qwen cannot be built: {error}; pip install 'argonne[bench]'") from None
+            raise ArgonneError(f"tokenizer=qwen cannot be built: {error}; pip install -e '.[bench]'") from None
         return qwen()
     if name == "trained":
         shard = open_shard(shards[0])

@@ -32,3 +32,14 @@ def test_the_example_prints_the_same_norm_at_every_layout(tmp_path: Path) -> Non
     norms = re.findall(r"tensor\((\d+\.\d+)", sharded.output)
     assert len(norms) == 2
     assert {*norms} == {*re.findall(r"tensor\((\d+\.\d+)", dense.output)}
+
+
+def test_extras_are_installed_from_the_repository_since_no_index_has_this_project() -> None:
+    texts = [path for folder in ("argonne", "benchmarks", "docs", "examples") for path in (ROOT / folder).rglob("*.*")]
+    told = {
+        path.name: found
+        for path in [ROOT / "README.md", *texts]
+        if path.suffix in (".md", ".py")
+        and (found := re.findall(r"install [^\n]*argonne\b[^\n]*", path.read_text(encoding="utf-8")))
+    }
+    assert not told
