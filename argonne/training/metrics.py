@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
@@ -83,9 +84,13 @@ class MetricsLog:
         return self.file.keep(stays)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a line. Raises ``OSError`` when it cannot be written; it is then written with a later one."""
-        self._draw(record)
-        self.file.append(json.dumps(record) + "\n")
+        """Append a line. Raises ``OSError`` when it cannot be written; it is then written with a later one.
+
+        A number that is not finite (held-out text may have one) is null: JSON has no word for it.
+        """
+        plain = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()}
+        self._draw(plain)
+        self.file.append(json.dumps(plain, allow_nan=False) + "\n")
 
     def _draw(self, record: dict[str, Any]) -> None:
         for outline, field in ((self.training, "loss"), (self.held_out, "validation_loss")):

@@ -78,6 +78,15 @@ def test_the_log_has_what_was_written_in_order(tmp_path: Path) -> None:
     assert lines_of(log) == records
 
 
+def test_a_number_that_json_has_not_is_null(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write({"step": 1, "tokens": 8, "loss": 2.5, "validation_loss": math.nan, "mfu": math.inf})
+    assert (tmp_path / "metrics.jsonl").read_text() == (
+        '{"step": 1, "tokens": 8, "loss": 2.5, "validation_loss": null, "mfu": null}\n'
+    )
+    assert log.held_out.points == []
+
+
 @given(st.integers(0, 12), st.integers(-1, 14))
 def test_lines_past_a_step_are_dropped_and_the_others_kept_byte_for_byte(
     tmp_path_factory: pytest.TempPathFactory, written: int, step: int
