@@ -31,13 +31,13 @@ from tests.integration.runs import (
 pytestmark = pytest.mark.slow
 
 
-def kill_one_rank(job: subprocess.Popen[str]) -> tuple[int, int]:
+def kill_one_rank(job: subprocess.Popen[str], draw: random.Random) -> tuple[int, int]:
     """SIGKILL a rank drawn at random; returns it and its process id."""
     deadline = time.monotonic() + 120
     while len(found := ranks_of(job)) < 2:
         assert time.monotonic() < deadline, "the ranks did not start"
         time.sleep(0.05)
-    rank = random.choice(sorted(found))
+    rank = draw.choice(sorted(found))
     os.kill(found[rank], signal.SIGKILL)
     return rank, found[rank]
 
@@ -48,14 +48,14 @@ def said(done: Finished, words: str) -> list[str]:
 
 @pytest.mark.parametrize("torchrun", [False, True])
 def test_a_job_that_loses_a_rank_comes_back_and_repeats_the_uninterrupted_run_to_the_bit(
-    flags: dict[str, Any], uninterrupted: Path, tmp_path: Path, torchrun: bool
+    flags: dict[str, Any], uninterrupted: Path, tmp_path: Path, torchrun: bool, draw: random.Random
 ) -> None:
     own = {} if torchrun else {"--max-restarts": 3}
     words = command("pretrain", {**flags, **own, "--output-dir": tmp_path}, torchrun=torchrun, restarts=3)
     job = start(words)
-    steps = random.randint(1, 11)
+    steps = draw.randint(1, 11)
     wait_for_steps(job, tmp_path, steps)
-    rank, pid = kill_one_rank(job)
+    rank, pid = kill_one_rank(job, draw)
     done = finish(job)
     assert done.status == 0, done.output
     assert history(tmp_path) == history(uninterrupted), f"rank {rank} was killed after step {steps}"
@@ -68,15 +68,15 @@ def test_a_job_that_loses_a_rank_comes_back_and_repeats_the_uninterrupted_run_to
 
 @pytest.mark.slow
 def test_a_rank_killed_while_the_job_starts_again_costs_another_restart(
-    flags: dict[str, Any], uninterrupted: Path, tmp_path: Path
+    flags: dict[str, Any], uninterrupted: Path, tmp_path: Path, draw: random.Random
 ) -> None:
     job = start(command("pretrain", {**flags, "--output-dir": tmp_path}, torchrun=True, restarts=3))
     wait_for_steps(job, tmp_path, 5)
-    first = kill_one_rank(job)[1]
+    first = kill_one_rank(job, draw)[1]
     while first in ranks_of(job).values():
         time.sleep(0.05)
-    time.sleep(random.uniform(0, 6))  # while they import, meet, load or train
-    kill_one_rank(job)
+    time.sleep(draw.uniform(0, 6))  # while they import, meet, load or train
+    kill_one_rank(job, draw)
     done = finish(job)
     assert done.status == 0, done.output
     assert history(tmp_path) == history(uninterrupted)
@@ -84,13 +84,13 @@ def test_a_rank_killed_while_the_job_starts_again_costs_another_restart(
 
 @pytest.mark.slow
 def test_when_the_restarts_are_used_up_the_job_ends_and_the_same_command_continues_it(
-    flags: dict[str, Any], uninterrupted: Path, tmp_path: Path
+    flags: dict[str, Any], uninterrupted: Path, tmp_path: Path, draw: random.Random
 ) -> None:
     words = command("pretrain", {**flags, "--output-dir": tmp_path, "--max-restarts": 1})
     job = start(words)
     for steps in (2, 6):
         wait_for_steps(job, tmp_path, steps)
-        rank, pid = kill_one_rank(job)
+        rank, pid = kill_one_rank(job, draw)
     done = finish(job)
     assert done.status == 1
     assert len(said(done, "starting again from the newest checkpoint, 0 restarts left")) == 1, done.output
@@ -124,7 +124,7 @@ def test_what_is_refused_is_refused_once_whatever_the_restarts(
 
 @pytest.mark.slow
 def test_resuming_comes_back_too_but_only_to_what_a_restart_can_go_on_with(
-    flags: dict[str, Any], uninterrupted: Path, tmp_path: Path
+    flags: dict[str, Any], uninterrupted: Path, tmp_path: Path, draw: random.Random
 ) -> None:
     succeed("pretrain", {**flags, "--output-dir": tmp_path, "--stop-at-step": 6})
     once = {
@@ -139,7 +139,7 @@ def test_resuming_comes_back_too_but_only_to_what_a_restart_can_go_on_with(
         assert said(done, expected), done.output
     job = start(command("resume", {"--checkpoint-path": tmp_path, "--max-restarts": 3}))
     wait_for_steps(job, tmp_path, 9)
-    kill_one_rank(job)
+    kill_one_rank(job, draw)
     done = finish(job)
     assert done.status == 0, done.output
     assert history(tmp_path) == history(uninterrupted)
@@ -165,11 +165,13 @@ def test_the_time_before_a_restart_counts_as_run() -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_lost_on_one_node_brings_both_back(flags: dict[str, Any], uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_rank_lost_on_one_node_brings_both_back(
+    flags: dict[str, Any], uninterrupted: Path, tmp_path: Path, draw: random.Random
+) -> None:
     layout = {"--output-dir": tmp_path, "--tensor-parallel": 2}
     jobs = agents({**flags, **layout}, each=1, restarts=3)
     wait_for_steps(jobs[0], tmp_path, 6)
-    victim = random.choice(jobs)
+    victim = draw.choice(jobs)
     (pid,) = ranks_of(victim).values()
     os.kill(pid, signal.SIGKILL)
     for job in jobs:
