@@ -10,7 +10,9 @@ from hypothesis import HealthCheck, settings
 from tests.pool import RankPool
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-settings.register_profile("argonne", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=20)
+settings.register_profile(
+    "argonne", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=20, print_blob=True
+)
 settings.load_profile("argonne")
 
 
@@ -25,3 +27,9 @@ def ranks() -> Iterator[RankPool]:
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def torch_seed() -> None:
+    """What a test draws without a generator of its own is the same whatever ran before it."""
+    torch.manual_seed(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -58,9 +58,18 @@ class Case:
 
     @property
     def config(self) -> ArgonneConfig:
-        layers = self.layers
+        # Of 9 heads, 3 for keys and values, and 25 features, no number of ranks has equal shares.
+        heads, key_value, features = (9, 3, 25) if self.layout.uneven_shards else (8, 2, 24)
         return ArgonneConfig(
-            16, layers, 8, 2, VOCABULARY, 24, SEQUENCE, initializer_range=0.3, tie_word_embeddings=self.tied
+            16,
+            self.layers,
+            heads,
+            key_value,
+            VOCABULARY,
+            features,
+            SEQUENCE,
+            initializer_range=0.3,
+            tie_word_embeddings=self.tied,
         )
 
     def __str__(self) -> str:
@@ -69,11 +78,27 @@ class Case:
         kind += "" if self.shard is None else f" in groups of {self.shard}"
         head = "tied" if self.tied else "untied"
         packed = ", documents" if self.documents else ""
-        return f"{self.layout}{schedule}{kind}, {head}, accumulation {self.accumulation}{packed}"
+        uneven = ", uneven" if self.layout.uneven_shards else ""
+        return f"{self.layout}{uneven}{schedule}{kind}, {head}, accumulation {self.accumulation}{packed}"
 
 
 def every_case() -> Iterator[Case]:
-    """All legal ones of 2, 4 and 8 ranks; tied and untied heads, and both accumulations, take turns."""
+    """All legal ones of 2, 4 and 8 ranks; tied and untied heads, and both accumulations, take turns.
+
+    Then, where there are tensor-parallel ranks, the same sizes once more with shards of unequal width.
+    """
+    even = list(_even_cases())
+    yield from even
+    of_sizes: dict[tuple[int, ...], list[Case]] = {}
+    for case in even:
+        if case.layout.tensor > 1:
+            of_sizes.setdefault(tuple(getattr(case.layout, axis) for axis in AXES), []).append(case)
+    for turn, cases in enumerate(of_sizes.values()):
+        case = cases[turn % len(cases)]
+        yield replace(case, layout=replace(case.layout, uneven_shards=True))
+
+
+def _even_cases() -> Iterator[Case]:
     turn = 0
     for sizes in product((1, 2, 4, 8), repeat=len(AXES)):
         named = dict(zip(AXES, sizes, strict=True))

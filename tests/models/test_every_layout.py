@@ -32,6 +32,8 @@ FAST = [
     Case(Layout(data=2, context=2), kind="replicate", tied=True, accumulation=1, documents=True),
     Case(Layout(context=2, tensor=2, sequence_parallel=True), kind="fsdp", tied=True, accumulation=4),
     Case(Layout(data=4), kind="fsdp", tied=True, accumulation=2, shard=2),
+    Case(Layout(tensor=4, uneven_shards=True), tied=False, accumulation=4),
+    Case(Layout(data=2, tensor=2, sequence_parallel=True, uneven_shards=True), kind="zero1", tied=True, accumulation=1),
 ]
 SLOW = [
     Case(Layout(pipeline=2, data=2, tensor=2, sequence_parallel=True), "interleaved", "zero1", True, 4),
@@ -44,14 +46,17 @@ SLOW = [
 
 
 @cache
-def alone(layers: int, tied: bool, documents: bool = False) -> tuple[list[float], dict[str, torch.Tensor]]:
+def alone(
+    layers: int, tied: bool, documents: bool = False, uneven: bool = False
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The run in one process; accumulation changes nothing but the last bits."""
-    losses, parts = train(ProcessGroups.single(), Case(Layout(), tied=tied, blocks=layers, documents=documents))
+    layout = Layout(uneven_shards=uneven)
+    losses, parts = train(ProcessGroups.single(), Case(layout, tied=tied, blocks=layers, documents=documents))
     return losses, assemble([parts])
 
 
 def compare(ranks: RankPool, case: Case) -> None:
-    losses, weights = alone(case.layers, case.tied, case.documents)
+    losses, weights = alone(case.layers, case.tied, case.documents, case.layout.uneven_shards)
     assert len(set(losses)) == STEPS, "nothing happened"
     results = ranks.run(case.layout, train, case)
     for rank, (found, _) in enumerate(results):
@@ -79,12 +84,13 @@ def test_a_checkpoint_of_any_layout_goes_on_in_any_other(ranks: RankPool, exampl
     def claim(first: Case, second: Case, third: Case, stop: int, data: st.DataObject) -> None:
         documents = first.documents
         stops = [0, stop, data.draw(st.integers(stop + 1, STEPS - 1)), STEPS]
-        tied = first.tied
-        losses, weights = alone(5, tied, documents)
+        tied, uneven = first.tied, first.layout.uneven_shards
+        losses, weights = alone(5, tied, documents, uneven)
         found: list[float] = []
         with TemporaryDirectory() as name:
             for case, (begin, end) in zip((first, second, third), pairwise(stops), strict=True):
-                case = replace(case, tied=tied, blocks=5, documents=documents)
+                layout = replace(case.layout, uneven_shards=uneven)
+                case = replace(case, layout=layout, tied=tied, blocks=5, documents=documents)
                 results = ranks.run(case.layout, train, case, begin, end, Path(name))
                 found += results[0][0]
         assert found == pytest.approx(losses, rel=1e-9)
@@ -101,7 +107,8 @@ def test_moving_to_another_layout_changes_no_bit_of_weights_and_moments(ranks: R
     ranks.run(case.layout, train, case, 0, 3, tmp_path)
     written = read_manifest(step_directory(tmp_path, 3))
     for other in FAST:
-        other = replace(other, tied=True, blocks=5)
+        even = replace(other.layout, uneven_shards=False)
+        other = replace(other, layout=even, tied=True, blocks=5)
         ranks.run(other.layout, train, other, 3, 3, tmp_path)
         assert read_manifest(step_directory(tmp_path, 3)).tensors == written.tensors, f"{case} -> {other}"
 
