@@ -172,7 +172,7 @@ def wait_for_steps(process: subprocess.Popen[str], directory: Path, steps: int, 
 
 
 def kill_job(process: subprocess.Popen[str]) -> None:
-    """SIGKILL every process of a job at once: the power is gone."""
+    """SIGKILL every process of a job at once: nothing is tidied up, though the disk still gets what was written."""
     pids = [process.pid, *ranks_of(process).values()]
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):

@@ -53,6 +53,9 @@ def test_a_run_on_tokens_made_beforehand_is_the_same_in_every_layout_and_makes_t
     assert hashes(moved) == hashes(tmp_path / "alone")
     losses = [line["loss"] for line in metrics(moved)]
     assert losses == pytest.approx([line["loss"] for line in metrics(tmp_path / "alone")], rel=1e-9)
+    seeded = {**made, "--seed": 1, "--stop-at-step": 1, "--output-dir": tmp_path / "seeded"}
+    assert "tokenised" not in succeed("pretrain", seeded, nproc=1)
+    assert hashes(tmp_path / "seeded") != hashes(tmp_path / "alone")[:1], "the order does not depend on the seed"
     other = {name: value for name, value in made.items() if name != "--no-streaming"}
     done = run("pretrain", {**other, "--output-dir": moved})
     assert_refused(done, "data.streaming: false -> true")

@@ -1,0 +1,134 @@
+"""Figures in the README and in docs are those that the code gives, and the tests that they name are there."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pyarrow.parquet as pq
+import pytest
+
+from argonne.models.config import PRESETS
+from argonne.training.schedule import CosineSchedule
+from tests.models.layout_matrix import every_case
+from tests.models.test_every_layout import FAST, SLOW
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LAYOUTS = (ROOT / "docs" / "layouts.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *(path for path in (ROOT / "docs").glob("*.md") if path.name != "log.md")]
+
+
+def example(name: str) -> ModuleType:
+    """One of ``examples/``, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_presets_is_that_of_the_code() -> None:
+    rows = re.findall(r"^\| ([\w.-]+) \| (\d+) \| (\d+) \| (\d+) \((\d+)\) \| (\d+) \| (.*?) \| ([\d,]+)", README, re.M)
+    assert [name for name, *_ in rows] == list(PRESETS)
+    for name, *numbers, vocabulary, parameters in rows:
+        config = PRESETS[name]
+        shape = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.num_key_value_heads)
+        assert tuple(map(int, numbers)) == (*shape, config.intermediate_size), name
+        assert name == "demo" or vocabulary == f"{config.vocab_size:,}", name
+        assert parameters == f"{config.parameter_count:,}", name
+
+
+def test_the_demos_corpus_is_what_the_readme_says_and_its_held_out_speeches_are_not_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["demo_corpus.py", "--output-dir", str(tmp_path)])
+    example("demo_corpus").main()
+    said = capsys.readouterr().out.replace(str(tmp_path), "runs/corpus").strip()
+    assert said in README.splitlines()
+    training = [text for path in tmp_path.glob("train-*") for text in pq.read_table(path)["text"].to_pylist()]
+    held_out = [text for path in tmp_path.glob("held-out-*") for text in pq.read_table(path)["text"].to_pylist()]
+    assert held_out
+    assert not set(training) & set(held_out)
+    assert said.startswith(
+        f"{len(training) + len(held_out)} speeches, {sum(map(len, training + held_out)):,} characters"
+    )
+    assert f"| {len(list(tmp_path.glob('train-*')))} shards, " in README
+
+
+def test_the_demos_log_in_the_readme_has_the_rates_tokens_and_samples_of_its_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo, words = example("demo"), []
+    monkeypatch.setattr(demo.subprocess, "call", lambda command: words.extend(command) or 1)
+    demo.main(tmp_path, tmp_path)
+    flags = dict(itertools.pairwise(words))
+    batch, block = int(flags["--initial-batch-size"]), int(flags["--block-size"])
+    peak, minimum = float(flags["--learning-rate"]), float(flags["--min-learning-rate"])
+    schedule = CosineSchedule(peak, minimum, int(flags["--warmup-steps"]), int(flags["--total-steps"]))
+    assert flags["--gradient-accumulation-steps"] == "1"
+    assert f"| {batch} x {block} tokens a step |" in README
+    lines = re.findall(r"^step (\d+)/(\d+) \|.*?\| ([\d,]+) tokens \| lr (\S+) \|.*\| sample ([\d,]+),", README, re.M)
+    assert len(lines) > 5
+    for step, last, tokens, rate, sample in lines:
+        assert last == flags["--total-steps"]
+        assert tokens == f"{int(step) * batch * block:,}"
+        assert rate == f"{schedule.learning_rate(int(step)):.2e}"
+        assert sample == f"{int(step) * batch:,}"
+    saves = re.findall(r"^saved runs/demo/step_0*(\d+)$", README, re.M)
+    assert [int(step) % int(flags["--save-interval"]) for step in saves] == [0] * len(saves) != []
+
+
+def test_the_numbers_of_layouts_are_those_that_the_tests_have() -> None:
+    every, ours = len(list(every_case())), len(FAST) + len(SLOW)
+    assert f"all {every} on request, `make matrix`" in README
+    assert f"{ours} in CI" in README
+    assert f"trains 20 steps in each of {every} layouts" in LAYOUTS
+    assert f"`make test` takes {ours} of them" in LAYOUTS
+
+
+@pytest.mark.parametrize(
+    ("words", "path"),
+    [
+        (r"model built on it in (\d+) lines", "examples/custom_model.py"),
+        (r"for the\nArgonne model in (\d+) lines", "argonne/models/pipelined.py"),
+    ],
+)
+def test_lines_of_code_are_as_many_as_is_said(words: str, path: str) -> None:
+    (said,) = (number for page in PAGES for number in re.findall(words, page.read_text(encoding="utf-8")))
+    assert len((ROOT / path).read_text(encoding="utf-8").splitlines()) == pytest.approx(int(said), rel=0.05)
+
+
+def test_the_head_costs_as_many_blocks_as_is_said() -> None:
+    config = PRESETS["argonne-2.0-2b"]
+    blocks = config.vocab_size * config.hidden_size / config.block_parameter_count
+    assert f"(a vocabulary of {config.vocab_size:,}\ncosts a 2B model as much as {blocks:.1f} blocks)" in LAYOUTS
+
+
+def test_every_test_that_is_named_is_there() -> None:
+    named = {
+        name for page in PAGES for name in re.findall(r"`((?:tests|benchmarks)/[\w/.]*)`", page.read_text("utf-8"))
+    }
+    assert len(named) > 20
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_no_test_draws_without_a_seed() -> None:
+    """``random`` itself and generators without a seed cannot be replayed; the fixture ``draw`` prints its seed."""
+    unseeded = re.compile(
+        r"\brandom\.(?!Random\(\w|default_rng\(\w|SystemRandom)[a-z]\w*\(|\bRandom\(\)|default_rng\(\)"
+    )
+    found = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in (ROOT / "tests").rglob("*.py")
+        # The interruptions have a seed of their own.
+        if path.name not in ("test_interruption.py", Path(__file__).name)
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if unseeded.search(line)
+    ]
+    assert found == []
