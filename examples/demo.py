@@ -34,31 +34,35 @@ class Demo:
     """Optimizer steps of the whole run."""
 
 
-def main(demo: Demo) -> int:
-    """Train, and say what to do next."""
-    corpus, output_dir, steps = demo.corpus, demo.output_dir, demo.steps
-    require_whole("steps", steps, 1, MOST_STEPS // 2)
-    processes = 2 if torch.cuda.device_count() != 1 else 1
+def words(demo: Demo, processes: int) -> list[str]:
+    """The flags of ``pretrain.py``, as the words of a command line."""
     flags = {
         "--nproc": processes,
         "--preset": "demo",
-        "--data-glob": corpus / "train-*.parquet",
-        "--validation-glob": corpus / "held-out-*.parquet",
+        "--data-glob": demo.corpus / "train-*.parquet",
+        "--validation-glob": demo.corpus / "held-out-*.parquet",
         "--block-size": 256,
         "--initial-batch-size": 4,
         "--gradient-accumulation-steps": 1,
         "--learning-rate": 3e-3,
         "--min-learning-rate": 3e-4,
         "--warmup-steps": 30,
-        "--total-steps": steps,
+        "--total-steps": demo.steps,
         "--save-interval": 150,
         "--log-interval": 25,
-        "--output-dir": output_dir,
+        "--output-dir": demo.output_dir,
     }
-    words = [str(word) for pair in flags.items() for word in pair] + ["--disable-gradient-checkpointing"]
+    return [str(word) for pair in flags.items() for word in pair] + ["--disable-gradient-checkpointing"]
+
+
+def main(demo: Demo) -> int:
+    """Train, and say what to do next."""
+    output_dir, steps = demo.output_dir, demo.steps
+    require_whole("steps", steps, 1, MOST_STEPS // 2)
+    processes = 2 if torch.cuda.device_count() != 1 else 1
     began = time.monotonic()
     with as_parent():
-        training = subprocess.Popen([sys.executable, str(HERE / "pretrain.py"), *words])
+        training = subprocess.Popen([sys.executable, str(HERE / "pretrain.py"), *words(demo, processes)])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # it saves first, and then both end
         signal.signal(number, lambda number, _: training.send_signal(number))
     status = training.wait()

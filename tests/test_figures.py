@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -45,10 +44,10 @@ def test_the_table_of_presets_is_that_of_the_code() -> None:
 
 
 def test_the_demos_corpus_is_what_the_readme_says_and_its_held_out_speeches_are_not_trained_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["demo_corpus.py", "--output-dir", str(tmp_path)])
-    example("demo_corpus").main()
+    corpus = example("demo_corpus")
+    corpus.main(corpus.DemoCorpus(tmp_path))
     said = capsys.readouterr().out.replace(str(tmp_path), "runs/corpus").strip()
     assert said in README.splitlines()
     training = [text for path in tmp_path.glob("train-*") for text in pq.read_table(path)["text"].to_pylist()]
@@ -61,13 +60,9 @@ def test_the_demos_corpus_is_what_the_readme_says_and_its_held_out_speeches_are_
     assert f"| {len(list(tmp_path.glob('train-*')))} shards, " in README
 
 
-def test_the_demos_log_in_the_readme_has_the_rates_tokens_and_samples_of_its_flags(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    demo, words = example("demo"), []
-    monkeypatch.setattr(demo.subprocess, "call", lambda command: words.extend(command) or 1)
-    demo.main(tmp_path, tmp_path)
-    flags = dict(itertools.pairwise(words))
+def test_the_demos_log_in_the_readme_has_the_rates_tokens_and_samples_of_its_flags(tmp_path: Path) -> None:
+    demo = example("demo")
+    flags = dict(itertools.pairwise(demo.words(demo.Demo(tmp_path, tmp_path), 2)))
     batch, block = int(flags["--initial-batch-size"]), int(flags["--block-size"])
     peak, minimum = float(flags["--learning-rate"]), float(flags["--min-learning-rate"])
     schedule = CosineSchedule(peak, minimum, int(flags["--warmup-steps"]), int(flags["--total-steps"]))
@@ -119,7 +114,7 @@ def test_every_test_that_is_named_is_there() -> None:
 
 
 def test_no_test_draws_without_a_seed() -> None:
-    """``random`` itself and generators without a seed cannot be replayed; the fixture ``draw`` prints its seed."""
+    """``random`` itself and generators without a seed cannot be replayed; ``draws`` prints the seed that it has."""
     unseeded = re.compile(
         r"\brandom\.(?!Random\(\w|default_rng\(\w|SystemRandom)[a-z]\w*\(|\bRandom\(\)|default_rng\(\)"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import time
 import pytest
 
 from argonne.parent import PARENT, _adopts_orphans
-from tests.integration.runs import outlive
+from tests.integration.runs import draws, outlive
 from tests.warm import ROOT, environment
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells of a parent's death on Linux only")
@@ -60,7 +59,8 @@ def test_who_adopts_orphans_is_told_from_an_agent() -> None:
 
 @pytest.mark.parametrize("told", ["{'ARGONNE_PARENT': str(os.getpid())}", str(AS_RANK)])
 def test_a_parent_killed_at_any_moment_takes_its_child_along(told: str) -> None:
-    moments = [0.0, *(random.uniform(0, 0.5) for _ in range(5))]
+    draw = draws()
+    moments = [0.0, *(draw.uniform(0, 0.5) for _ in range(5))]
     for moment in moments:
         parent = subprocess.Popen(
             [sys.executable, "-c", PARENT_OF_ONE, told], stdout=subprocess.PIPE, text=True, env=environment(), cwd=ROOT
