@@ -15,7 +15,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from argonne import parallel
-from argonne.parallel.legal import require_whole
 from argonne.training.command_line import drive, guarded, parse, world_size
 
 BATCH, SEQUENCE, VOCABULARY = 4, 64, 256
@@ -96,7 +95,7 @@ class NeoX(nn.Module):
 
 def check(config: Config, processes: int) -> None:
     for name, least in {"steps": 1, "layers": 1, "hidden": 1, "heads": processes}.items():
-        require_whole(name, getattr(config, name), least)
+        parallel.legal.require_whole(name, getattr(config, name), least)
     if config.hidden % (8 * config.heads):
         raise parallel.ArgonneError(f"hidden={config.hidden} is not a multiple of 8 * heads={8 * config.heads}")
 

@@ -16,7 +16,8 @@ from tests.warm import SERVERS, environment
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs processes that have imported torch")
 
 LISTENS = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
 from argonne.training.signals import STOP
 STOP.listen()
 print("ready", flush=True)
