@@ -95,7 +95,7 @@ class NeoX(nn.Module):
 
 def check(config: Config, processes: int) -> None:
     for name, least in {"steps": 1, "layers": 1, "hidden": 1, "heads": processes}.items():
-        parallel.legal.require_whole(name, getattr(config, name), least)
+        parallel.require_whole(name, getattr(config, name), least)
     if config.hidden % (8 * config.heads):
         raise parallel.ArgonneError(f"hidden={config.hidden} is not a multiple of 8 * heads={8 * config.heads}")
 

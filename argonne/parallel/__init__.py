@@ -16,6 +16,7 @@ from argonne.parallel.errors import ArgonneError, CollectiveMismatch, LayoutErro
 from argonne.parallel.gradients import clip_gradients, complete_gradients, global_gradient_norm
 from argonne.parallel.groups import Axis, ProcessGroups, choose_device, process_groups
 from argonne.parallel.layout import AXES, Layout
+from argonne.parallel.legal import require_number, require_whole
 from argonne.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from argonne.parallel.linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from argonne.parallel.partition import Partition, share
@@ -96,6 +97,8 @@ __all__ = [
     "reduce_scatter_to_sequence_region",
     "regions_of",
     "replicated",
+    "require_number",
+    "require_whole",
     "scatter_to_region",
     "sharded_parameters",
     "share",

@@ -253,5 +253,7 @@ def test_precision_is_kept_or_converted_on_purpose_and_every_change_is_told_and_
     for damaged in ("step_00000009", "step_00000008", "step_00000007", "step_00000006"):
         with contextlib.suppress(FileNotFoundError):
             (directory / damaged / "config.json").write_text("{}")
-    back = attempt("resume", {"--checkpoint-path": directory})
-    assert "would be converted (precision.state: float64 -> float32); legal: --precision fp64" in back
+    # Back at a checkpoint in float64, the flags are those of that one too.
+    told = succeed("resume", {"--checkpoint-path": directory, "--stop-at-step": 6}, nproc=1)
+    assert "precision.state" not in told
+    assert {record.dtype for record in read_manifest(directory / "step_00000006").tensors.values()} == {"float64"}
