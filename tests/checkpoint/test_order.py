@@ -88,6 +88,14 @@ def test_prune_never_deletes_the_last_valid_checkpoint(tmp_path: Path, keep: int
     assert valid_steps(tmp_path) == {2}
 
 
+def test_prune_keeps_no_more_than_it_is_told_where_one_of_those_is_valid(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(ALONE, tmp_path, step, seed=step)
+    cut_last_byte(next(step_directory(tmp_path, 4).glob("model-*.safetensors")))
+    assert prune(tmp_path, keep=2) == [step_directory(tmp_path, step) for step in (1, 2)]
+    assert valid_steps(tmp_path) == {3}
+
+
 def test_a_checkpoint_that_cannot_be_deleted_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (1, 2):
         save(ALONE, tmp_path, step, seed=step)

@@ -12,12 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from argonne.models import end_tokens
 from argonne.parallel import ArgonneError
 from tests.data.test_tokenizer import words
-from tests.integration.runs import MODEL, SCHEDULE, succeed
+from tests.integration.runs import MODEL, SCHEDULE, run, succeed
 from tests.older_clients import FILES, require_accepted
 
 TEXT = "a b c d e f g h i j k l"
@@ -88,15 +89,41 @@ def test_generation_stops_at_the_eos_of_training_here_and_in_transformers(learnt
 
 
 def test_generation_stops_at_any_of_several_ends_that_a_directory_names(learnt: Path, tmp_path: Path) -> None:
-    directory = tmp_path / "named"
-    shutil.copytree(step(learnt, 60), directory)
+    directory = as_plain(learnt, tmp_path)
     f = AutoTokenizer.from_pretrained(directory).convert_tokens_to_ids("f")
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [19, f]}))
-    (directory / "manifest.json").unlink()  # no checkpoint of ours any more
-    (directory / "model-00001-of-00001.safetensors").rename(directory / "model.safetensors")
-    (directory / "model.safetensors.index.json").unlink()
     greedy = {"--temperature": 0, "--max-new-tokens": 40, "--prompt": "a b c"}
     assert succeed("generate", {"--checkpoint-path": directory, **greedy}, nproc=1).strip() == "a b c d e"
+
+
+def test_every_prompt_is_continued_with_draws_of_its_own(learnt: Path) -> None:
+    """So hot that any token follows any other: the same prompt twice gives two texts."""
+    hot = {"--temperature": 1e4, "--top-k": 0, "--top-p": 1, "--max-new-tokens": 40, "--prompt": ["a b", "a b"]}
+    first, second = succeed("generate", {"--checkpoint-path": learnt, **hot}, nproc=1).splitlines()
+    assert first != second
+
+
+def test_generation_computes_in_the_precision_it_is_told(learnt: Path, tmp_path: Path) -> None:
+    """With a norm so large that float16 has no number for what comes out of it."""
+    directory = as_plain(learnt, tmp_path)
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"] *= 1e6
+    save_file(tensors, file, metadata={"format": "pt"})
+    told = {"--checkpoint-path": directory, "--max-new-tokens": 1, "--prompt": "a b c"}
+    succeed("generate", {**told, "--precision": "fp32"}, nproc=1)
+    refused = run("generate", {**told, "--precision": "fp16"}, nproc=1)
+    assert (refused.status, "logits are not finite" in refused.output) == (2, True), refused.output
+
+
+def as_plain(learnt: Path, root: Path) -> Path:
+    """A copy of the last step that is a Hugging Face directory, and no checkpoint of ours any more."""
+    directory = root / "plain"
+    shutil.copytree(step(learnt, 60), directory)
+    (directory / "manifest.json").unlink()
+    (directory / "model-00001-of-00001.safetensors").rename(directory / "model.safetensors")
+    (directory / "model.safetensors.index.json").unlink()
+    return directory
 
 
 def test_the_ends_of_a_text_are_those_of_both_files(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from argonne.training.evaluation import PROMPT
+from argonne.training.schedule import CosineSchedule
 from tests.integration.runs import (
     command,
     draws,
@@ -94,12 +95,17 @@ def test_resume_changes_on_purpose_only_what_it_is_told(flags: dict[str, Any], t
     succeed("pretrain", {**flags, **boolean, "--output-dir": tmp_path, "--stop-at-step": 4})
     told = {"--checkpoint-path": tmp_path, "--stop-at-step": 6, "--batch-size": 4, "--learning-rate": 1e-3, **boolean}
     shown = {"--sample-tokens": 0}
-    output = succeed("resume", {**told, **shown, "--reset-optimizer": None, "--rewarmup-steps": 2})
+    output = succeed("resume", {**told, **shown, "--reset-optimizer": None, "--rewarmup-steps": 4})
     assert (tmp_path / "samples.md").read_text().endswith(f"\n\n> {PROMPT}\n\n")
     assert "changed from here on: schedule.learning_rate: 0.003 -> 0.001" in output
     lines = metrics(tmp_path)
     assert [line["tokens"] for line in lines] == [128 * step for step in range(1, 7)]
     assert lines[4]["learning_rate"] < lines[5]["learning_rate"] < lines[3]["learning_rate"]
+    # Stopped within the warm-up, it goes on with it.
+    succeed("resume", {"--checkpoint-path": tmp_path, "--stop-at-step": 7})
+    schedule = CosineSchedule(1e-3, 1e-5, 3, 12, rewarmup_after=4, rewarmup_steps=4)
+    rates = [line["learning_rate"] for line in metrics(tmp_path)[4:]]
+    assert rates == [schedule.learning_rate(number) for number in (5, 6, 7)]
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(flags: dict[str, Any], uninterrupted: Path, tmp_path: Path) -> None:

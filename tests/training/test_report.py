@@ -70,3 +70,17 @@ def test_a_step_is_measured_over_all_the_processes_that_made_it(monkeypatch: pyt
     assert line["learning_rate"] == pytest.approx(1e-3)
     assert line["tokens_per_second"] == pytest.approx(336)
     assert line["mfu"] == pytest.approx(336 * flops_per_token(SHAPE, 7) / (6 * peak))
+
+
+def test_the_sample_of_a_step_is_drawn_with_the_runs_seed_and_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same after an interruption, and another at every save."""
+    seeds = []
+    monkeypatch.setattr(trainer, "sample_text", lambda model, tokenizer, tokens, seed: seeds.append(seed))
+    config = RunConfig(training=TrainingFlags(seed=30))
+    state = SimpleNamespace(step=10, model=None, all_lanes=dict, save=lambda *parts: Path("step_00000010"))
+    itself = SimpleNamespace(
+        config=config, workload=SimpleNamespace(tokenizer=None), state=state, global_batch=24, save_seconds=0.0
+    )
+    for state.step in (10, 20):
+        Trainer._save(cast(Any, itself), None)
+    assert seeds == [40, 50]
