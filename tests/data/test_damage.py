@@ -222,5 +222,5 @@ def test_a_row_group_of_every_bad_row_delivers_the_good_ones(kind, column, tmp_p
 )
 def test_a_column_of_another_type_is_refused(values, tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": values}), tmp_path / "shard")
-    with pytest.raises(DataError, match="no string column 'text'; its columns: text"):
+    with pytest.raises(DataError, match="no string column 'text'; 'text' is .*; its columns: text \\("):
         open_shard(tmp_path / "shard")
