@@ -1,4 +1,4 @@
-"""The directory of a run: what the run is, whether flags mean the same run, and what is tidied on continuing."""
+"""The directory of a run: what the run is, whether flags mean the same run, and which job has it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from argonne.checkpoint import CheckpointError, checkpoints, load_trainer, step_of
+from argonne.checkpoint import CheckpointError, checkpoints, load_trainer
 from argonne.data import changes, is_url, matching_default
-from argonne.files import make_directory, set_aside
+from argonne.files import make_directory
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import DataFlags, ModelFlags, RunConfig, RunFlags, TrainingFlags
 from argonne.training.layout_flags import ParallelFlags
-from argonne.training.report import Reports
 from argonne.training.run_file import RUN, run_of_checkpoints, stored_run
 
 Flags = TypeVar("Flags")
@@ -38,14 +37,6 @@ DATA = ("data.shards", "data.fingerprint", "data.weights", "data.filters", "toke
 
 PRECISION_FLAGS = {"float32": "fp32", "float64": "fp64"}
 """The flag that keeps weights and moments in a dtype."""
-
-# What would stand in the way of a report: a directory under the name of a file, or the reverse.
-_REPORTS = {
-    "metrics.jsonl": Path.is_dir,
-    "samples.md": Path.is_dir,
-    "loss.png": Path.is_dir,
-    "stats": Path.is_file,
-}
 
 
 def schedule_identity(config: RunConfig) -> dict[str, Any]:
@@ -124,26 +115,6 @@ def flags_from_json(saved: Mapping[str, Any]) -> RunConfig:
         parallel=_group(ParallelFlags, saved.get("parallel", {})),
         run=_group(RunFlags, saved.get("run", {})),
     )
-
-
-def continue_at(directory: Path, step: int, reports: Reports) -> list[str]:
-    """Make the directory say what was true at ``step``; returns a line for each checkpoint set aside.
-
-    What its ``reports`` say of steps past ``step`` is dropped: it is written again. Checkpoints past it are renamed,
-    not deleted.
-    """
-    # Checkpoints first, newest first: if this is interrupted, the next start still begins at `step` or later
-    # with every line up to there.
-    moved = []
-    for path in reversed(checkpoints(directory)):
-        if (step_of(path) or 0) > step:
-            aside = set_aside(path)
-            moved.append(f"checkpoint {path.name} lies past step {step} and was set aside as {aside.name}")
-    for name, is_wrong in _REPORTS.items():
-        if is_wrong(directory / name):
-            moved.append(f"{name} is no report of a run and was set aside as {set_aside(directory / name).name}")
-    reports.drop_after(step)
-    return moved
 
 
 @dataclasses.dataclass

@@ -15,8 +15,9 @@ from argonne.parallel.environment import place
 from argonne.parallel.errors import ArgonneError
 from argonne.training.conditions import announced, changed_since, identity_of
 from argonne.training.config import RunConfig
+from argonne.training.continuation import continue_at
 from argonne.training.kept_tokenizer import keep
-from argonne.training.run_directory import claim, continue_at, flags_to_json, read_run
+from argonne.training.run_directory import claim, flags_to_json, read_run
 from argonne.training.run_file import mended_run, write_run
 from argonne.training.setup import Workload, accumulation_for, prepare, with_tokens
 from argonne.training.state import TrainingState, versions

@@ -253,6 +253,8 @@ def test_precision_is_kept_or_converted_on_purpose_and_every_change_is_told_and_
     for damaged in ("step_00000009", "step_00000008", "step_00000007", "step_00000006"):
         with contextlib.suppress(FileNotFoundError):
             (directory / damaged / "config.json").write_text("{}")
+    back = attempt("pretrain", {**plain, "--initial-batch-size": 4})  # the run is in float32, what is intact is not
+    assert "would be converted (precision.state: float64 -> float32); legal: --precision fp64" in back
     # Back at a checkpoint in float64, the flags are those of that one too.
     told = succeed("resume", {"--checkpoint-path": directory, "--stop-at-step": 6}, nproc=1)
     assert "precision.state" not in told
