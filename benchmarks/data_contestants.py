@@ -29,10 +29,10 @@ from argonne.data import (
     read_texts,
     rejection,
 )
-from argonne.data.documents import MIN_TOKENS
-from argonne.data.encoder import shared_encoder
-from argonne.data.reader import batch_rows, cut_batches
-from argonne.data.units import cut_units
+from argonne.data.lanes.plan import cut_units
+from argonne.data.lanes.reader import batch_rows, cut_batches
+from argonne.data.tokens.encoder import shared_encoder
+from argonne.data.tokens.filters import MIN_TOKENS
 
 MAP_ROWS = 1000
 """Rows that `datasets` maps at a time: its default, and that of the recipe."""

@@ -28,8 +28,8 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script
 
+from argonne.launch.drive import guarded, parse
 from argonne.parallel import ArgonneError
-from argonne.training.command_line import guarded, parse
 from benchmarks.corpus_text import dictionary, text_files, web_pages
 from benchmarks.report import table
 

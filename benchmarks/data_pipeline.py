@@ -29,9 +29,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script, in this process and in its own
 
 from argonne.data import find_shards, open_shard, open_shards, read_texts, tokenizer_fingerprint
+from argonne.launch.drive import guarded, parse
+from argonne.launch.flags import HomeText
 from argonne.parallel import ArgonneError
-from argonne.training.command_line import guarded, parse
-from argonne.training.flags import HomeText
 from benchmarks.data_contestants import CONTESTANTS, DATASETS, FAST, FAST_ALONE, Contestant, Job
 from benchmarks.data_corpus import DEFAULT_FOLDER, build
 from benchmarks.data_report import Record, show, summarise

@@ -1,8 +1,8 @@
 """MKL or oneDNN: float32 products of a training step on this CPU, one thread. ``python benchmarks/gemm.py``
 
 The three products of a linear layer (output, input gradient, weight gradient), as ``F.linear`` and autograd make
-them and as ``argonne.parallel.gemm`` would have oneDNN make them. The best of many runs counts: others on the
-machine only ever make a product slower.
+them and as ``argonne.parallel.tensor_parallel.gemm`` would have oneDNN make them. The best of many runs counts:
+others on the machine only ever make a product slower.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script
 
 from argonne.kernels import Backend
 from argonne.kernels.dispatch import interprets
+from argonne.launch.drive import guarded, parse
 from argonne.parallel import ArgonneError, choose_device
-from argonne.training.command_line import guarded, parse
 from benchmarks import interpreter
 from benchmarks.kernel_accuracy import SIZES, observe
 from benchmarks.kernel_contestants import contestants

@@ -19,6 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script, in this process and in its ranks
 
+from argonne.launch.drive import drive, guarded, parse, world_size
 from argonne.models import ArgonneConfig, PipelinedModel, build_replicas
 from argonne.parallel import (
     ArgonneError,
@@ -29,12 +30,11 @@ from argonne.parallel import (
     initialise,
     process_groups,
 )
-from argonne.parallel.collectives import all_reduce
-from argonne.parallel.pipeline_plan import SCHEDULES, PipelinePlan
-from argonne.training.command_line import drive, guarded, parse, world_size
+from argonne.parallel.communication.collectives import all_reduce
+from argonne.parallel.pipeline_parallel.plan import SCHEDULES, PipelinePlan
 from argonne.training.layout_flags import ParallelFlags
 from argonne.training.optimizer import build_optimizer, set_learning_rate
-from argonne.training.setup import resolve_precision
+from argonne.training.run.setup import resolve_precision
 from benchmarks.report import environment, table, write_json
 
 TOLERANCE = 2e-3

@@ -36,10 +36,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script
 
+from argonne.launch.drive import guarded, parse, world_size
 from argonne.models import PRESETS, ArgonneConfig
 from argonne.models.config import preset
 from argonne.parallel import ArgonneError, choose_device
-from argonne.training.command_line import guarded, parse, world_size
 from argonne.training.metrics import flops_per_token, peak_flops
 from benchmarks.memory import USABLE, available_memory
 from benchmarks.report import environment, table, write_json

@@ -16,7 +16,7 @@ from argonne.models import ArgonneConfig, ArgonneModel
 from argonne.models.decoder import Block
 from argonne.parallel import ArgonneError, ProcessGroups
 from argonne.training.optimizer import build_optimizer
-from argonne.training.setup import PRECISIONS
+from argonne.training.run.setup import PRECISIONS
 from benchmarks.step_profile import StepProfile, profile_step
 
 LOSS_TOLERANCE = {"bf16": 2e-3, "fp32": 1e-5}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from argonne.parallel import ProcessGroups
-from argonne.parallel.collectives import gather_objects
+from argonne.parallel.communication.collectives import gather_objects
 from benchmarks.collective_timing import (
     ALL_REDUCE,
     Budget,

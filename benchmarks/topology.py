@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from argonne.parallel import ProcessGroups
-from argonne.parallel.collectives import gather_objects
+from argonne.parallel.communication.collectives import gather_objects
 
 SWITCH = "switch"
 """The far end of a link that leads to an NVSwitch."""

@@ -19,10 +19,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script, in this process and in its ranks
 
+from argonne.launch.drive import drive, guarded, parse, world_size
 from argonne.models.config import PRESETS, ArgonneConfig, preset
 from argonne.parallel import ArgonneError, Layout, ProcessGroups, choose_device, process_groups
-from argonne.parallel.collectives import collectively, gather_objects
-from argonne.training.command_line import drive, guarded, parse, world_size
+from argonne.parallel.communication.collectives import collectively, gather_objects
 from argonne.training.layout_flags import ParallelFlags
 from benchmarks.bandwidth_report import against_peak, plot_bandwidths, show, wrong_elements
 from benchmarks.collective_timing import ALL_REDUCE, OPERATIONS, Budget, exact_period, time_collective

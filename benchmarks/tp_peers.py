@@ -28,9 +28,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script, in this process and in its ranks
 
+from argonne.launch.drive import guarded, parse
 from argonne.models import ArgonneConfig
 from argonne.parallel import ArgonneError, Layout
-from argonne.training.command_line import guarded, parse
 from benchmarks.peers_models import Contestant, argonne_step, dense_step, dtensor_step
 from benchmarks.report import environment, table, write_json
 

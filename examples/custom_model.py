@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from argonne import parallel
-from argonne.training.command_line import drive, guarded, parse, world_size
+from argonne.launch.drive import drive, guarded, parse, world_size
 
 BATCH, SEQUENCE, VOCABULARY = 4, 64, 256
 

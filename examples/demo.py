@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
+from argonne.launch.drive import guarded, parse
 from argonne.parallel.legal import require_whole
 from argonne.parent import as_parent
-from argonne.training.command_line import guarded, parse
 from argonne.training.config import MOST_STEPS
 
 HERE = Path(__file__).parent

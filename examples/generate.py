@@ -19,15 +19,15 @@ from argonne.checkpoint import (
 )
 from argonne.data import load_tokenizer
 from argonne.inference import Sampling, generate
+from argonne.launch.drive import drive, guarded, parse, world_size
 from argonne.models import ArgonneConfig, build_model, end_tokens, from_huggingface
 from argonne.output import show
 from argonne.parallel import ArgonneError, PipelinePlan, choose_device, process_groups
 from argonne.parallel.legal import require_whole
-from argonne.training.command_line import drive, guarded, parse, world_size
 from argonne.training.config import MOST_SEED, Given
-from argonne.training.conflicts import without_effect
 from argonne.training.layout_flags import LayoutFlags
-from argonne.training.setup import PRECISIONS, resolve_precision
+from argonne.training.run.conflicts import without_effect
+from argonne.training.run.setup import PRECISIONS, resolve_precision
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import sys
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback of them
 
-from argonne.training.command_line import drive, guarded
-from argonne.training.resume import check_resume, parse_resume, resume
+from argonne.launch.drive import drive, guarded
+from argonne.training.run.resume import check_resume, parse_resume, resume
 
 if __name__ == "__main__":
     guarded(lambda: drive(resume, check_resume, parse_resume(sys.argv[1:])))

@@ -34,8 +34,8 @@ SOCKET = "server{}.sock"
 COUNT = 2  # of servers, between which ranks alternate
 EVERYTHING = (
     "argonne.inference.generate",
-    "argonne.training.resume",
-    "argonne.training.workflow",
+    "argonne.training.run.resume",
+    "argonne.training.run.workflow",
     "matplotlib.pyplot",
     "tiktoken",
     "torch._dynamo",

@@ -20,7 +20,7 @@ from argonne.checkpoint.format import (
 )
 from argonne.files import TEMPORARY
 from argonne.parallel import ProcessGroups
-from argonne.parallel.collectives import collectively, gather_objects
+from argonne.parallel.communication.collectives import collectively, gather_objects
 
 
 def checkpoints(root: Path) -> list[Path]:

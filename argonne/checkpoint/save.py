@@ -30,7 +30,7 @@ from argonne.checkpoint.format import (
 )
 from argonne.files import TEMPORARY, make_directory, sync, write_json
 from argonne.parallel import ProcessGroups, Region
-from argonne.parallel.collectives import gather_objects
+from argonne.parallel.communication.collectives import gather_objects
 
 MAX_FILE_BYTES = 1 << 30
 """Whole tensors are collected into files of about this size: the host memory that a writer needs."""

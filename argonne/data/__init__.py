@@ -5,19 +5,12 @@ global order of samples stays the same for every data-parallel size and after ev
 """
 
 from argonne.data.batches import Batch, BatchStream, ranks_per_lane, served_lanes
-from argonne.data.cache import TokenCache, open_cache
-from argonne.data.cache_build import build_cache
-from argonne.data.cached import CachedStream, check_cache
-from argonne.data.documents import REASONS, rejection
-from argonne.data.encoder import Encoder, encode
-from argonne.data.errors import DataError, naming
-from argonne.data.inventory import changes, describe, restore
-from argonne.data.location import Location, Url, is_url
-from argonne.data.mixture import LaneStream, Mixture, Weighted, parse_globs, states_of_source
-from argonne.data.position import DataPosition, LaneState
-from argonne.data.prefetch import Prefetcher
-from argonne.data.reader import check_block_size
-from argonne.data.shards import (
+from argonne.data.cache.build import build_cache
+from argonne.data.cache.store import TokenCache, open_cache
+from argonne.data.cache.stream import CachedStream, check_cache
+from argonne.data.corpus.inventory import changes, describe, restore
+from argonne.data.corpus.location import Location, Url, is_url
+from argonne.data.corpus.shards import (
     DEFAULT_GLOBS,
     OnBad,
     Shard,
@@ -30,15 +23,22 @@ from argonne.data.shards import (
     quarantined,
     read_texts,
 )
-from argonne.data.stream import Packed, SequenceStream
-from argonne.data.tokenizer import (
+from argonne.data.errors import DataError, naming
+from argonne.data.lanes.packing import Packed, SequenceStream
+from argonne.data.lanes.plan import default_lanes
+from argonne.data.lanes.reader import check_block_size
+from argonne.data.lanes.state import DataPosition, LaneState
+from argonne.data.mixture import LaneStream, Mixture, Weighted, parse_globs, states_of_source
+from argonne.data.prefetch import Prefetcher
+from argonne.data.tokens.encoder import Encoder, encode
+from argonne.data.tokens.filters import REASONS, rejection
+from argonne.data.tokens.tokenizer import (
     boundary_tokens,
     load_tokenizer,
     tokenizer_fingerprint,
     train_tokenizer,
 )
-from argonne.data.tokenizer_files import special_tokens, write_tokenizer
-from argonne.data.units import default_lanes
+from argonne.data.tokens.tokenizer_files import special_tokens, write_tokenizer
 
 __all__ = [
     "DEFAULT_GLOBS",

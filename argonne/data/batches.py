@@ -17,9 +17,9 @@ import numpy.typing as npt
 from einops import rearrange
 
 from argonne.data.errors import DataError
+from argonne.data.lanes.packing import Tokens
+from argonne.data.lanes.state import LaneState
 from argonne.data.mixture import LaneStream, Mixture
-from argonne.data.position import LaneState
-from argonne.data.stream import Tokens
 
 Number = TypeVar("Number", bound=np.generic)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Protocol
 
 from argonne.data.errors import DataError
-from argonne.data.position import LaneState
-from argonne.data.stream import Packed
+from argonne.data.lanes.packing import Packed
+from argonne.data.lanes.state import LaneState
 from argonne.parallel.legal import LARGEST
 
 # The fractional parts of k times the golden ratio fill the unit interval as evenly as any sequence can.

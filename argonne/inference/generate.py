@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from argonne.models import ArgonneModel, PipelinedModel
-from argonne.parallel.collectives import broadcast
+from argonne.parallel.communication.collectives import broadcast
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.legal import require_number, require_whole
 

@@ -7,10 +7,10 @@ from typing import Literal
 from torch import Tensor
 
 from argonne.kernels.dispatch import Backend, refuse, uses_triton
-from argonne.parallel.cross_entropy import Objective, Targets, vocab_parallel_cross_entropy
-from argonne.parallel.embedding import VocabParallelEmbedding, VocabParallelHead, VocabularyRange
-from argonne.parallel.groups import Axis
-from argonne.parallel.linear_cross_entropy import vocab_parallel_linear_cross_entropy
+from argonne.parallel.communication.groups import Axis
+from argonne.parallel.tensor_parallel.cross_entropy import Objective, Targets, vocab_parallel_cross_entropy
+from argonne.parallel.tensor_parallel.embedding import VocabParallelEmbedding, VocabParallelHead, VocabularyRange
+from argonne.parallel.tensor_parallel.linear_cross_entropy import vocab_parallel_linear_cross_entropy
 
 
 def cross_entropy(

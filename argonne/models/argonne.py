@@ -26,7 +26,7 @@ from argonne.parallel import (
     share_sequence,
     vocab_parallel_logits,
 )
-from argonne.parallel.collectives import all_gather
+from argonne.parallel.communication.collectives import all_gather
 
 Reduction = Literal["sum", "none"]
 

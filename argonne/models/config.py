@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from argonne.parallel.communication.layout import Layout, divisors, require_divisible
 from argonne.parallel.errors import ArgonneError, LayoutError
-from argonne.parallel.layout import Layout, divisors, require_divisible
 from argonne.parallel.legal import require_number, require_whole
 
 MOST_LAYERS = 1 << 16

@@ -30,8 +30,8 @@ from argonne.parallel import (
     replicated,
     share_sequence,
 )
-from argonne.parallel.documents import DocumentBounds, can_vary_length, document_bounds
-from argonne.parallel.groups import Axis
+from argonne.parallel.communication.groups import Axis
+from argonne.parallel.context_parallel.variable_length import DocumentBounds, can_vary_length, document_bounds
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from argonne.models.argonne import ArgonneModel, ArgonneStage, Reduction, pad_to
 from argonne.models.config import ArgonneConfig
 from argonne.models.decoder import Span
 from argonne.parallel import Precision, ProcessGroups, ShardedParameter, initialise, share_sequence
-from argonne.parallel.pipeline_plan import PipelinePlan, balance
-from argonne.parallel.stages import Activation, pipeline_forward, share_from_last
+from argonne.parallel.pipeline_parallel.plan import PipelinePlan, balance
+from argonne.parallel.pipeline_parallel.stages import Activation, pipeline_forward, share_from_last
 
 if TYPE_CHECKING:
-    from argonne.parallel.pipeline import Pipeline
+    from argonne.parallel.pipeline_parallel.schedule import Pipeline
 
 
 class PipelinedModel(nn.Module):
@@ -113,7 +113,7 @@ class PipelinedModel(nn.Module):
 
     def pipeline(self, micro_batches: int, batch: int, sequence: int) -> Pipeline:
         """The pipeline for steps of this shape, built when it is first needed."""
-        from argonne.parallel.pipeline import Pipeline  # takes a moment
+        from argonne.parallel.pipeline_parallel.schedule import Pipeline  # takes a moment
 
         key = (micro_batches, batch, sequence)
         if key not in self._pipelines:

@@ -18,7 +18,7 @@ from argonne.parallel import (
     ProcessGroups,
     data_parallel,
 )
-from argonne.parallel.data_parallel import Kind
+from argonne.parallel.data_parallel.kinds import Kind
 
 
 def replicas_of(

@@ -3,29 +3,10 @@
 Needs torch, numpy and einops, and nothing else of argonne.
 """
 
-from argonne.parallel.context import context_parallel_attention, context_positions, share_sequence
-from argonne.parallel.cross_entropy import IGNORE_INDEX, Objective, vocab_parallel_cross_entropy
-from argonne.parallel.data_parallel import data_parallel
-from argonne.parallel.embedding import (
-    VocabParallelEmbedding,
-    VocabParallelHead,
-    VocabularyRange,
-    vocab_parallel_logits,
-)
-from argonne.parallel.errors import ArgonneError, CollectiveMismatch, LayoutError
-from argonne.parallel.gradients import clip_gradients, complete_gradients, global_gradient_norm
-from argonne.parallel.groups import Axis, ProcessGroups, choose_device, process_groups
-from argonne.parallel.layout import AXES, Layout
-from argonne.parallel.legal import require_number, require_whole
-from argonne.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from argonne.parallel.linear_cross_entropy import vocab_parallel_linear_cross_entropy
-from argonne.parallel.partition import Partition, share
-from argonne.parallel.pipeline_plan import PipelinePlan, balance
-from argonne.parallel.precision import Precision
-from argonne.parallel.products import column_parallel_linear
-from argonne.parallel.random import Constant, Initialiser, Normal
-from argonne.parallel.recording import Collective, Log, record
-from argonne.parallel.regions import (
+from argonne.parallel.communication.groups import Axis, ProcessGroups, choose_device, process_groups
+from argonne.parallel.communication.layout import AXES, Layout
+from argonne.parallel.communication.recording import Collective, Log, record
+from argonne.parallel.communication.regions import (
     copy_to_region,
     gather_from_region,
     gather_from_sequence_region,
@@ -33,7 +14,17 @@ from argonne.parallel.regions import (
     reduce_scatter_to_sequence_region,
     scatter_to_region,
 )
-from argonne.parallel.sharding import (
+from argonne.parallel.context_parallel.attention import context_parallel_attention, context_positions, share_sequence
+from argonne.parallel.data_parallel.kinds import data_parallel
+from argonne.parallel.data_parallel.strategy import DataParallel
+from argonne.parallel.errors import ArgonneError, CollectiveMismatch, LayoutError
+from argonne.parallel.legal import require_number, require_whole
+from argonne.parallel.pipeline_parallel.plan import PipelinePlan, balance
+from argonne.parallel.pipeline_parallel.stages import Activation, pipeline_forward
+from argonne.parallel.sharding.gradients import clip_gradients, complete_gradients, global_gradient_norm
+from argonne.parallel.sharding.initialisation import Constant, Initialiser, Normal
+from argonne.parallel.sharding.partition import Partition, share
+from argonne.parallel.sharding.spec import (
     Region,
     Sharded,
     ShardedParameter,
@@ -44,8 +35,17 @@ from argonne.parallel.sharding import (
     replicated,
     sharded_parameters,
 )
-from argonne.parallel.stages import Activation, pipeline_forward
-from argonne.parallel.strategy import DataParallel
+from argonne.parallel.tensor_parallel.cross_entropy import IGNORE_INDEX, Objective, vocab_parallel_cross_entropy
+from argonne.parallel.tensor_parallel.embedding import (
+    VocabParallelEmbedding,
+    VocabParallelHead,
+    VocabularyRange,
+    vocab_parallel_logits,
+)
+from argonne.parallel.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
+from argonne.parallel.tensor_parallel.linear_cross_entropy import vocab_parallel_linear_cross_entropy
+from argonne.parallel.tensor_parallel.precision import Precision
+from argonne.parallel.tensor_parallel.products import column_parallel_linear
 
 __all__ = [
     "AXES",

@@ -11,11 +11,11 @@ import tyro
 
 from argonne.checkpoint import require_intact
 from argonne.kernels import Backend
+from argonne.launch.flags import HomeText, at_home
 from argonne.models.config import ArgonneConfig, preset
 from argonne.models.huggingface import from_huggingface
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.legal import require_number, require_whole
-from argonne.training.flags import HomeText, at_home
 from argonne.training.layout_flags import ParallelFlags
 
 DEFAULT_PRESET = "argonne-2.0-4.9b"

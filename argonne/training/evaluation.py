@@ -12,7 +12,7 @@ from argonne.data import DataError, SequenceStream, Shard, naming
 from argonne.inference import Sampling, generate
 from argonne.models import ArgonneModel, PipelinedModel
 from argonne.parallel import ProcessGroups
-from argonne.parallel.collectives import all_reduce, broadcast, collectively, gather_objects
+from argonne.parallel.communication.collectives import all_reduce, broadcast, collectively, gather_objects
 
 PROMPT = "Long long time ago, "
 

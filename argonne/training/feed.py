@@ -14,9 +14,9 @@ from einops import rearrange
 from torch import Tensor
 
 from argonne.data import Batch, BatchStream, DataError, LaneState, Prefetcher
+from argonne.data.staging import Staged, Staging
 from argonne.parallel import ProcessGroups
-from argonne.parallel.collectives import all_gather, broadcast, gather_objects
-from argonne.training.staging import Staged, Staging
+from argonne.parallel.communication.collectives import all_gather, broadcast, gather_objects
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from argonne.parallel.data_parallel import Kind
+from argonne.parallel.communication.layout import Layout
+from argonne.parallel.data_parallel.kinds import Kind
 from argonne.parallel.errors import ArgonneError
-from argonne.parallel.layout import Layout
-from argonne.parallel.pipeline_plan import PipelinePlan, ScheduleName
+from argonne.parallel.pipeline_parallel.plan import PipelinePlan, ScheduleName
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from argonne.training.plot import plot_loss
 
 if TYPE_CHECKING:
     from argonne.training.config import RunConfig
-    from argonne.training.setup import Workload
+    from argonne.training.run.setup import Workload
     from argonne.training.state import TrainingState
 
 T = TypeVar("T")

@@ -19,14 +19,14 @@ from argonne.data import LaneState, special_tokens, write_tokenizer
 from argonne.files import write_json
 from argonne.models import ArgonneModel, PipelinedModel, build_replicas, to_huggingface
 from argonne.parallel import DataParallel, ProcessGroups, ShardedParameter, initialise
-from argonne.parallel.collectives import gather_objects
-from argonne.training.conditions import dtype_name
+from argonne.parallel.communication.collectives import gather_objects
 from argonne.training.config import RunConfig
 from argonne.training.loss_scale import LossScale
 from argonne.training.optimizer import build_optimizer, moment_pieces
-from argonne.training.run_directory import flags_to_json
+from argonne.training.run.conditions import dtype_name
+from argonne.training.run.directory import flags_to_json
+from argonne.training.run.setup import Workload
 from argonne.training.schedule import CosineSchedule
-from argonne.training.setup import Workload
 
 
 @dataclass

@@ -13,21 +13,21 @@ import torch
 from argonne.checkpoint import prune
 from argonne.checkpoint.format import MANIFEST, step_directory
 from argonne.data import BatchStream, served_lanes
+from argonne.launch.refusal import NOTHING_GAINED, STOPPING, say, stopped_status
+from argonne.launch.signals import STOP
 from argonne.models import PipelinedModel
 from argonne.parallel import clip_gradients, global_gradient_norm
-from argonne.parallel.collectives import all_reduce
-from argonne.parallel.environment import seconds_since_start
+from argonne.parallel.communication.collectives import all_reduce
+from argonne.parallel.communication.environment import seconds_since_start
+from argonne.parallel.communication.groups import TRAINING_TIMEOUT
 from argonne.parallel.errors import ArgonneError
-from argonne.parallel.groups import TRAINING_TIMEOUT
 from argonne.training.config import RunConfig
-from argonne.training.endings import NOTHING_GAINED, STOPPING, say, stopped_status
 from argonne.training.evaluation import held_out_loss, sample_text
 from argonne.training.feed import BatchFeed, Fed
 from argonne.training.metrics import Progress, flops_per_token, memory_gib, peak_flops
 from argonne.training.optimizer import set_learning_rate
 from argonne.training.report import Reports, data_line
-from argonne.training.setup import Workload
-from argonne.training.signals import STOP
+from argonne.training.run.setup import Workload
 from argonne.training.state import TrainingState
 
 WALL_TIME = "--wall-time"

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from argonne.data import Encoder
-from argonne.data.documents import TokenIds
+from argonne.data.tokens.filters import TokenIds
 from argonne.parallel import ArgonneError
 from benchmarks import token_ids
 from benchmarks.data_tokenizer import choose_tokenizer

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from argonne.data import Shard, cache, open_shards, train_tokenizer
+from argonne.data import Shard, open_shards, train_tokenizer
+from argonne.data.cache import store as cache
 
 Row = object
 Corpus = list[list[list[Row]]]

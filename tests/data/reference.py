@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from math import ceil
 
 from argonne.data import DataPosition, encode
-from argonne.data.documents import rejection
+from argonne.data.tokens.filters import rejection
 
 
 class Reference:

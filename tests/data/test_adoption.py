@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from argonne.data import LaneState, SequenceStream, Shard, describe
-from argonne.data.adoption import adopt
-from argonne.data.units import UNITS_PER_LANE, LanePlan
+from argonne.data.lanes.adoption import adopt
+from argonne.data.lanes.plan import UNITS_PER_LANE, LanePlan
 
 LANES, BLOCK = 4, 15
 

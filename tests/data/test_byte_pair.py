@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import PreTrainedTokenizerFast
 
 from argonne.data import Encoder, train_tokenizer
-from argonne.data.byte_pair import AWKWARD, Declined, byte_pair
+from argonne.data.tokens.byte_pair import AWKWARD, Declined, byte_pair
 from tests.qwen import PATTERN, fast_tokenizer, named, qwen, ranks
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -15,14 +15,14 @@ from argonne.data import (
     DataError,
     SequenceStream,
     Shard,
-    cache,
     encode,
     open_cache,
     open_shards,
-    row_groups,
     train_tokenizer,
 )
-from argonne.data.documents import FILTERS, tokenise_rows
+from argonne.data.cache import store as cache
+from argonne.data.corpus import row_groups
+from argonne.data.tokens.filters import FILTERS, tokenise_rows
 from tests.data.files import build, content, spoil
 from tests.data.strategies import boundaries, run, seeds, shapes
 

@@ -16,10 +16,10 @@ import pytest
 from argonne.data import (
     DataError,
     build_cache,
-    cache,
     find_shards,
     open_shards,
 )
+from argonne.data.cache import store as cache
 from tests.data.files import build, content, spoil
 
 pytestmark = pytest.mark.usefixtures("small_units")

@@ -22,8 +22,8 @@ from argonne.data import (
     open_cache,
     served_lanes,
 )
-from argonne.data.documents import tokenise_rows
-from argonne.data.shuffle import Permutation
+from argonne.data.cache.permutation import Permutation
+from argonne.data.tokens.filters import tokenise_rows
 from tests.data.strategies import boundaries, lane_counts, layouts, run, seeds, shapes
 
 # A corpus has at least one document, of at least 20 words.

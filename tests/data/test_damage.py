@@ -19,7 +19,7 @@ from argonne.data import (
     open_shards,
     read_texts,
 )
-from argonne.data.documents import tokenise_rows
+from argonne.data.tokens.filters import tokenise_rows
 
 PARQUET = list(itertools.product(["none", "snappy", "zstd"], [True, False], ["1.0", "2.0"]))
 ARROW = list(itertools.product(["file", "stream"], [None, "lz4", "zstd"], [False, True]))

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from argonne.data import documents
-from argonne.data.documents import rejection, tokenise_rows
+from argonne.data.tokens import filters as documents
+from argonne.data.tokens.filters import rejection, tokenise_rows
 
 
 def rule(text: str) -> str | None:

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from argonne.data import BatchStream, DataPosition, LaneState, Mixture, Shard
-from argonne.data.stream import Packed
-from argonne.data.units import LanePlan, Place
+from argonne.data.lanes.packing import Packed
+from argonne.data.lanes.plan import LanePlan, Place
 
 LANES = 200_000
 

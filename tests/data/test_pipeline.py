@@ -18,10 +18,10 @@ from argonne.data import (
     Mixture,
     Prefetcher,
     SequenceStream,
-    row_groups,
     served_lanes,
     states_of_source,
 )
+from argonne.data.corpus import row_groups
 from tests.data.reference import Reference
 from tests.data.strategies import boundaries, run, seeds, shapes
 

@@ -19,9 +19,9 @@ from argonne.data import (
     quarantine,
     quarantined,
     read_texts,
-    row_groups,
     served_lanes,
 )
+from argonne.data.corpus import row_groups
 from tests.data.files import spoil
 from tests.data.strategies import run, seeds, shapes
 

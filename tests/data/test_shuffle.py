@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from argonne.data import DataError
-from argonne.data.shuffle import Permutation
+from argonne.data.cache.permutation import Permutation
 
 seeds = st.integers(-(2**70), 2**70)
 epochs = st.integers(0, 2**40)

@@ -18,10 +18,10 @@ from argonne.data import (
     LaneState,
     SequenceStream,
     check_block_size,
-    reader,
-    row_groups,
 )
-from argonne.data.reader import cut_batches
+from argonne.data.corpus import row_groups
+from argonne.data.lanes import reader
+from argonne.data.lanes.reader import cut_batches
 from tests.data.reference import Reference
 from tests.data.strategies import boundaries, lane_counts, run, seeds, shapes
 
@@ -262,7 +262,7 @@ def test_batches_to_tokenise_are_bounded_in_rows_and_characters_and_lose_nothing
     rows: list[str | None], most_rows: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("argonne.data.reader.BATCH_CHARACTERS", 10)
+        patch.setattr("argonne.data.lanes.reader.BATCH_CHARACTERS", 10)
         batches = list(cut_batches(rows, most_rows))
     assert [row for batch in batches for row in batch] == rows
     for batch in batches:

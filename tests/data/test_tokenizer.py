@@ -21,8 +21,8 @@ from argonne.data import (
     tokenizer_fingerprint,
     train_tokenizer,
 )
-from argonne.data.encoder import batch_rows
-from argonne.data.tokenizer import SPECIAL_TOKENS
+from argonne.data.tokens.encoder import batch_rows
+from argonne.data.tokens.tokenizer import SPECIAL_TOKENS
 
 TRAIN = """
 import sys

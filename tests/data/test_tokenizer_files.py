@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from argonne.data import boundary_tokens, load_tokenizer, special_tokens, tokenizer_fingerprint, write_tokenizer
-from argonne.data.byte_pair import AWKWARD
+from argonne.data.tokens.byte_pair import AWKWARD
 from tests.data.test_tokenizer import words
 from tests.older_clients import require_accepted
 

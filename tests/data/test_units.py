@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from argonne.data import DataError, DataPosition, LaneState, Shard, default_lanes
-from argonne.data.units import LanePlan, Place, cut_units
+from argonne.data.lanes.plan import LanePlan, Place, cut_units
 
 row_counts = st.lists(st.lists(st.integers(0, 9), max_size=5), min_size=1, max_size=4).filter(
     lambda shards: any(map(sum, shards))

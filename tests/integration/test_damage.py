@@ -12,9 +12,9 @@ import pytest
 
 from argonne.parallel import ArgonneError
 from argonne.training.config import DataFlags, ModelFlags, RunConfig
-from argonne.training.resume import parse_resume
-from argonne.training.run_directory import read_run
-from argonne.training.setup import check
+from argonne.training.run.directory import read_run
+from argonne.training.run.resume import parse_resume
+from argonne.training.run.setup import check
 from tests.integration.runs import MODEL, SCHEDULE, run, succeed
 
 pytestmark = pytest.mark.slow

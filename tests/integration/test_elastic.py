@@ -161,7 +161,7 @@ def test_restarts_are_asked_of_the_launcher_that_starts_the_ranks(flags: dict[st
 
 def test_the_time_before_a_restart_counts_as_run() -> None:
     """--wall-time is for the queue's limit, which does not begin anew when the agent starts its ranks again."""
-    code = "from argonne.parallel.environment import seconds_since_start; print(seconds_since_start())"
+    code = "from argonne.parallel.communication.environment import seconds_since_start; print(seconds_since_start())"
     environment = {**os.environ, "TORCHELASTIC_RUN_ID": "x", "PYTHONPATH": str(ROOT)}
     agent = ["bash", "-c", 'sleep 3; "$0" -c "$1"; true', sys.executable, code]
     began = time.monotonic()

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from argonne.data import boundary_tokens, load_tokenizer
-from argonne.data.byte_pair import AWKWARD
+from argonne.data.tokens.byte_pair import AWKWARD
 from argonne.models import ArgonneConfig
 from tests.data.test_tokenizer_files import KINDS
 from tests.export import export

@@ -28,7 +28,7 @@ from argonne.kernels.gpu import swiglu as gpu_swiglu
 from argonne.models import ArgonneConfig
 from argonne.models.decoder import Block, Places
 from argonne.parallel import Precision, ProcessGroups, VocabParallelHead, initialise, sharded_parameters
-from argonne.parallel.groups import Axis
+from argonne.parallel.communication.groups import Axis
 
 X, WEIGHT = torch.ones(2, 3, 4), torch.ones(4)
 TABLES = rope_tables(3, 4, 100.0)

@@ -22,8 +22,8 @@ from argonne.parallel import (
     initialise,
     regions_of,
 )
-from argonne.parallel.collectives import all_reduce
-from argonne.parallel.pipeline_plan import SCHEDULES, PipelinePlan
+from argonne.parallel.communication.collectives import all_reduce
+from argonne.parallel.pipeline_parallel.plan import SCHEDULES, PipelinePlan
 from argonne.training.optimizer import build_optimizer, moment_pieces, set_learning_rate
 from tests.whole import Parts
 

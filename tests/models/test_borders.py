@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from argonne.files import read_json, write_json
 from argonne.models import ArgonneConfig, from_huggingface
 from argonne.parallel import ArgonneError
-from argonne.parallel.layout import divisors
+from argonne.parallel.communication.layout import divisors
 from tests.models.test_huggingface import PLAIN, REUSED_DIRECTORY, write
 
 SMALL = ArgonneConfig(24, 2, 6, 3, 50)

@@ -22,8 +22,8 @@ from argonne.parallel import (
     record,
     vocab_parallel_cross_entropy,
 )
-from argonne.parallel.embedding import VocabularyRange
-from argonne.parallel.layout import Layout
+from argonne.parallel.communication.layout import Layout
+from argonne.parallel.tensor_parallel.embedding import VocabularyRange
 from tests.parallel.test_recording import ProductStarts
 from tests.pool import RankPool
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from argonne.models import ArgonneConfig, ArgonneModel
 from argonne.parallel import Layout, Precision, ProcessGroups, complete_gradients, context_positions
-from argonne.parallel.embedding import VocabularyRange
+from argonne.parallel.tensor_parallel.embedding import VocabularyRange
 from tests.pool import RankPool
 from tests.whole import Parts, assemble, assert_close, parts_of
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from argonne.models import ArgonneConfig, build_model, preset
 from argonne.models.pipelined import cut
 from argonne.parallel import Layout, Precision, ProcessGroups
-from argonne.parallel.pipeline_plan import SCHEDULES, PipelinePlan
+from argonne.parallel.pipeline_parallel.plan import SCHEDULES, PipelinePlan
 
 
 def held(config: ArgonneConfig, layout: Layout, rank: int, plan: PipelinePlan) -> dict[str, int]:

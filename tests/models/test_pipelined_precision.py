@@ -8,7 +8,7 @@ from torch import Tensor
 
 from argonne.models import ArgonneConfig, build_replicas
 from argonne.parallel import Layout, PipelinePlan, Precision, ProcessGroups, initialise
-from argonne.parallel.pipeline_plan import SCHEDULES
+from argonne.parallel.pipeline_parallel.plan import SCHEDULES
 from tests.pool import RankPool
 
 CONFIG = ArgonneConfig(16, 5, 4, 2, 53, 24, 16, initializer_range=0.3)

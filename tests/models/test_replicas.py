@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from argonne.models import ArgonneConfig, build_model, replicas_of
 from argonne.parallel import Layout, PipelinePlan, Precision, ProcessGroups
-from argonne.parallel import fully_shard as room
+from argonne.parallel.data_parallel import fully_shard as room
 from tests.pool import RankPool
 
 CONFIG = ArgonneConfig(16, 6, 4, 2, 24, 32)

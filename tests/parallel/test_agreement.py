@@ -23,15 +23,13 @@ from argonne.parallel import (
     CollectiveMismatch,
     Layout,
     ProcessGroups,
-    agreement,
-    collectives,
     complete_gradients,
     global_gradient_norm,
-    products,
     record,
-    recording,
 )
-from argonne.parallel.collectives import Pending, all_reduce, broadcast, gather_objects, start_all_reduce
+from argonne.parallel.communication import agreement, collectives, recording
+from argonne.parallel.communication.collectives import Pending, all_reduce, broadcast, gather_objects, start_all_reduce
+from argonne.parallel.tensor_parallel import products
 from tests.pool import RankPool
 
 WITHIN = 10.0  # seconds, from the beginning of the block to the report

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from argonne.parallel import ArgonneError, Layout, ProcessGroups
-from argonne.parallel.collectives import (
+from argonne.parallel.communication.collectives import (
     all_gather,
     all_reduce,
     broadcast,

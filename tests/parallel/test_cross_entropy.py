@@ -17,7 +17,7 @@ from argonne.parallel import (
     VocabularyRange,
     vocab_parallel_cross_entropy,
 )
-from argonne.parallel import cross_entropy as module
+from argonne.parallel.tensor_parallel import cross_entropy as module
 from tests.parallel.operands import SIZES
 from tests.pool import RankPool
 from tests.whole import assert_close

@@ -29,10 +29,10 @@ from argonne.parallel import (
     record,
     regions_of,
 )
-from argonne.parallel.buckets import plan_buckets
-from argonne.parallel.collectives import all_reduce
+from argonne.parallel.communication.collectives import all_reduce
+from argonne.parallel.data_parallel.buckets import plan_buckets
+from argonne.parallel.data_parallel.strategy import rows_of_rank
 from argonne.parallel.errors import ArgonneError
-from argonne.parallel.strategy import rows_of_rank
 from argonne.training.optimizer import MOMENTS, build_optimizer, set_learning_rate
 from tests.parallel.operands import values
 from tests.pool import RankPool

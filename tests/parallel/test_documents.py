@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.attention import varlen
 
 from argonne.parallel import context_parallel_attention
-from argonne.parallel import documents as module
-from argonne.parallel.documents import can_vary_length, document_bounds
-from argonne.parallel.groups import Axis
+from argonne.parallel.communication.groups import Axis
+from argonne.parallel.context_parallel import variable_length as module
+from argonne.parallel.context_parallel.variable_length import can_vary_length, document_bounds
 
 
 def definition(

@@ -10,10 +10,10 @@ from datetime import timedelta
 
 import pytest
 
-from argonne.parallel import environment, rendezvous
-from argonne.parallel.environment import Meeting, Place
+from argonne.parallel.communication import environment, rendezvous
+from argonne.parallel.communication.environment import Meeting, Place
+from argonne.parallel.communication.rendezvous import meet
 from argonne.parallel.errors import LauncherError
-from argonne.parallel.rendezvous import meet
 from tests.pool import free_port
 
 TWO = {"RANK": "1", "WORLD_SIZE": "2"}

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from argonne.models import ArgonneModel, build_replicas
 from argonne.parallel import ArgonneError, Layout, ProcessGroups, data_parallel, initialise, record
-from argonne.parallel.data_parallel import check_shard
-from argonne.parallel.pipeline_plan import PipelinePlan
+from argonne.parallel.data_parallel.kinds import check_shard
+from argonne.parallel.pipeline_parallel.plan import PipelinePlan
 from tests.parallel.test_data_parallel import (
     CONFIG,
     DOUBLE,

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from argonne.parallel import Precision, gemm
-from argonne.parallel.gemm import product, suits_onednn
-from argonne.parallel.products import local_linear
+from argonne.parallel import Precision
+from argonne.parallel.tensor_parallel import gemm
+from argonne.parallel.tensor_parallel.gemm import product, suits_onednn
+from argonne.parallel.tensor_parallel.products import local_linear
 
 
 @pytest.fixture(autouse=True)

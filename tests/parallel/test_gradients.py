@@ -25,7 +25,7 @@ from argonne.parallel import (
     regions_of,
     sharded_parameters,
 )
-from argonne.parallel.groups import TRAINING_TIMEOUT
+from argonne.parallel.communication.groups import TRAINING_TIMEOUT
 from tests.parallel.operands import attention_parts, under, values
 from tests.pool import RankPool
 from tests.whole import Parts, assemble, parts_of

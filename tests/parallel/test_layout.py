@@ -16,7 +16,7 @@ from argonne.parallel import (
     choose_device,
     process_groups,
 )
-from argonne.parallel.layout import divisors, require_divisible
+from argonne.parallel.communication.layout import divisors, require_divisible
 from tests.pool import RankPool
 
 LAYOUTS = st.builds(Layout, st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))

@@ -24,7 +24,7 @@ from argonne.parallel import (
     vocab_parallel_linear_cross_entropy,
     vocab_parallel_logits,
 )
-from argonne.parallel import linear_cross_entropy as module
+from argonne.parallel.tensor_parallel import linear_cross_entropy as module
 from tests.parallel.operands import SEEDS, SIZES, fill, own_tokens, under, values, whole_tokens
 from tests.parallel.test_cross_entropy import dense_losses
 from tests.pool import RankPool

@@ -16,9 +16,9 @@ from argonne.parallel import (
     ProcessGroups,
     VocabParallelEmbedding,
     VocabParallelHead,
-    linear_cross_entropy,
     vocab_parallel_linear_cross_entropy,
 )
+from argonne.parallel.tensor_parallel import linear_cross_entropy
 from tests.parallel.operands import SIZES, fill, under, values
 from tests.parallel.test_cross_entropy import dense_losses
 from tests.parallel.test_linear_cross_entropy import EVERYTHING, Case, build, chunks_of, loss_of

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from argonne.parallel import LayoutError, Partition, share
-from argonne.parallel.partition import check_partition
+from argonne.parallel.sharding.partition import check_partition
 from tests.parallel.operands import attention_parts, fused_parts, unshared_part
 
 RANKS = st.integers(1, 8)

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from argonne.parallel import ColumnParallelLinear, Layout, Precision, ProcessGroups, RowParallelLinear, initialise
-from argonne.parallel.collectives import all_reduce
-from argonne.parallel.deferral import deferring
-from argonne.parallel.pipeline import Pipeline
-from argonne.parallel.pipeline_plan import SCHEDULES, PipelinePlan
-from argonne.parallel.sharding import sharded_parameters
-from argonne.parallel.stages import Activation, pipeline_forward, share_from_last
+from argonne.parallel.communication.collectives import all_reduce
+from argonne.parallel.pipeline_parallel.plan import SCHEDULES, PipelinePlan
+from argonne.parallel.pipeline_parallel.schedule import Pipeline
+from argonne.parallel.pipeline_parallel.stages import Activation, pipeline_forward, share_from_last
+from argonne.parallel.sharding.spec import sharded_parameters
+from argonne.parallel.tensor_parallel.deferral import deferring
 from tests.pool import RankPool
 from tests.whole import Parts, assemble, assert_close, parts_of
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from argonne.parallel import LayoutError
-from argonne.parallel.pipeline_plan import SCHEDULES, PipelinePlan, balance, bubble_fraction
+from argonne.parallel.pipeline_parallel.plan import SCHEDULES, PipelinePlan, balance, bubble_fraction
 
 COSTS = st.lists(st.integers(1, 9).map(float), min_size=1, max_size=8)
 

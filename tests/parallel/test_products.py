@@ -11,7 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from argonne.parallel import ColumnParallelLinear, Layout, ProcessGroups, RowParallelLinear, collectives, gemm
+from argonne.parallel import ColumnParallelLinear, Layout, ProcessGroups, RowParallelLinear
+from argonne.parallel.communication import collectives
+from argonne.parallel.tensor_parallel import gemm
 from tests.parallel.operands import own_tokens, under, values
 from tests.pool import RankPool
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from argonne.parallel import Constant, Normal
-from argonne.parallel import random as module
+from argonne.parallel.sharding import initialisation as module
 
 SHAPES = st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple)
 

@@ -27,13 +27,13 @@ from argonne.parallel import (
     gather_from_sequence_region,
     global_gradient_norm,
     record,
-    recording,
     reduce_from_region,
     reduce_scatter_to_sequence_region,
     scatter_to_region,
     sharded_parameters,
 )
-from argonne.parallel.collectives import (
+from argonne.parallel.communication import recording
+from argonne.parallel.communication.collectives import (
     all_gather,
     all_reduce,
     broadcast,

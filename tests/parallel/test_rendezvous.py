@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from argonne.parallel.rendezvous import fresh_store
+from argonne.parallel.communication.rendezvous import fresh_store
 
 PATIENCE = timedelta(seconds=20)
 

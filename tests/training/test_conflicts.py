@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from argonne.launch.drive import drive, named_flags, parse
 from argonne.parallel import ArgonneError
-from argonne.parallel.environment import RESTARTS_LEFT
-from argonne.training.command_line import drive, named_flags, parse
+from argonne.parallel.communication.environment import RESTARTS_LEFT
 from argonne.training.config import ResumeConfig, RunConfig
-from argonne.training.conflicts import check_meaning
-from argonne.training.resume import parse_resume
+from argonne.training.run.conflicts import check_meaning
+from argonne.training.run.resume import parse_resume
 from examples import custom_model, demo, generate
 
 WITHOUT_EFFECT = {

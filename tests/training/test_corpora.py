@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from argonne.training.config import DataFlags
-from argonne.training.corpora import Corpora
+from argonne.training.run.corpora import Corpora
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 from argonne.data import DataError, parse_globs, train_tokenizer
 from argonne.parallel import ArgonneError, ProcessGroups
 from argonne.training.config import DataFlags
-from argonne.training.corpora import Corpora
 from argonne.training.evaluation import held_out_sequences
+from argonne.training.run.corpora import Corpora
 
 GOOD = ["some words that make a document of more than ten tokens, all of them plain letters"] * 30
 

@@ -7,9 +7,9 @@ import pytest
 from torch import Tensor
 
 from argonne.data import BatchStream, DataPosition, LaneState
-from argonne.data.stream import Packed
+from argonne.data.lanes.packing import Packed
 from argonne.parallel import Layout, ProcessGroups
-from argonne.parallel.layout import AXES
+from argonne.parallel.communication.layout import AXES
 from argonne.training.feed import BatchFeed
 from tests.pool import RankPool
 

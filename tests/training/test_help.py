@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from argonne.training.command_line import parse
+from argonne.launch.drive import parse
 from argonne.training.config import (
     DEFAULT_PRESET,
     DataFlags,

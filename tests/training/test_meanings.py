@@ -13,8 +13,6 @@ import torch
 
 from argonne.data import train_tokenizer
 from argonne.parallel import ArgonneError, ProcessGroups
-from argonne.training import conditions
-from argonne.training.conditions import MEANINGS, announced, changed_since, comparable, identity_of
 from argonne.training.config import (
     DataFlags,
     ModelFlags,
@@ -24,8 +22,10 @@ from argonne.training.config import (
     RunFlags,
     TrainingFlags,
 )
-from argonne.training.run_directory import differences
-from argonne.training.setup import prepare
+from argonne.training.run import conditions
+from argonne.training.run.conditions import MEANINGS, announced, changed_since, comparable, identity_of
+from argonne.training.run.directory import differences
+from argonne.training.run.setup import prepare
 from tests.integration.runs import write_corpus
 
 GROUPS = {"model": ModelFlags, "data": DataFlags, "training": TrainingFlags, "parallel": ParallelFlags, "run": RunFlags}

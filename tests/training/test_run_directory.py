@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from argonne.checkpoint import CheckpointError, checkpoints
 from argonne.parallel import ArgonneError
 from argonne.training.config import DataFlags, ModelFlags, RunConfig, RunFlags, TrainingFlags
-from argonne.training.continuation import continue_at
 from argonne.training.layout_flags import ParallelFlags
 from argonne.training.report import Reports
-from argonne.training.run_directory import (
+from argonne.training.run.continuation import continue_at
+from argonne.training.run.directory import (
     differences,
     flags_from_json,
     flags_to_json,

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs processes
 LISTENS = """
 import signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
-from argonne.training.signals import STOP
+from argonne.launch.signals import STOP
 STOP.listen()
 print("ready", flush=True)
 time.sleep(600)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from argonne.training.staging import Staging
+from argonne.data.staging import Staging
 
 
 def test_on_a_cpu_an_array_becomes_a_tensor_where_it_lies() -> None:

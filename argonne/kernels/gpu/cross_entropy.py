@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from argonne.kernels.gpu.launch import as_rows, cdiv, power_of_2, warps
-from argonne.parallel.cross_entropy import Kept, Targets
+from argonne.parallel.tensor_parallel.cross_entropy import Kept, Targets
 
 STATISTICS_BLOCK, GRADIENT_BLOCK = 8192, 2048
 """Columns at a time."""

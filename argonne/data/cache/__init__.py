@@ -1,0 +1,1 @@
+"""Tokens made once, before training, and read in a shuffled order."""

@@ -1,0 +1,1 @@
+"""From a glob to the text of a row."""

@@ -1,0 +1,264 @@
+"""The formats of shards: Parquet, the Arrow file format and the Arrow stream format.
+
+Files may be damaged anywhere. Whatever pyarrow makes of that becomes a DataError, and what it would take for
+good (it checks neither a footer's counts nor an Arrow array's offsets) is checked here before it is used.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.ipc as ipc
+import pyarrow.parquet as pq
+
+from argonne.data.corpus.location import Location, open_source
+from argonne.data.corpus.pages import page_fault
+from argonne.data.errors import DataError, one_line
+
+TEXT = "text"
+STREAM_BUFFER = 1 << 20
+
+# Of a schema, in a message.
+MOST_COLUMNS, MOST_CHARACTERS = 20, 60
+
+Format = Literal["Parquet file", "Arrow file", "Arrow stream"]
+# A stream starts with the marker that precedes every message.
+_MAGIC: dict[bytes, Format] = {
+    b"PAR1": "Parquet file",
+    b"ARROW1": "Arrow file",
+    b"\xff\xff\xff\xff": "Arrow stream",
+}
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
+# Columns that hold text, and the same bytes without the promise that they are UTF-8. Some writers leave the
+# promise out: their columns are binary, and read as text too.
+_BYTES = {
+    pa.string(): pa.binary(),
+    pa.large_string(): pa.large_binary(),
+    pa.string_view(): pa.binary_view(),
+    **{kind: kind for kind in (pa.binary(), pa.large_binary(), pa.binary_view())},
+}
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Whatever fails within becomes a DataError that names `what`."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # damage surfaces as any of a dozen types, SystemError and MemoryError among them
+        raise DataError(f"{what} cannot be read: {one_line(error)}") from error
+
+
+def inspect(location: Location) -> tuple[Format, int, tuple[int, ...]]:
+    """Format, size in bytes, and the rows of each row group or record batch; no text is read.
+
+    Raises:
+        DataError: it is no Parquet or Arrow file, cannot be read, or has no column of text called `text`.
+    """
+    with reading(f"shard {location}"):
+        with open_source(location) as source:
+            size: int = source.size()
+            kind = _format(location, source.read(8))
+            if kind == "Parquet file":
+                source.seek(0)
+                with pq.ParquetFile(source) as parquet:
+                    _text_column(location, parquet.schema_arrow)
+                    return kind, size, _parquet_rows(location, parquet.metadata)
+        with open_source(location, mapped=True) as source:
+            reader = _arrow_reader(location, kind, source)
+            # Arrow lists no row counts, so all messages are walked; being mapped, hardly a byte is read.
+            rows = tuple(batch.num_rows for batch in _batches(reader))
+            if kind == "Arrow stream":
+                _check_end(location, source)
+            return kind, size, rows
+
+
+class Texts:
+    """Texts as Arrow holds them, checked and not yet decoded to Python."""
+
+    def __init__(self, arrays: Sequence[pa.Array]) -> None:
+        for array in arrays:
+            # Offsets that point outside the data would end the process. Arrow checks them when asked to, but
+            # refuses an array for one bad text: as plain bytes it passes.
+            _as_bytes(array).validate(full=True)
+        self._arrays = arrays
+
+    def __len__(self) -> int:
+        return sum(map(len, self._arrays))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory, or mapped."""
+        return sum(array.nbytes for array in self._arrays)
+
+    def rows(self, first: int, end: int) -> list[object]:
+        """The rows from `first` to `end`: `str`, or None where a text is null or not valid UTF-8."""
+        found: list[object] = []
+        begin = 0
+        for array in self._arrays:
+            if begin < end and first < begin + len(array):
+                start = max(first - begin, 0)
+                found += _strings(array.slice(start, end - begin - start))
+            begin += len(array)
+        return found
+
+
+def read_column(location: Location, kind: Format, size: int, row_group: int) -> Texts:
+    """The `text` of one row group, where the file still has `size` bytes; see `open_texts`."""
+    where = f"row group {row_group} of shard {location}"
+    with reading(where), open_source(location, mapped=kind != "Parquet file") as source:
+        _check_size(where, source, size)
+        if kind != "Parquet file":
+            reader = _arrow_reader(location, kind, source)
+            return Texts([batch.column(TEXT) for batch in _batches(reader, row_group)])
+        with pq.ParquetFile(source, page_checksum_verification=True) as parquet:
+            column = parquet.read_row_group(row_group, columns=[TEXT]).column(TEXT)
+            _check_chunk(where, source, parquet.metadata, row_group, len(column), column.null_count)
+            return Texts(column.chunks)
+
+
+def stream_column(location: Location, size: int, row_group: int, rows: int) -> Iterator[Texts]:
+    """The `text` of one row group of a Parquet file, `rows` at a time: a few pages of it are in memory."""
+    where = f"row group {row_group} of shard {location}"
+    with reading(where), open_source(location) as source:
+        _check_size(where, source, size)
+        read = nulls = 0
+        with pq.ParquetFile(
+            source, page_checksum_verification=True, buffer_size=STREAM_BUFFER, pre_buffer=False
+        ) as parquet:
+            for batch in parquet.iter_batches(rows, row_groups=[row_group], columns=[TEXT], use_threads=False):
+                column = batch.column(TEXT)
+                read, nulls = read + len(column), nulls + column.null_count
+                yield Texts([column])
+            _check_chunk(where, source, parquet.metadata, row_group, read, nulls)
+
+
+def _check_size(where: str, source: pa.NativeFile, size: int) -> None:
+    if source.size() != size:
+        raise DataError(f"{where}: the file has {source.size():,} bytes, not {size:,}: the file was changed")
+
+
+def _format(location: Location, head: bytes) -> Format:
+    if not head:
+        raise DataError(f"shard {location} is empty (0 bytes)")
+    for magic, kind in _MAGIC.items():
+        if head.startswith(magic):
+            return kind
+    raise DataError(f"shard {location} starts with {head!r}; expected the content of a {', '.join(_MAGIC.values())}")
+
+
+def _text_column(location: Location, schema: pa.Schema) -> int:
+    """The index of the column `text`; raises DataError where there is none, or none of strings."""
+    found = schema.get_all_field_indices(TEXT)
+    if len(found) > 1:
+        raise DataError(
+            f"shard {location} has {len(found)} columns {TEXT!r}; legal: one. Its columns: {_columns(schema)}"
+        )
+    kind = schema.field(found[0]).type if found else None
+    if isinstance(kind, pa.DictionaryType):
+        kind = kind.value_type
+    if kind not in _BYTES:
+        other = f"; {TEXT!r} is {_short(kind)}" if found else ""
+        raise DataError(f"shard {location} has no string column {TEXT!r}{other}; its columns: {_columns(schema)}")
+    index: int = found[0]
+    return index
+
+
+def _columns(schema: pa.Schema) -> str:
+    """The columns and their types, on one line: names may be anything, and there may be thousands."""
+    listed = [f"{_short(field.name)} ({_short(field.type)})" for field in itertools.islice(schema, MOST_COLUMNS)]
+    more = [f"and {len(schema) - MOST_COLUMNS} more"] if len(schema) > MOST_COLUMNS else []
+    return ", ".join([*listed, *more]) or "none"
+
+
+def _short(value: object) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
+
+
+def _parquet_rows(location: Location, metadata: Any) -> tuple[int, ...]:
+    """The row counts, once the footer agrees with itself: it has no checksum of its own.
+
+    Columns are left alone: asking for one whose description is damaged ends the process (pyarrow 26).
+    """
+    rows = tuple(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups))
+    if sum(rows) != metadata.num_rows or any(count < 0 for count in rows):
+        total = f"{metadata.num_rows:,} rows in all and {sum(rows):,} in its row groups"
+        raise DataError(f"shard {location} cannot be read: its footer counts {total}")
+    return rows
+
+
+def _check_chunk(where: str, source: pa.NativeFile, metadata: Any, row_group: int, rows: int, nulls: int) -> None:
+    """Compare what was read with the statistics and the page headers: a damaged header can turn texts into nulls.
+
+    To be called once the column was read without fault; see `_parquet_rows`.
+    """
+    paths = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
+    chunk = metadata.row_group(row_group).column(paths.index(TEXT))
+    if chunk.physical_type != "BYTE_ARRAY":  # asking for statistics of another type ends the process, too
+        raise DataError(f"{where} cannot be read: its footer says that the texts are {chunk.physical_type}")
+    statistics = chunk.statistics
+    if statistics is not None and statistics.has_null_count and statistics.null_count != nulls:
+        told = f"not the {statistics.null_count:,} of its statistics"
+        raise DataError(f"{where} cannot be read: {nulls:,} null rows, {told}")
+    start = chunk.data_page_offset
+    if chunk.has_dictionary_page and chunk.dictionary_page_offset > 0:
+        start = min(start, chunk.dictionary_page_offset)
+    if fault := page_fault(source, start, rows, nulls):
+        raise DataError(f"{where} cannot be read: {fault}")
+
+
+def _arrow_reader(location: Location, kind: Format, source: pa.NativeFile) -> Any:
+    """A reader of the `text` column alone."""
+    connect = ipc.open_file if kind == "Arrow file" else ipc.open_stream
+    index = _text_column(location, connect(source).schema)
+    source.seek(0)
+    return connect(source, options=ipc.IpcReadOptions(included_fields=[index]))
+
+
+def _batches(reader: Any, only: int | None = None) -> Iterator[pa.RecordBatch]:
+    """All record batches, or just number `only`."""
+    if isinstance(reader, ipc.RecordBatchFileReader):
+        numbers = range(reader.num_record_batches) if only is None else [only]
+        return (reader.get_batch(number) for number in numbers)
+    # A stream has no index: the messages before the one wanted are passed over.
+    return iter(reader) if only is None else itertools.islice(reader, only, only + 1)
+
+
+def _check_end(location: Location, source: pa.NativeFile) -> None:
+    """A stream says nowhere how many batches it has: one cut off between two of them lacks its end marker."""
+    end, size = source.tell(), source.size()
+    source.seek(max(0, size - len(_END_OF_STREAM)))
+    if end != size or source.read() != _END_OF_STREAM:
+        raise DataError(
+            f"shard {location} cannot be read: the stream ends at byte {end:,} of {size:,}, or has no end marker"
+        )
+
+
+def _as_bytes(array: pa.Array) -> pa.Array:
+    """The same without the promise that the texts are UTF-8."""
+    if isinstance(array, pa.DictionaryArray):
+        values = array.dictionary.view(_BYTES[array.dictionary.type])
+        return pa.DictionaryArray.from_arrays(array.indices, values)
+    return array.view(_BYTES[array.type])
+
+
+def _strings(array: pa.Array) -> list[object]:
+    try:
+        texts = array.to_pylist()
+    except UnicodeDecodeError:
+        texts = _as_bytes(array).to_pylist()
+    return [_decode(text) if isinstance(text, bytes) else text for text in texts]
+
+
+def _decode(value: bytes) -> str | None:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return None

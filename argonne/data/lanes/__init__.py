@@ -1,0 +1,1 @@
+"""From a corpus to endless sequences, resumable at any token."""

@@ -1,0 +1,96 @@
+"""How a process of a job ends: its status, the one line that says why, and whether a launcher may repeat it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from argonne.parallel.communication.environment import Place, place, restarts_left, under_driver, under_torchrun
+from argonne.parallel.errors import ArgonneError, LauncherError
+
+USAGE, PEER_LOST, NOTHING_GAINED = 2, 3, 4
+"""Exit statuses: refused input; another process of the job is gone; ``--wall-time`` was too short for one step."""
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that ask a job to stop. Its exit status is then 128 and the signal's number."""
+
+FINAL = (USAGE, NOTHING_GAINED, *(128 + number for number in STOPPING))
+"""Exit statuses after which the same command again would only end in the same way, or was asked to end."""
+
+_REFUSED = "argonne/refused"
+"""Is in the store of a job that a rank has refused."""
+_FIRST_RANK_SPEAKS_WITHIN = 20.0  # seconds
+LAUNCHER_LOOKS_WITHIN = 2.0  # seconds; a launcher has then acted on the rank that failed first
+
+
+def say(line: str) -> None:
+    """One line for people, on standard error."""
+    print(f"argonne: {line}", file=sys.stderr, flush=True)
+
+
+def leave(status: int) -> NoReturn:
+    """End at once: an orderly exit would wait for communication threads whose peers may be gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def leave_for_good(status: int) -> NoReturn:
+    """``leave``, and have no launcher start this again.
+
+    A driver that launched this knows by the status. torchrun repeats whatever ends in another status than 0, so its
+    agent on this node is ended; its own status is 1.
+    """
+    with contextlib.suppress(LauncherError):  # it does not say whether there are restarts
+        if under_torchrun() and not under_driver() and restarts_left():
+            os.kill(os.getppid(), signal.SIGTERM)
+    leave(status)
+
+
+def stopped_status(number: int) -> int:
+    """The status of a process that a signal has stopped: a launcher other than ours must not take it for a fault."""
+    ours = under_driver() or not place().launched
+    return 128 + number if ours else 0
+
+
+def refuse(error: ArgonneError) -> NoReturn:
+    """Say what is wrong from the first rank only, then end with status 2.
+
+    Every rank refuses the same input by itself. The others wait for the launcher to end them, so that it
+    does not end the first rank before it has spoken; if it never does, the fault was this rank's alone, or
+    its node's, whose launcher hears nothing from the first: then the node's first rank speaks for it.
+    """
+    here, message = _place(), str(error)
+    if here.rank != 0:
+        # What somebody has set by hand for this very process nobody else will speak of.
+        if under_torchrun() or not isinstance(error, LauncherError):
+            time.sleep(_FIRST_RANK_SPEAKS_WITHIN + (0.0 if here.is_first_here else LAUNCHER_LOOKS_WITHIN))
+        message = f"rank {here.rank}: {message}"
+    say(f"error: {message}")
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            dist.distributed_c10d._get_default_store().set(_REFUSED, "")
+    leave_for_good(USAGE)
+
+
+def was_refused() -> bool:
+    """Whether a rank that is gone has refused something: then this one must not be started again either.
+
+    Its agent would, and wait for the other node's, which has ended, for as long as a rendezvous may take.
+    """
+    with contextlib.suppress(RuntimeError):  # the store may be gone with the agent that kept it
+        return dist.is_initialized() and dist.distributed_c10d._get_default_store().check([_REFUSED])
+    return False
+
+
+def _place() -> Place:
+    try:
+        return place()
+    except LauncherError:  # then this process is no rank of anything, and speaks for itself
+        return Place()

@@ -1,0 +1,176 @@
+"""The collectives, wrapped once: over an axis of one process each returns what it is given.
+
+They are not differentiable; ``regions.py`` pairs each with its dual. Every one announces itself to
+``recording.py``. Under ``torch.compile`` those on tensors become nodes of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from argonne.parallel.communication import recording
+from argonne.parallel.communication.groups import Axis
+from argonne.parallel.errors import ArgonneError
+
+T = TypeVar("T")
+
+# torch 2.13 renames the two tensor collectives and warns of the old names; 2.11 has the old ones only.
+_all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_tensor = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass
+class Pending:
+    """A collective in flight."""
+
+    result: Tensor
+    work: Any = None
+    entry: recording.Collective | None = None
+    in_graph: bool = False
+
+    def wait(self) -> Tensor:
+        """The result, once it may be read."""
+        if self.in_graph:
+            return torch.ops._c10d_functional.wait_tensor(self.result)
+        if self.work is not None:
+            self.work.wait()
+        recording.complete(self.entry)
+        return self.result
+
+
+def start_all_reduce(tensor: Tensor, axis: Axis, site: str | None = None, *, wait: bool = False) -> Pending:
+    """Begin to sum ``tensor`` (contiguous) over ``axis``; it may be overwritten and must be left alone until waited.
+
+    ``site`` is that of the forward when a backward calls. With ``wait`` nothing is meant to run beside it.
+    """
+    if axis.group is None:
+        return Pending(tensor)
+    if torch.compiler.is_compiling():
+        result = torch.ops._c10d_functional.all_reduce(tensor, "sum", axis.group.group_name)
+        return Pending(result, in_graph=True)
+    entry = recording.announce("all_reduce", axis, tensor, site, is_async=not wait)
+    work = dist.all_reduce(tensor, group=axis.group, async_op=not wait)
+    return Pending(tensor, work, entry)
+
+
+def start_all_gather(tensor: Tensor, axis: Axis, site: str | None = None, *, wait: bool = False) -> Pending:
+    """Begin to join every rank's ``tensor`` (equal shapes) along dimension 0, in rank order."""
+    if axis.group is None:
+        return Pending(tensor)
+    tensor = tensor.contiguous()
+    if torch.compiler.is_compiling():
+        result = torch.ops._c10d_functional.all_gather_into_tensor(tensor, axis.size, axis.group.group_name)
+        return Pending(result, in_graph=True)
+    result = tensor.new_empty((axis.size * tensor.shape[0], *tensor.shape[1:]))
+    entry = recording.announce("all_gather", axis, tensor, site, is_async=not wait)
+    work = _all_gather_tensor(result, tensor, group=axis.group, async_op=not wait)
+    return Pending(result, work, entry)
+
+
+def start_reduce_scatter(tensor: Tensor, axis: Axis, site: str | None = None, *, wait: bool = False) -> Pending:
+    """Begin to sum ``tensor`` over ``axis``, each rank keeping its equal part of dimension 0.
+
+    Raises:
+        ArgonneError: dimension 0 cannot be cut into equal parts.
+    """
+    if axis.group is None:
+        return Pending(tensor)
+    if tensor.shape[0] % axis.size:
+        raise ArgonneError(
+            f"dimension 0 of {list(tensor.shape)} cannot be shared out over {axis.name} in equal parts; "
+            f"legal: a multiple of {axis.size}"
+        )
+    tensor = tensor.contiguous()
+    if torch.compiler.is_compiling():
+        name = axis.group.group_name
+        result = torch.ops._c10d_functional.reduce_scatter_tensor(tensor, "sum", axis.size, name)
+        return Pending(result, in_graph=True)
+    result = tensor.new_empty((tensor.shape[0] // axis.size, *tensor.shape[1:]))
+    entry = recording.announce("reduce_scatter", axis, tensor, site, is_async=not wait)
+    work = _reduce_scatter_tensor(result, tensor, group=axis.group, async_op=not wait)
+    return Pending(result, work, entry)
+
+
+def all_reduce(tensor: Tensor, axis: Axis, site: str | None = None) -> Tensor:
+    """The sum of ``tensor`` (contiguous) over ``axis``, computed in place outside ``torch.compile``."""
+    return start_all_reduce(tensor, axis, site, wait=True).wait()
+
+
+def all_gather(tensor: Tensor, axis: Axis, site: str | None = None) -> Tensor:
+    """Every rank's ``tensor`` (equal shapes), stacked: ``[axis.size, *tensor.shape]``."""
+    joined = start_all_gather(tensor if tensor.dim() else tensor.view(1), axis, site, wait=True).wait()
+    return joined.view(axis.size, *tensor.shape)
+
+
+def reduce_scatter(tensor: Tensor, axis: Axis, site: str | None = None) -> Tensor:
+    """The sum over ``axis`` of part ``axis.rank`` of ``tensor``, cut along dimension 0."""
+    return start_reduce_scatter(tensor, axis, site, wait=True).wait()
+
+
+def broadcast(tensor: Tensor, axis: Axis, source: int = 0) -> Tensor:
+    """Overwrite ``tensor`` with that of rank ``source`` of ``axis``, and return it."""
+    if axis.group is not None:
+        entry = recording.announce("broadcast", axis, tensor)
+        dist.broadcast(tensor, src=axis.ranks[source], group=axis.group)
+        recording.complete(entry)
+    return tensor
+
+
+def exchange(tensor: Tensor, axis: Axis, first: int, second: int) -> Tensor:
+    """What the other of the two ranks ``first`` and ``second`` of ``axis`` hands in; only they call this."""
+    other = axis.ranks[second if axis.rank == first else first]
+    received = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    entry = recording.announce("exchange", replace(axis, ranks=tuple(axis.ranks[r] for r in (first, second))), tensor)
+    operations = [
+        dist.P2POp(dist.isend, tensor.contiguous(), other, axis.group),
+        dist.P2POp(dist.irecv, received, other, axis.group),
+    ]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+    recording.complete(entry)
+    return received
+
+
+def transfer(tensor: Tensor, axis: Axis, source: int, target: int) -> Tensor:
+    """Send ``tensor`` from rank ``source`` of ``axis`` to rank ``target``, which overwrites its own; only they call."""
+    pair = tuple(axis.ranks[rank] for rank in (source, target))
+    entry = recording.announce("transfer", replace(axis, ranks=pair), tensor)
+    if axis.rank == source:
+        dist.send(tensor.contiguous(), pair[1], axis.group)
+    else:
+        dist.recv(tensor, pair[0], axis.group)
+    recording.complete(entry)
+    return tensor
+
+
+def gather_objects(value: T, axis: Axis) -> list[T]:
+    """Every rank's small Python ``value``, in rank order. For set-up and saves, not for training steps."""
+    if axis.group is None:
+        return [value]
+    gathered: list[Any] = [None] * axis.size
+    entry = recording.announce("gather_objects", axis)
+    dist.all_gather_object(gathered, value, group=axis.group)
+    recording.complete(entry)
+    return gathered
+
+
+def collectively(action: Callable[[], T], axis: Axis) -> T:
+    """Run ``action`` on every rank; if it is refused on any, raise an ``ArgonneError`` of it on all of them.
+
+    So that a fault which one rank alone can see (a file, say) leaves no other waiting.
+    """
+    problem = None
+    try:
+        result = action()
+    except (ArgonneError, OSError) as error:
+        problem = str(error)
+    for found in gather_objects(problem, axis):
+        if found is not None:
+            raise ArgonneError(found)
+    return result

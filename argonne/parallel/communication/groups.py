@@ -1,0 +1,210 @@
+"""The processes that work together: made once, frozen, and handed to every constructor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from argonne.parallel.communication import recording
+from argonne.parallel.communication.environment import meeting, place
+from argonne.parallel.communication.layout import AXES, Layout
+from argonne.parallel.communication.rendezvous import meet
+from argonne.parallel.communication.shutdown import let_threads_rest
+from argonne.parallel.errors import LayoutError
+
+STARTUP_TIMEOUT = timedelta(minutes=10)
+"""Rendezvous, loading and the first batch: machines start at different times and disks are slow."""
+TRAINING_TIMEOUT = timedelta(minutes=5)
+"""Once every rank is running, a collective that takes longer has lost a peer."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One process's view of the processes it works with along one axis of the layout."""
+
+    name: str
+    size: int = 1
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
+    """``None`` when the axis has one process: every collective over it is then skipped."""
+    ranks: tuple[int, ...] = (0,)
+    """The global rank of each member."""
+
+
+JOINT_AXES = {
+    "replicas": ("data", "context"),
+    "stage": ("data", "context", "tensor"),
+    "model": ("pipeline", "context", "tensor"),
+}
+"""Axes taken together, under the names that ``ProcessGroups`` gives them."""
+
+
+@dataclass(frozen=True)
+class ProcessGroups:
+    """Every axis of a layout as this process sees it. Nothing else knows which rank it is."""
+
+    layout: Layout
+    device: torch.device
+    world: Axis
+    tensor: Axis
+    pipeline: Axis
+    data: Axis
+    context: Axis
+    replicas: Axis
+    """Data and context together: the ranks with the same parameters, over which gradients are partial sums."""
+    stage: Axis
+    """Data, context and tensor together: all the ranks of one pipeline stage."""
+    model: Axis
+    """Pipeline, context and tensor together: the ranks that one batch of samples is for."""
+    mesh: DeviceMesh | None = None
+    """The axes of ``AXES`` and the joint ones, for PyTorch's own parallel tools; None for a lone process."""
+
+    @classmethod
+    def single(cls, device: torch.device | str = "cpu", layout: Layout | None = None) -> ProcessGroups:
+        """The groups of a lone process: no launcher and no ``torch.distributed`` needed.
+
+        ``layout``, of one process, is kept as it is: what it asks for besides has no effect here, but is recorded.
+        """
+        layout = layout or Layout()
+        layout.require_world_size(1)
+        axes: dict[str, Any] = {axis: Axis(axis) for axis in (*AXES, *JOINT_AXES)}
+        return cls(layout, torch.device(device), Axis("world"), **axes)
+
+    @classmethod
+    def of_rank(cls, layout: Layout, rank: int, device: torch.device | str = "meta") -> ProcessGroups:
+        """What ``rank`` of a job would see, without the job: to build a model and count, not to run it."""
+        place = dict(zip(AXES, layout.coordinates(rank), strict=True))
+        sizes = dict(zip(AXES, layout.sizes, strict=True))
+        for name, parts in (("world", AXES), *JOINT_AXES.items()):
+            sizes[name] = math.prod(sizes[part] for part in parts)
+            place[name] = 0
+            for part in parts:
+                place[name] = place[name] * sizes[part] + place[part]
+        axes: dict[str, Any] = {name: Axis(name, sizes[name], place[name]) for name in sizes}
+        return cls(layout, torch.device(device), **axes)
+
+    @classmethod
+    def from_world(cls, layout: Layout, device: torch.device | str) -> ProcessGroups:
+        """Arrange the initialised default process group by ``layout`` (collective over all its ranks).
+
+        Raises:
+            LayoutError: the number of processes is not what the layout needs.
+        """
+        world_size = dist.get_world_size()
+        layout.require_world_size(world_size)
+        device = torch.device(device)
+        rank = dist.get_rank()
+        if world_size == 1:
+            return cls.single(device, layout)
+        world = Axis("world", world_size, rank, dist.group.WORLD, tuple(range(world_size)))
+        mesh = init_device_mesh(device.type, layout.sizes, mesh_dim_names=AXES)
+        axes: dict[str, Any] = {axis: _axis(mesh, axis) for axis in AXES}
+        for name, parts in JOINT_AXES.items():
+            axes[name] = _joint(mesh, name, [axes[part] for part in parts], world)
+        return cls(layout, device, world, mesh=mesh, **axes)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks for the job: prints, and writes what is written once."""
+        return self.world.rank == 0
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether the tensor-parallel ranks share out the tokens between their layers."""
+        return self.layout.sequence_parallel and self.tensor.size > 1
+
+    @property
+    def coordinates(self) -> dict[str, int]:
+        """This process's rank along each axis."""
+        return {axis: getattr(self, axis).rank for axis in AXES}
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Give every later collective ``timeout`` before it counts as a lost peer."""
+        axes = [self.world, *(getattr(self, axis) for axis in (*AXES, *JOINT_AXES))]
+        for group in {id(axis.group): axis.group for axis in axes if axis.group is not None}.values():
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+    def barrier(self) -> None:
+        """Wait for every process of the job."""
+        if self.world.group is not None:
+            entry = recording.announce("barrier", self.world)
+            dist.barrier(self.world.group)
+            recording.complete(entry)
+
+
+def _axis(mesh: DeviceMesh, name: str, line: DeviceMesh | None = None) -> Axis:
+    line = mesh[name] if line is None else line
+    if line.size() == 1:
+        return Axis(name, ranks=(dist.get_rank(),))
+    group = line.get_group()
+    return Axis(name, line.size(), line.get_local_rank(), group, tuple(dist.get_process_group_ranks(group)))
+
+
+def _joint(mesh: DeviceMesh, name: str, parts: list[Axis], world: Axis) -> Axis:
+    """The axes ``parts`` as one, the last varying fastest; without a group of its own where one fits."""
+    size = math.prod(part.size for part in parts)
+    longest = max(parts, key=lambda part: part.size)
+    if size == longest.size:
+        return replace(longest, name=name)
+    if size == world.size:
+        return replace(world, name=name)
+    return _axis(mesh, name, mesh[tuple(part.name for part in parts)]._flatten(name))
+
+
+def choose_device(kind: str) -> torch.device:
+    """The device of this process for ``kind`` in ``cpu | cuda | auto``, bound by LOCAL_RANK.
+
+    Raises:
+        LayoutError: ``cuda`` is asked for and not there, or LOCAL_RANK has no GPU of its own.
+    """
+    if kind not in ("cpu", "cuda", "auto"):
+        raise LayoutError(f"device={kind!r} is not known; legal: cpu, cuda, auto")
+    available = torch.cuda.is_available()
+    if kind == "cpu" or (kind == "auto" and not available):
+        return torch.device("cpu")
+    if not available:
+        raise LayoutError("device='cuda' was asked for, but this machine has no CUDA device; legal: cpu, auto")
+    here = place()
+    # Ranks that were started by hand may not be told which of their node's they are.
+    local_rank = here.rank % torch.cuda.device_count() if here.local_rank is None else here.local_rank
+    if local_rank >= torch.cuda.device_count():
+        raise LayoutError(
+            f"LOCAL_RANK={local_rank} has no GPU of its own; this machine has {torch.cuda.device_count()}"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def process_groups(layout: Layout, device: torch.device) -> Iterator[ProcessGroups]:
+    """Join the job that the launcher's environment describes; leave it cleanly at the end.
+
+    Reads RANK, WORLD_SIZE, MASTER_ADDR [127.0.0.1] and MASTER_PORT [29500] (set by ``torchrun``, a scheduler
+    or by hand); without them this process is the whole job. Gloo serves CPU tensors, NCCL those on GPUs.
+    On an exception the groups are left as they are: a peer may be gone, and waiting for it would hang.
+    """
+    here = place()
+    layout.require_world_size(here.world_size)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if here.world_size == 1:
+        yield ProcessGroups.single(device, layout)
+        return
+    options: dict[str, Any] = {"timeout": STARTUP_TIMEOUT, "rank": here.rank, "world_size": here.world_size}
+    options["store"] = meet(here, meeting(), STARTUP_TIMEOUT)
+    if device.type == "cuda":
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **options)
+    else:
+        dist.init_process_group("gloo", **options)
+    groups = ProcessGroups.from_world(layout, device)
+    yield groups
+    groups.barrier()
+    let_threads_rest()
+    dist.destroy_process_group()

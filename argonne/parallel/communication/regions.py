@@ -1,0 +1,151 @@
+"""The conjugate region functions: each collective is one autograd Function whose backward is its dual.
+
+In the notation of Megatron-LM (arXiv 1909.08053, figure 3) ``copy_to_region`` is *f* and
+``reduce_from_region`` is *g*; with sequence parallelism (arXiv 2205.05198, figure 5) their places are taken by
+``gather_from_sequence_region`` and ``reduce_scatter_to_sequence_region``, which share out dimension 0.
+Over an axis of one process every function returns its input; none ever writes to it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from argonne.parallel.communication.collectives import all_gather, all_reduce, reduce_scatter
+from argonne.parallel.communication.groups import Axis
+from argonne.parallel.communication.recording import site
+from argonne.parallel.errors import ArgonneError
+
+
+class _CopyToRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
+        ctx.axis, ctx.site = axis, site()
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return all_reduce(_copy(gradient), ctx.axis, ctx.site), None
+
+
+class _ReduceFromRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
+        return all_reduce(_copy(tensor), axis)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient, None
+
+
+class _GatherFromRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return _join(tensor, axis, dim)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _own_part(gradient, ctx.axis, ctx.dim), None, None
+
+
+class _ScatterToRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.axis, ctx.dim, ctx.site = axis, dim, site()
+        return _own_part(tensor, axis, dim)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _join(gradient, ctx.axis, ctx.dim, ctx.site), None, None
+
+
+class _GatherFromSequenceRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
+        ctx.axis, ctx.site = axis, site()
+        return _join(tensor, axis, 0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return reduce_scatter(gradient, ctx.axis, ctx.site), None
+
+
+class _ReduceScatterToSequenceRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
+        ctx.axis, ctx.site = axis, site()
+        return reduce_scatter(tensor, axis)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _join(gradient, ctx.axis, 0, ctx.site), None
+
+
+def copy_to_region(tensor: Tensor, axis: Axis) -> Tensor:
+    """Enter a parallel region: the identity forward, the sum of the ranks' gradients backward (*f*)."""
+    return tensor if axis.group is None else _CopyToRegion.apply(tensor, axis)
+
+
+def reduce_from_region(tensor: Tensor, axis: Axis) -> Tensor:
+    """Leave a parallel region: the sum of the ranks' partial results forward, the identity backward (*g*)."""
+    return tensor if axis.group is None else _ReduceFromRegion.apply(tensor, axis)
+
+
+def gather_from_region(tensor: Tensor, axis: Axis, dim: int = -1) -> Tensor:
+    """Join equal parts of a dimension forward; take this rank's part of the gradient backward.
+
+    For results that every rank goes on to use in the same way.
+    """
+    return tensor if axis.group is None else _GatherFromRegion.apply(tensor, axis, dim)
+
+
+def scatter_to_region(tensor: Tensor, axis: Axis, dim: int = -1) -> Tensor:
+    """Take this rank's equal part of a dimension forward; join the parts' gradients backward.
+
+    With ``dim=0`` this is how a tensor that every rank has enters sequence parallelism.
+
+    Raises:
+        ArgonneError: the dimension cannot be cut into equal parts.
+    """
+    return tensor if axis.group is None else _ScatterToRegion.apply(tensor, axis, dim)
+
+
+def gather_from_sequence_region(tensor: Tensor, axis: Axis) -> Tensor:
+    """Enter a tensor-parallel region from a sequence-parallel one: ``[tokens / ranks, ...]`` -> ``[tokens, ...]``.
+
+    All-gather forward, reduce-scatter backward: each rank uses the tokens in its own way.
+    """
+    return tensor if axis.group is None else _GatherFromSequenceRegion.apply(tensor, axis)
+
+
+def reduce_scatter_to_sequence_region(tensor: Tensor, axis: Axis) -> Tensor:
+    """Leave a tensor-parallel region for a sequence-parallel one: ``[tokens, ...]`` -> ``[tokens / ranks, ...]``.
+
+    Reduce-scatter of the ranks' partial results forward, all-gather backward.
+
+    Raises:
+        ArgonneError: the tokens cannot be shared out in equal parts.
+    """
+    return tensor if axis.group is None else _ReduceScatterToSequenceRegion.apply(tensor, axis)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """The all-reduce works in place, on memory that is nobody else's."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _join(tensor: Tensor, axis: Axis, dim: int, site: str | None = None) -> Tensor:
+    parts = all_gather(tensor, axis, site)
+    return parts.flatten(0, 1) if dim == 0 else torch.cat(parts.unbind(0), dim=dim)
+
+
+def _own_part(tensor: Tensor, axis: Axis, dim: int) -> Tensor:
+    if tensor.shape[dim] % axis.size:
+        raise ArgonneError(
+            f"dimension {dim} of {list(tensor.shape)} cannot be shared out over {axis.name} in equal parts; "
+            f"legal: a multiple of {axis.size}"
+        )
+    return tensor.chunk(axis.size, dim=dim)[axis.rank].contiguous()

@@ -1,0 +1,188 @@
+"""Fully sharded data parallelism: PyTorch's FSDP2 (arXiv 2304.11277) under the declarations of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from argonne.parallel.communication.collectives import Pending, start_all_reduce
+from argonne.parallel.communication.groups import Axis, ProcessGroups
+from argonne.parallel.data_parallel.buckets import LateGradient, OverlappedReduction, plan_buckets
+from argonne.parallel.data_parallel.strategy import DataParallel, rows_of_rank
+from argonne.parallel.errors import ArgonneError
+from argonne.parallel.sharding.spec import ShardedParameter, narrow_rows
+from argonne.parallel.tensor_parallel.precision import Precision
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a rank stands among its replicas: in a group that shares out rows, of several that have all of them."""
+
+    within: Axis
+    """The replicas that share out rows."""
+    across: Axis
+    """The replicas with the same rows, one of each group."""
+    holders: tuple[int, ...]
+    """Those as ranks of ``groups.replicas``."""
+
+    @classmethod
+    def of(cls, replicas: Axis, shard: int | None) -> _Place:
+        """This rank's, where each ``shard`` neighbours are a group (collective over the replicas)."""
+        if shard is None or shard == replicas.size:
+            return cls(replicas, Axis("across", ranks=(replicas.ranks[replicas.rank],)), (replicas.rank,))
+        group, rank = divmod(replicas.rank, shard)
+        holders = tuple(range(rank, replicas.size, shard))
+        neighbours = range(group * shard, (group + 1) * shard)
+        return cls(_axis("within", replicas, neighbours), _axis("across", replicas, holders), holders)
+
+
+class FullyShard(DataParallel):
+    """Each replica has some rows of every parameter, of its gradient and of the optimizer's state.
+
+    The parameters of a block are gathered just before it computes, in forward and again in backward, where its
+    gradients are then reduce-scattered and added to this rank's rows, in every micro-batch: no rank ever has the whole
+    gradient. Parameters outside the blocks stay gathered from forward to backward.
+
+    With ``shard`` the rows are shared out within groups of so many neighbouring replicas, and the groups are replicas
+    of each other: their rows are summed once a step, in all-reduces that run beside the last backward.
+
+    FSDP2's collectives do not announce themselves to ``record``. Under a narrower compute dtype it gathers
+    every parameter in that, so that the weights of norms are rounded too.
+
+    ``parameters`` are plain tensors that share the memory of the model's own, which are now DTensors. Saving
+    and loading go through them; ``sharded_parameters(model)`` no longer describes the model.
+
+    Parameters may be on ``meta``: they then exist on the device one module of ``blocks`` at a time, as zeros, so that
+    no rank ever has the whole model.
+
+    Raises:
+        ArgonneError: a parameter is a scalar, or the precision makes gradients of two dtypes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: ProcessGroups,
+        precision: Precision,
+        declared: Sequence[ShardedParameter],
+        blocks: Iterable[nn.Module],
+        forward_methods: Sequence[str],
+        stages: Sequence[nn.Module],
+        shard: int | None,
+        bucket_bytes: int,
+    ) -> None:
+        if precision.accumulate_in_product and precision.compute.itemsize < torch.float32.itemsize:
+            raise ArgonneError(
+                f"accumulate_in_product with compute={precision.compute} makes gradients of two dtypes, which FSDP "
+                "does not reduce together; legal: accumulate_in_product=False, or kind='replicate' or 'zero1'"
+            )
+        for sharded in declared:
+            if sharded.parameter.ndim == 0:
+                raise ArgonneError(f"{sharded.name} is a scalar, which cannot be cut into rows; legal: a vector of 1")
+        self._modules = [*blocks, *(stages or [model])]
+        homes = {
+            id(p): (module, name) for module in model.modules() for name, p in module.named_parameters(recurse=False)
+        }
+        place = _Place.of(groups.replicas, shard)
+        assert place.within.group is not None, "there is one replica only"
+        mesh = DeviceMesh.from_group(place.within.group, groups.device.type, mesh_dim_names=("replicas",))
+        for module in self._modules:
+            _materialise(module, groups.device)
+            fully_shard(module, mesh=mesh, mp_policy=_policy(precision))
+            assert isinstance(module, FSDPModule)
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # Gloo knows no other
+        for name in forward_methods:
+            register_fsdp_forward_method(model, name)
+        self._dtensors = [getattr(*homes[id(sharded.parameter)]) for sharded in declared]
+        pairs = zip(declared, self._dtensors, strict=True)
+        super().__init__([_own_rows(sharded, dtensor, place) for sharded, dtensor in pairs], groups)
+        self._across = place.across
+        trained = [dtensor for dtensor in self._dtensors if dtensor.requires_grad and place.across.size > 1]
+        self._buckets = plan_buckets(trained, bucket_bytes * place.within.size)
+        self._reduction = OverlappedReduction(self._buckets, self._start)
+
+    def begin(self, micro_batches: int, deferred: bool = False) -> None:
+        if deferred:
+            raise ArgonneError("kind='fsdp' cannot wait for deferred gradients; legal: replicate, zero1")
+        super().begin(micro_batches)
+        for dtensor in self._dtensors:
+            dtensor.grad = None
+        self._reduction.begin(micro_batches, deferred)
+
+    def complete(self) -> None:
+        self._sum_over_groups()
+        for sharded, dtensor in zip(self.parameters, self._dtensors, strict=True):
+            if not dtensor.requires_grad:
+                continue
+            if dtensor.grad is None:  # used by no replica; zeros as in the other kinds
+                sharded.parameter.grad = torch.zeros_like(sharded.parameter)
+            else:
+                sharded.parameter.grad = _local(dtensor.grad)
+                dtensor.grad = None  # FSDP2 would add the next one to it
+        super().complete()
+
+    def publish(self) -> None:
+        """The memory is shared; only whole parameters that an evaluation has left gathered are dropped."""
+        for module in self._modules:
+            assert isinstance(module, FSDPModule)
+            module.reshard()
+
+    def _start(self, number: int) -> Pending:
+        """Begin to sum a bucket of this rank's rows over the groups."""
+        bucket = self._buckets[number]
+        rows = [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in bucket]
+        return start_all_reduce(torch.cat([part.flatten() for part in rows]), self._across)
+
+    def _sum_over_groups(self) -> None:
+        totals = self._reduction.finish()
+        if self._reduction.is_late:
+            raise LateGradient
+        for bucket, total in zip(self._buckets, totals, strict=True):
+            for p, part in zip(bucket, total.split([_local(p).numel() for p in bucket]), strict=True):
+                if p.grad is not None:
+                    _local(p.grad).copy_(part.view_as(_local(p)))
+
+
+def _axis(name: str, replicas: Axis, members: Sequence[int]) -> Axis:
+    """Some of the replicas, this rank among them, with a process group that only they make."""
+    ranks = tuple(replicas.ranks[member] for member in members)
+    group = dist.new_group(list(ranks), use_local_synchronization=True)
+    return Axis(name, len(ranks), list(members).index(replicas.rank), group, ranks)
+
+
+def _materialise(module: nn.Module, device: torch.device) -> None:
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if parameter.is_meta and not isinstance(parameter, DTensor):
+                real = nn.Parameter(torch.zeros_like(parameter, device=device), requires_grad=parameter.requires_grad)
+                setattr(part, name, real)
+
+
+def _policy(precision: Precision) -> MixedPrecisionPolicy:
+    return MixedPrecisionPolicy(
+        param_dtype=precision.compute if precision.compute != precision.parameters else None,
+        reduce_dtype=torch.promote_types(precision.parameters, torch.float32),
+        cast_forward_inputs=False,  # the layers cast; position tables are wider than activations on purpose
+    )
+
+
+def _own_rows(sharded: ShardedParameter, dtensor: Tensor, place: _Place) -> ShardedParameter:
+    rows = rows_of_rank(len(dtensor), place.within)
+    local = _local(dtensor)
+    assert len(local) == len(rows), f"FSDP2 cuts {sharded.name} into other rows: {len(local)} here, not {len(rows)}"
+    return narrow_rows(sharded, rows, nn.Parameter(local, requires_grad=dtensor.requires_grad), place.holders)
+
+
+@torch.no_grad()
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, sharing its memory."""
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local().detach()

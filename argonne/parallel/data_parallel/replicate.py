@@ -1,0 +1,60 @@
+"""Plain data parallelism: every replica has all parameters and all gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from argonne.parallel.communication.collectives import Pending, start_all_reduce
+from argonne.parallel.communication.groups import ProcessGroups
+from argonne.parallel.data_parallel.buckets import LateGradient, OverlappedReduction, gradient_dtype, plan_buckets
+from argonne.parallel.data_parallel.strategy import DataParallel
+from argonne.parallel.sharding.spec import ShardedParameter
+
+
+class Replicate(DataParallel):
+    """Each gradient is summed over the replicas, in all-reduces that run beside backward.
+
+    The gradients are views of their bucket's buffer, so that nothing is copied.
+    """
+
+    def __init__(self, parameters: Sequence[ShardedParameter], groups: ProcessGroups, bucket_bytes: int) -> None:
+        super().__init__(parameters, groups)
+        trained = [s.parameter for s in parameters if s.parameter.requires_grad]
+        self._buckets = plan_buckets(trained, bucket_bytes)
+        self._buffers: list[Tensor] = []
+        self._sent: list[int] = []  # the version of each buffer when it was sent
+        self._places: list[list[Tensor]] = []
+        self._reduction = OverlappedReduction(self._buckets, self._start)
+
+    def begin(self, micro_batches: int, deferred: bool = False) -> None:
+        self._reduction.begin(micro_batches, deferred)
+        if not self._buffers:
+            for bucket in self._buckets:
+                count = sum(parameter.numel() for parameter in bucket)
+                buffer = torch.empty(count, dtype=gradient_dtype(bucket[0]), device=bucket[0].device)
+                pieces = buffer.split([parameter.numel() for parameter in bucket])
+                self._buffers.append(buffer)
+                self._sent.append(0)
+                self._places.append([piece.view(p.shape) for p, piece in zip(bucket, pieces, strict=True)])
+        for bucket, buffer, places in zip(self._buckets, self._buffers, self._places, strict=True):
+            buffer.zero_()
+            for parameter, place in zip(bucket, places, strict=True):
+                parameter.grad = place
+
+    def complete(self) -> None:
+        self._reduction.finish()
+        if any(buffer._version != sent for buffer, sent in zip(self._buffers, self._sent, strict=True)):
+            raise LateGradient
+        super().complete()
+
+    def _start(self, number: int) -> Pending:
+        for parameter, place in zip(self._buckets[number], self._places[number], strict=True):
+            if parameter.grad is not place:  # someone has replaced or cleared it
+                place.zero_() if parameter.grad is None else place.copy_(parameter.grad)
+                parameter.grad = place
+        pending = start_all_reduce(self._buffers[number], self.groups.replicas)
+        self._sent[number] = self._buffers[number]._version
+        return pending

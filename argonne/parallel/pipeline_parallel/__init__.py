@@ -1,0 +1,1 @@
+"""The stages of a model, and the order in which they work."""

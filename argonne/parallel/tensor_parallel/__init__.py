@@ -1,0 +1,1 @@
+"""Layers and losses whose weights are cut over the tensor-parallel ranks."""

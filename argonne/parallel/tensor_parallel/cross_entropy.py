@@ -1,0 +1,206 @@
+"""Cross-entropy over logits whose vocabulary is shared out over the tensor-parallel ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from argonne.parallel.communication.collectives import all_gather
+from argonne.parallel.communication.groups import Axis
+from argonne.parallel.errors import ArgonneError
+from argonne.parallel.tensor_parallel.embedding import VocabularyRange
+from argonne.parallel.tensor_parallel.gemm import as_matrix
+
+IGNORE_INDEX = -100
+"""The target of a position that has no loss (the value that PyTorch uses)."""
+
+# Logits taken at a time, so that scratch in float32 stays in a CPU's cache and small beside the logits.
+_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 27}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is computed from the logits z of a position with target t, over the whole vocabulary of V tokens.
+
+    With L = log(sum(exp(z))), the loss is (1 - s) * (L - z[t]) + s * (L - mean(z)) + w * L ** 2, where s is
+    ``label_smoothing`` (Szegedy et al. 2016, as in PyTorch) and w is ``z_loss`` (PaLM, Chowdhery et al. 2022).
+    """
+
+    label_smoothing: float = 0.0
+    """How much of the target's probability is spread evenly over all tokens, 0 to 1."""
+    z_loss: float = 0.0
+    """Weight of the square of L, which keeps the logits from drifting; 0 or more (PaLM: 1e-4)."""
+    ignore_index: int = IGNORE_INDEX
+    """Positions with this target have neither loss nor gradient."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing <= 1:
+            raise ArgonneError(f"label_smoothing={self.label_smoothing} is not legal; legal: 0 to 1")
+        if not self.z_loss >= 0:
+            raise ArgonneError(f"z_loss={self.z_loss} is not legal; legal: 0 or more")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is left of a rank's logits ``[tokens, its vocabulary]`` for the gradient, which may overwrite it."""
+
+    values: Tensor
+    """The logits, or their exponentials."""
+    shift: Tensor | None = None
+    """``[tokens]`` above which the exponentials are; None if the values are logits."""
+
+
+@dataclass
+class Targets:
+    """Targets ``[tokens]`` as one rank of the vocabulary sees them, and the arithmetic on its logits.
+
+    A subclass may compute in another way (``argonne.kernels`` does, on a GPU).
+    """
+
+    ids: Tensor
+    """Tokens of the whole vocabulary, or ``ignore_index``."""
+    vocabulary: VocabularyRange
+    """The rank's."""
+    objective: Objective
+
+    def __getitem__(self, chunk: slice) -> Targets:
+        return replace(self, ids=self.ids[chunk])
+
+    @property
+    def counted(self) -> Tensor:
+        """Which positions have a loss."""
+        return self.ids != self.objective.ignore_index
+
+    def statistics(self, logits: Tensor) -> tuple[Tensor, Kept]:
+        """What this rank says of its logits ``[tokens, its vocabulary]``, and what it keeps of them.
+
+        Returns:
+            ``[3 or 4, tokens]``: the maximum (made finite), the sum of exponentials above it, the target's logit,
+            and the sum if it is needed.
+        """
+        values = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        wants_sum = self.objective.label_smoothing > 0
+        said = values.new_zeros(4 if wants_sum else 3, len(values))
+        said[0] = said[2] = -torch.inf
+        if not self.vocabulary.tokens:
+            return said, Kept(values, said[1])
+        column, mine = self.vocabulary.localise(self.ids)
+        said[2] = torch.where(mine, values.gather(1, column[:, None])[:, 0], -torch.inf)
+        if wants_sum:
+            torch.sum(values, 1, out=said[3])
+        shift = values.amax(1).clamp_(min=torch.finfo(values.dtype).min)  # a rank's logits may all be -inf
+        exponentials = (values - shift[:, None]).exp_()
+        said[0] = shift
+        torch.sum(exponentials, 1, out=said[1])
+        return said, Kept(exponentials, shift)
+
+    def losses(self, said: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of each position, from every rank's ``[ranks, 3 or 4, tokens]``, and the softmax's ``sums``.
+
+        Those are ``[2, tokens]``: the highest logit, and the log of the sum of exponentials above it. They are kept
+        apart, and the loss is a difference of logits first: so it does not suffer when all logits are large.
+        """
+        highest, total, target_logit = said[:, 0], said[:, 1], said[:, 2].amax(0)
+        top = highest.amax(0)
+        log_total = ((highest - top).exp() * total).sum(0).log()
+        smoothing, z_loss = self.objective.label_smoothing, self.objective.z_loss
+        losses = (top - target_logit) + log_total  # of a target that is no token: infinite
+        if smoothing:
+            mean = said[:, 3].sum(0) / self.vocabulary.vocabulary
+            losses = (1 - smoothing) * losses + smoothing * ((top - mean) + log_total)
+        if z_loss:
+            losses = losses + z_loss * (top + log_total).square()
+        return torch.where(self.counted, losses, 0.0), torch.stack((top, log_total))
+
+    def keep(self, logits: Tensor, sums: Tensor) -> Kept:
+        """As ``statistics`` keeps it, when the ``sums`` are known."""
+        return Kept((logits.to(sums.dtype) - sums[0, :, None]).exp_(), sums[0])
+
+    def gradient(self, kept: Kept, sums: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """The gradient of the logits, in ``out`` or in place of what was kept; ``scale`` is the losses'."""
+        assert kept.shift is not None
+        smoothing, exponentials = self.objective.label_smoothing, kept.values
+        scale, factor = self.factors(sums, scale)
+        exponentials.mul_(((kept.shift - sums[0] - sums[1]).exp() * factor)[:, None])
+        if smoothing:
+            exponentials.sub_((scale * (smoothing / self.vocabulary.vocabulary))[:, None])
+        if self.vocabulary.tokens:
+            column, mine = self.vocabulary.localise(self.ids)
+            at_target = torch.where(mine, (smoothing - 1) * scale, 0.0)
+            exponentials.scatter_add_(1, column[:, None], at_target[:, None])
+        return exponentials if out is None else out.copy_(exponentials)
+
+    def factors(self, sums: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the losses of the positions are multiplied by, 0 where there is none, and their softmax ``[tokens]``."""
+        scale = torch.where(self.counted, torch.ones_like(sums[0]) if scale is None else scale, 0.0)
+        z_loss = self.objective.z_loss
+        return scale, scale * (1 + 2 * z_loss * (sums[0] + sums[1])) if z_loss else scale
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        vocabulary: VocabularyRange,
+        axis: Axis,
+        objective: Objective,
+        arithmetic: type[Targets],
+    ) -> Any:
+        local = arithmetic(targets, vocabulary, objective)
+        pieces = [local[chunk].statistics(logits[chunk])[0] for chunk in _chunks(logits)]
+        said = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+        losses, sums = local.losses(all_gather(said, axis))
+        ctx.save_for_backward(logits, targets, sums)
+        ctx.vocabulary, ctx.objective, ctx.arithmetic = vocabulary, objective, arithmetic
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        logits, targets, sums = ctx.saved_tensors
+        local = ctx.arithmetic(targets, ctx.vocabulary, ctx.objective)
+        logits_gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        for chunk in _chunks(logits):
+            here = local[chunk]
+            kept = here.keep(logits[chunk], sums[:, chunk])
+            here.gradient(kept, sums[:, chunk], gradient[chunk], out=logits_gradient[chunk])
+        return logits_gradient, None, None, None, None, None
+
+
+def vocab_parallel_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    vocabulary: VocabularyRange,
+    axis: Axis,
+    objective: Objective = Objective(),
+    arithmetic: type[Targets] = Targets,
+) -> Tensor:
+    """The loss of each position, from this rank's part of the logits; the logits are left as they are.
+
+    Args:
+        logits: ``[..., vocabulary.tokens]``, this rank's part.
+        targets: ``[...]`` token ids of the whole vocabulary, or ``objective.ignore_index``.
+        vocabulary: this rank's range.
+        axis: the ranks that share the vocabulary.
+        objective: label smoothing, z-loss and the target that is ignored.
+        arithmetic: how a rank's logits are computed with.
+
+    Returns:
+        ``[...]`` in float32 (float64 for float64 logits), in nats, the same on every rank.
+    """
+    flat = as_matrix(logits), targets.reshape(-1)
+    losses = _VocabParallelCrossEntropy.apply(*flat, vocabulary, axis, objective, arithmetic)
+    return losses.view(targets.shape)
+
+
+def _chunks(logits: Tensor) -> Iterator[slice]:
+    rows = max(1, _CHUNK.get(logits.device.type, 1 << 27) // max(1, logits.shape[1]))
+    for start in range(0, max(1, logits.shape[0]), rows):  # no row at all is a chunk too
+        yield slice(start, start + rows)

@@ -1,0 +1,196 @@
+"""Linear layers whose weight is shared out over the tensor-parallel ranks (arXiv 1909.08053, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from argonne.parallel.communication.groups import ProcessGroups
+from argonne.parallel.communication.layout import require_divisible
+from argonne.parallel.communication.regions import (
+    gather_from_region,
+    reduce_from_region,
+    reduce_scatter_to_sequence_region,
+    scatter_to_region,
+)
+from argonne.parallel.errors import LayoutError
+from argonne.parallel.sharding.initialisation import Constant, Initialiser, Normal
+from argonne.parallel.sharding.partition import Partition, check_partition
+from argonne.parallel.sharding.spec import Region, ShardSpec, replicated
+from argonne.parallel.tensor_parallel.precision import Precision
+from argonne.parallel.tensor_parallel.products import column_parallel_linear, local_linear
+
+
+class ColumnParallelLinear(nn.Module):
+    """``y = x W^T + b`` with the output features shared out; several whole tensors may be fused in one GEMM.
+
+    Under sequence parallelism (``groups.layout``) the input is this rank's share of the tokens.
+
+    Args:
+        in_features: width of the input.
+        out_features: those of the one whole tensor, or the partitions of those that are fused, in their order.
+        groups: the processes; the weight is cut over ``groups.tensor``.
+        bias: add a bias, cut like the output.
+        gather_output: return the whole output on every rank instead of this rank's part.
+        initialiser: how each whole weight begins; default normal with std ``in_features ** -0.5``.
+        precision: the dtypes.
+
+    Raises:
+        LayoutError: the output features are not divisible by the number of ranks, or ``gather_output``
+            is asked of fused, shared or unequal parts.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int | Sequence[Partition],
+        groups: ProcessGroups,
+        *,
+        bias: bool = False,
+        gather_output: bool = False,
+        initialiser: Initialiser | None = None,
+        precision: Precision = Precision(),
+    ) -> None:
+        super().__init__()
+        self.axis = groups.tensor
+        self.in_features = in_features
+        self.sequence_parallel = groups.sequence_parallel
+        if isinstance(out_features, int):
+            out_features = [Partition.split("", out_features, self.axis.size)]
+        self.parts = tuple(out_features)
+        for part in self.parts:
+            check_partition(part, self.axis.size)
+        if gather_output and (len(self.parts) > 1 or not self.parts[0].is_even):
+            raise LayoutError("gather_output=True is not defined for fused, shared or unequal parts; legal: False")
+        self.gather_output = gather_output
+        self.initialiser = initialiser or Normal(in_features**-0.5)
+        self.precision = precision
+        self.splits = [part.local_features(self.axis.rank) for part in self.parts]
+        self.weight = nn.Parameter(torch.empty(sum(self.splits), in_features, dtype=precision.parameters))
+        self.bias = nn.Parameter(torch.empty(sum(self.splits), dtype=precision.parameters)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` (the same on every rank) -> ``[..., local features]``, or all if gathered.
+
+        Under sequence parallelism ``[tokens / ranks, ..., in_features]`` -> ``[tokens, ..., local features]``.
+        """
+        y = column_parallel_linear(x, self.weight, self.bias, self.axis, self.precision, self.sequence_parallel)
+        return gather_from_region(y, self.axis) if self.gather_output else y
+
+    def shard_specs(self) -> dict[str, ShardSpec]:
+        specs = {"weight": ShardSpec(self._regions("weight", (self.in_features,)), self.initialiser)}
+        if self.bias is not None:
+            specs["bias"] = ShardSpec(self._regions("bias", ()), Constant(0.0))
+        return specs
+
+    def _regions(self, kind: str, tail: tuple[int, ...]) -> tuple[Region, ...]:
+        regions = []
+        local = 0
+        zeros = (0,) * len(tail)
+        for part in self.parts:
+            name = f"../{part.name}.{kind}" if part.name else kind
+            for holders, whole, own in part.runs(self.axis.rank):
+                regions.append(
+                    Region(
+                        name,
+                        whole_shape=(part.features, *tail),
+                        start=(whole.start, *zeros),
+                        shape=(len(whole), *tail),
+                        local_start=(local + own.start, *zeros),
+                        holders=holders,
+                        partial_gradient=part.is_shared,
+                    )
+                )
+            local += part.local_features(self.axis.rank)
+        return tuple(regions)
+
+    def extra_repr(self) -> str:
+        parts = ", ".join(f"{part.name or 'out'}={part.features}" for part in self.parts)
+        return f"in={self.in_features}, {parts}, rank {self.axis.rank} of {self.axis.size}"
+
+
+class RowParallelLinear(nn.Module):
+    """``y = x W^T + b`` with the input features shared out; the ranks' partial results are summed.
+
+    Under sequence parallelism (``groups.layout``) the sum leaves each rank its share of the tokens.
+
+    Args:
+        in_features: width of the whole input, or the partition by which the ranks have it.
+        out_features: width of the output.
+        groups: the processes; the weight is cut over ``groups.tensor``.
+        bias: add a bias, once, after the sum; it is replicated.
+        input_is_parallel: the input is this rank's part already; otherwise every rank has the whole of it.
+        initialiser: how the whole weight begins; default normal with std ``in_features ** -0.5``.
+        precision: the dtypes.
+
+    Raises:
+        LayoutError: the input features are not divisible by the number of ranks, are shared, or are
+            unequal parts of an input that is not parallel.
+    """
+
+    def __init__(
+        self,
+        in_features: int | Partition,
+        out_features: int,
+        groups: ProcessGroups,
+        *,
+        bias: bool = False,
+        input_is_parallel: bool = True,
+        initialiser: Initialiser | None = None,
+        precision: Precision = Precision(),
+    ) -> None:
+        super().__init__()
+        self.axis = groups.tensor
+        self.sequence_parallel = groups.sequence_parallel
+        if isinstance(in_features, int):
+            require_divisible("in_features", in_features, "tensor_parallel", self.axis.size)
+            in_features = Partition.split("", in_features, self.axis.size)
+        check_partition(in_features, self.axis.size)
+        if in_features.is_shared or not (input_is_parallel or in_features.is_even):
+            raise LayoutError("in_features of RowParallelLinear are shared, or unequal and whole; legal: equal parts")
+        self.part = in_features
+        self.input_is_parallel = input_is_parallel
+        self.groups = groups
+        self.in_features = in_features.features
+        self.out_features = out_features
+        self.initialiser = initialiser or Normal(self.in_features**-0.5)
+        self.precision = precision
+        local = self.part.local_features(self.axis.rank)
+        self.weight = nn.Parameter(torch.empty(out_features, local, dtype=precision.parameters))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=precision.parameters)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., local features]`` -> ``[..., out_features]``, the same on every rank.
+
+        Under sequence parallelism ``[tokens, ..., local features]`` -> ``[tokens / ranks, ..., out_features]``.
+        """
+        if not self.input_is_parallel:
+            x = scatter_to_region(x, self.axis)
+        if self.axis.group is None:
+            return local_linear(x, self.weight, self.bias, self.precision)
+        partial = local_linear(x, self.weight, None, self.precision)
+        leave = reduce_scatter_to_sequence_region if self.sequence_parallel else reduce_from_region
+        y = leave(partial, self.axis)
+        return y if self.bias is None else y + self.bias.to(self.precision.compute)
+
+    def shard_specs(self) -> dict[str, ShardSpec]:
+        regions = tuple(
+            Region(
+                "weight",
+                whole_shape=(self.out_features, self.in_features),
+                start=(0, whole.start),
+                shape=(self.out_features, len(whole)),
+                local_start=(0, own.start),
+                holders=holders,
+            )
+            for holders, whole, own in self.part.runs(self.axis.rank)
+        )
+        specs = {"weight": ShardSpec(regions, self.initialiser)}
+        if self.bias is not None:
+            specs["bias"] = replicated("bias", (self.out_features,), self.groups, Constant(0.0))
+        return specs
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}, rank {self.axis.rank} of {self.axis.size}"

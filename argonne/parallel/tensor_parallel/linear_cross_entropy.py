@@ -1,0 +1,169 @@
+"""The output head and the cross-entropy in one: the logits never exist whole.
+
+At a vocabulary of 151,665 the logits would be the largest tensor of a training step. They are made for some
+tokens at a time, and turned into their part of the gradients before the next ones are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from argonne.parallel.communication.collectives import all_gather
+from argonne.parallel.communication.groups import Axis
+from argonne.parallel.communication.recording import site
+from argonne.parallel.communication.regions import copy_to_region, gather_from_sequence_region
+from argonne.parallel.errors import ArgonneError
+from argonne.parallel.tensor_parallel.cross_entropy import Objective, Targets
+from argonne.parallel.tensor_parallel.embedding import VocabParallelEmbedding, VocabParallelHead, VocabularyRange
+from argonne.parallel.tensor_parallel.gemm import product
+from argonne.parallel.tensor_parallel.products import add_product
+
+# Logits of a chunk, and its fewest tokens: enough for a good matrix product, small beside the whole.
+_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 28}
+_FEWEST = 128
+# Elements at a multiple of which a row of logits begins: a GPU multiplies, and loads 128 bits at a time, only so.
+_ROW = {"cpu": 1, "cuda": 16}
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The sum of the losses, with the gradients made on the way; or each loss, with a second pass in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        vocabulary: VocabularyRange,
+        axis: Axis,
+        objective: Objective,
+        reduction: str,
+        trains: bool,
+        arithmetic: type[Targets],
+    ) -> Tensor:
+        ctx.vocabulary, ctx.axis, ctx.objective, ctx.reduction = vocabulary, axis, objective, reduction
+        ctx.site, ctx.weight_dtype, ctx.arithmetic = site(), weight.dtype, arithmetic
+        used = weight[: vocabulary.tokens].to(x.dtype)
+        local = arithmetic(targets, vocabulary, objective)
+        accurate = torch.promote_types(x.dtype, torch.float32)
+        losses, sums = (x.new_empty(*shape, len(x), dtype=accurate) for shape in ((), (2,)))
+        gradients = _Gradients(ctx, x, weight, accurate) if trains and reduction == "sum" else None
+        for chunk in _chunks(x, vocabulary):
+            here = local[chunk]
+            said, kept = here.statistics(_logits(x[chunk], used))
+            losses[chunk], sums[:, chunk] = here.losses(all_gather(said, axis))
+            if gradients is not None:
+                gradients.add(chunk, here.gradient(kept, sums[:, chunk], None), x, used)
+        if reduction == "none":
+            ctx.save_for_backward(x, used, targets, sums)
+            return losses
+        ctx.save_for_backward(*gradients.result() if gradients is not None else (None, None))
+        return losses.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        if ctx.reduction == "sum":
+            # In place: the weight's is as large as the weight. A second backward is refused by autograd.
+            made = [None if g is None else g.mul_(gradient) for g in ctx.saved_tensors]
+            return *made, *(None,) * 7
+        x, used, targets, sums = ctx.saved_tensors
+        local = ctx.arithmetic(targets, ctx.vocabulary, ctx.objective)
+        gradients = _Gradients(ctx, x, used, sums.dtype, rows=ctx.vocabulary.rows)
+        for chunk in _chunks(x, ctx.vocabulary):
+            here = local[chunk]
+            kept = here.keep(_logits(x[chunk], used), sums[:, chunk])
+            gradients.add(chunk, here.gradient(kept, sums[:, chunk], gradient[chunk]), x, used)
+        return *gradients.result(), *(None,) * 7
+
+
+class _Gradients:
+    """Those of x and of the weight that are needed, filled chunk by chunk."""
+
+    def __init__(self, ctx: Any, x: Tensor, weight: Tensor, accurate: torch.dtype, rows: int | None = None) -> None:
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        shape = (rows or weight.shape[0], weight.shape[1])
+        self.tokens = ctx.vocabulary.tokens
+        self.weight_dtype = ctx.weight_dtype
+        self.of_x = torch.empty_like(x) if needs_x else None
+        self.of_weight = x.new_zeros(shape, dtype=accurate) if needs_weight else None
+
+    def add(self, chunk: slice, logits_gradient: Tensor, x: Tensor, used: Tensor) -> None:
+        rounded = logits_gradient.to(x.dtype)
+        if self.of_x is not None:
+            self.of_x[chunk] = product(rounded, used.t())
+        if self.of_weight is not None:
+            add_product(self.of_weight[: self.tokens], rounded, x[chunk])
+
+    def result(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.of_x, None if self.of_weight is None else self.of_weight.to(self.weight_dtype)
+
+
+def vocab_parallel_linear_cross_entropy(
+    x: Tensor,
+    holder: VocabParallelEmbedding | VocabParallelHead,
+    targets: Tensor,
+    objective: Objective = Objective(),
+    reduction: Literal["sum", "none"] = "sum",
+    arithmetic: type[Targets] = Targets,
+) -> Tensor:
+    """``vocab_parallel_cross_entropy`` of ``vocab_parallel_logits``, without ever holding all logits.
+
+    Args:
+        x: ``[tokens, hidden]`` in the compute dtype, the same on every rank; under sequence parallelism this
+            rank's ``[tokens / ranks, hidden]``.
+        holder: of the output weight: the head, or the embedding when the two are tied.
+        targets: ``[tokens]`` token ids, or ``objective.ignore_index``; of all tokens in either case.
+        objective: label smoothing, z-loss and the target that is ignored.
+        reduction: ``sum`` makes the gradients while it computes the loss (three matrix products in all);
+            ``none`` lets every position have a weight of its own, for a fourth product in backward.
+        arithmetic: how a rank's logits are computed with.
+
+    Returns:
+        The sum over the positions that are not ignored, or each position's loss ``[tokens]``; in float32
+        (float64 for float64), in nats, the same on every rank.
+
+    Raises:
+        ArgonneError: the shapes do not fit each other, or the reduction is not known.
+    """
+    if reduction not in ("sum", "none"):
+        raise ArgonneError(f"reduction={reduction!r} is not known; legal: sum, none")
+    tokens = len(x) * (holder.axis.size if holder.sequence_parallel else 1)
+    if x.dim() != 2 or targets.shape != (tokens,):
+        raise ArgonneError(
+            f"x {list(x.shape)} and targets {list(targets.shape)} do not fit; legal: [tokens, hidden] (under sequence "
+            "parallelism this rank's share of the tokens) and [tokens]"
+        )
+    enter = gather_from_sequence_region if holder.sequence_parallel else copy_to_region
+    return _LinearCrossEntropy.apply(
+        enter(x, holder.axis),
+        holder.weight,
+        targets,
+        holder.range,
+        holder.axis,
+        objective,
+        reduction,
+        torch.is_grad_enabled(),
+        arithmetic,
+    )
+
+
+def _logits(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight^T``; where the vocabulary asks for it, in rows that are a little apart."""
+    columns = len(weight)
+    padding = -columns % _ROW.get(x.device.type, 1)
+    if not padding or torch.compiler.is_compiling():
+        return product(x, weight)
+    return torch.mm(x, weight.t(), out=x.new_empty(len(x), columns + padding)[:, :columns])
+
+
+def _chunks(x: Tensor, vocabulary: VocabularyRange) -> Iterator[slice]:
+    """The same on every rank: each chunk has a collective."""
+    tokens = max(_FEWEST, _CHUNK.get(x.device.type, 1 << 28) // vocabulary.rows)
+    for start in range(0, len(x), tokens):
+        yield slice(start, start + tokens)

@@ -1,0 +1,220 @@
+"""The corpora of a run: which shards they are, how they are mixed, and the stream of samples made of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from argonne.data import (
+    CachedStream,
+    LaneState,
+    Mixture,
+    SequenceStream,
+    Shard,
+    TokenCache,
+    check_block_size,
+    check_cache,
+    default_lanes,
+    describe,
+    find_shards,
+    fingerprint,
+    naming,
+    open_shards,
+    parse_globs,
+    quarantine,
+    quarantined,
+    restore,
+    states_of_source,
+)
+from argonne.data.lanes.adoption import adopt
+from argonne.data.tokens.filters import FILTERS
+from argonne.training.config import DataFlags
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One of the corpora that a run mixes."""
+
+    weight: float
+    """Its share of the sequences."""
+    shards: tuple[Shard, ...]
+    globs: tuple[str, ...] = ()
+    """What named them; empty for the defaults."""
+    cache: TokenCache | None = None
+    """Its tokens, where they are made before training."""
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """All that a run reads."""
+
+    parts: tuple[Corpus, ...]
+    validation: tuple[Shard, ...]
+    """The held-out text; empty where there is none."""
+    flags: DataFlags
+    seed: int
+    kept_lanes: int | None = None
+    """The lanes of the run before."""
+    restored: bool = False
+    """Whether the rows of every shard are those that the run before listed, readable or not."""
+
+    @classmethod
+    def open(
+        cls,
+        flags: DataFlags,
+        seed: int,
+        saved: Mapping[str, Any] | None = None,
+    ) -> Corpora:
+        """Find the shards and read their footers.
+
+        Args:
+            flags: of the data.
+            seed: of the order of ``--no-streaming``.
+            saved: the ``identity`` of the run that is continued, if one is. With ``on_bad_shard="skip"`` what it
+                had to do without stays away, and what can be opened no more keeps its place.
+
+        Raises:
+            DataError: a glob matches nothing, or a shard cannot be read.
+        """
+        saved = saved or {}
+        listings = saved.get("shards") or []
+        globs = parse_globs(flags.data_glob or ())
+        restored = flags.on_bad_shard == "skip" and not flags.accept_data_change and len(listings) == len(globs)
+        parts = []
+        for number, each in enumerate(globs):
+            with naming("data_glob", each.globs):
+                paths = find_shards(each.globs)
+                on_bad = flags.on_bad_shard
+                shards = restore(listings[number], paths, "skip") if restored else open_shards(paths, on_bad)
+            parts.append(Corpus(each.weight, shards, each.globs))
+        validation: tuple[Shard, ...] = ()
+        if flags.validation_glob:
+            with naming("validation_glob", flags.validation_glob):
+                validation = open_shards(find_shards(flags.validation_glob))
+        return cls(tuple(parts), validation, flags, seed, saved.get("lanes"), restored)
+
+    @functools.cached_property
+    def lanes(self) -> int:
+        """Of each corpus: those asked for, or of the run before, or as many as the rows give work to."""
+        return self.flags.data_lanes or self.kept_lanes or default_lanes(sum(sum(each.rows) for each in self.shards))
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """Those of every corpus, one after the other."""
+        return tuple(shard for part in self.parts for shard in part.shards)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes the run's data this data: JSON values."""
+        mixed = {"weights": [part.weight for part in self.parts]} if len(self.parts) > 1 else {}
+        return {
+            "fingerprint": fingerprint(self.shards),
+            "shards": [describe(part.shards) for part in self.parts],
+            **mixed,
+            "filters": FILTERS,
+            "lanes": self.lanes,
+            "streaming": self.flags.streaming,
+            "block_size": self.flags.block_size,
+            "document_boundary_tokens": self.flags.add_document_boundary_tokens,
+            "document_mask": self.flags.document_mask,
+        }
+
+    @property
+    def quarantined(self) -> list[dict[int, str]]:
+        """For each corpus, why the shards at these indices cannot be read."""
+        return [quarantined(part.shards) for part in self.parts]
+
+    def without(self, reasons: Sequence[Mapping[int, str]]) -> Corpora:
+        """The same with these shards quarantined: what every rank makes of the union of all ranks'."""
+        parts = []
+        for part, away in zip(self.parts, reasons, strict=True):
+            with naming("data_glob", part.globs):
+                parts.append(replace(part, shards=quarantine(part.shards, away, self.restored)))
+        return replace(self, parts=tuple(parts))
+
+    def with_caches(self, caches: Sequence[TokenCache]) -> Corpora:
+        """The same with the tokens of each corpus made."""
+        return replace(
+            self, parts=tuple(replace(part, cache=cache) for part, cache in zip(self.parts, caches, strict=True))
+        )
+
+    def check_block_size(self, tokenizer: PreTrainedTokenizerFast, boundary: tuple[int, int] | None) -> None:
+        """Raise ``DataError`` unless every corpus fills a sequence."""
+        for part in self.parts:
+            with naming("data_glob", part.globs):
+                if part.cache is not None:
+                    check_cache(part.cache, self.flags.block_size)
+                else:
+                    check_block_size(part.shards, tokenizer, self.flags.block_size, boundary, self.flags.on_bad_shard)
+
+    def mixture(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        boundary: tuple[int, int] | None,
+        served: Sequence[int],
+        states: Mapping[int, LaneState],
+    ) -> Mixture:
+        """The samples of the lanes ``served``, from ``states`` (of all lanes, or none yet) on."""
+        streams: list[SequenceStream | CachedStream] = []
+        for source, part in enumerate(self.parts):
+            own = states_of_source(states, source, self.lanes)
+            size = self.flags.block_size
+            if part.cache is not None:
+                streams.append(CachedStream(part.cache, size, self.lanes, served, self.seed + source, own))
+                continue
+            streams.append(
+                SequenceStream(
+                    part.shards,
+                    tokenizer,
+                    size,
+                    self.lanes,
+                    boundary,
+                    served,
+                    own,
+                    on_bad=self.flags.on_bad_shard,
+                    report=lambda line: print(line, flush=True),
+                )
+            )
+        return Mixture(streams, [part.weight for part in self.parts])
+
+    def adopted(
+        self, states: Mapping[int, LaneState], saved: Mapping[str, Any], same_tokens: bool
+    ) -> tuple[dict[int, LaneState], str]:
+        """The lanes of a run that was saved with other data as they go on with this, and a line that says how."""
+        found: dict[int, LaneState] = {}
+        kept = total = 0
+        for source, part in enumerate(self.parts):
+            listings = saved.get("shards") or []
+            listing = listings[source] if source < len(listings) else []
+            own = states_of_source(states, source, self.lanes) if listing else None
+            if own is None:
+                continue
+            if part.cache is not None:
+                size, seed = self.flags.block_size, self.seed + source
+                lanes, here = CachedStream.adopt(part.cache, size, self.lanes, seed, own), self.lanes
+            else:
+                lanes, here = adopt(own, listing, part.shards, same_tokens)
+            found |= {source * self.lanes + lane: state for lane, state in enumerate(lanes)}
+            kept, total = kept + here, total + self.lanes
+        line = f"{kept} of {total} lanes keep their places, the others begin their pass over the data anew"
+        if not self.flags.streaming:
+            line = f"{kept} of {total} lanes go on as many sequences into the shuffled order of the new data"
+        return found, line
+
+    def shard_of(self, lane_key: int, state: LaneState) -> Shard:
+        """The shard in which a lane stands; keys are those of ``Mixture.states``."""
+        return self.parts[lane_key // self.lanes].shards[state.position.shard]
+
+    def shards_seen(self, states: Mapping[int, LaneState]) -> int:
+        """Shards that have been begun: all of a corpus once a lane has been through it."""
+        seen = 0
+        for source, part in enumerate(self.parts):
+            own = [state.position for key, state in states.items() if key // self.lanes == source]
+            # In a shuffled order, positions tell nothing of what was before them.
+            whole = part.cache is not None or any(position.epoch > 0 for position in own)
+            seen += len(part.shards) if whole else 1 + max((position.shard for position in own), default=-1)
+        return seen
