@@ -17,6 +17,8 @@ from argonne.parallel import (
     Layout,
     Precision,
     ProcessGroups,
+    check_declarations,
+    check_gradients,
     clip_gradients,
     global_gradient_norm,
     initialise,
@@ -159,6 +161,7 @@ def train(
     else:
         initialise(replicas.parameters, seed=3)
     replicas.publish()
+    check_declarations(replicas.parameters, groups, values=True)  # no false alarm in any layout
     losses = []
     for step, batch in list(enumerate(batches()))[start:stop]:
         mine = batch[groups.data.rank :: groups.data.size].unflatten(0, (case.accumulation, -1))
@@ -168,6 +171,8 @@ def train(
         loss = model.forward_backward(mine[..., :-1], mine[..., 1:], tokens, documents)
         losses.append(all_reduce(loss, groups.replicas).item())
         replicas.complete()
+        if step == start:
+            check_gradients(replicas.parameters, groups)
         norm = global_gradient_norm(replicas.parameters, groups)
         clip_gradients(replicas.parameters, norm, 1.0)
         set_learning_rate(optimizer, 1e-2 / (1 + step))

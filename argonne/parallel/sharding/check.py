@@ -142,14 +142,15 @@ def _fault_of_parameter(sharded: ShardedParameter) -> str | None:
     boxes = []
     for region in sharded.spec.regions:
         extents = region.shape[::-1] if region.transposed else region.shape
+        if 0 in extents:  # another replica has all of its rows
+            continue
         where = indices(region.local_start, extents)
         fits = len(region.local_start) == len(extents) == len(shape)
         if not fits or any(
             a < 0 or a + n > size for a, n, size in zip(region.local_start, extents, shape, strict=True)
         ):
             return f"{region.name!r} is to lie at {where} of {sharded.name} {list(shape)}; legal: within the parameter"
-        if 0 not in extents:
-            boxes.append((region.local_start, extents))
+        boxes.append((region.local_start, extents))
     both = overlapping(boxes)
     if both is None:
         return None

@@ -35,11 +35,11 @@ class Ranks:
     def __init__(self, places: Sequence[Place]) -> None:
         self.places = places
         self._at = {place: rank for rank, place in enumerate(places)}
-        self._sizes = [len({place[number] for place in places}) for number in range(len(AXES))]
+        self.sizes = [len({place[number] for place in places}) for number in range(len(AXES))]
 
     def holders(self, region: Region, rank: int) -> tuple[tuple[int, ...], ...]:
         """Along each axis those that hold ``region``, as ``rank`` declares it."""
-        axes = [Axis(*axis) for axis in zip(AXES, self._sizes, self.places[rank], strict=True)]
+        axes = [Axis(*axis) for axis in zip(AXES, self.sizes, self.places[rank], strict=True)]
         return tuple(region.holders_over(axis).ranks for axis in axes)
 
     def at(self, declared: tuple[tuple[int, ...], ...]) -> frozenset[int]:
@@ -97,9 +97,11 @@ def _fault_of_holders(box: Box, held: Mapping[int, Claim], ranks: Ranks) -> str 
     told: dict[frozenset[int], int] = {}
     for rank, claim in held.items():
         declared = ranks.holders(claim.region, rank)
-        for axis, numbers, place in zip(AXES, declared, ranks.places[rank], strict=True):
+        for axis, size, numbers, place in zip(AXES, ranks.sizes, declared, ranks.places[rank], strict=True):
             if place not in numbers:
                 return f"rank {rank}, number {place} along {axis}, has {where}, whose holders there are {numbers}"
+            if not all(0 <= number < size for number in numbers):
+                return f"{where} has holders {numbers} along {axis}, which has {size} ranks"
         told[ranks.at(declared)] = rank
     wrong = [those for those in told if those != held.keys()]
     if not wrong:
