@@ -149,9 +149,7 @@ def test_every_mistake_is_one_line_with_tensor_ranks_and_indices(ranks: RankPool
         f"all{place}": [r for r in range(layout.world_size) if place in ("", layout.coordinates(r)[-1])]
         for place in ("", 0, 1)
     }
-    words = {
-        name: f"rank{'s' if len(those) > 1 else ''} {', '.join(map(str, those))}" for name, those in named.items()
-    }
+    words = {name: f"rank{'s' if len(those) > 1 else ''} {', '.join(map(str, those))}" for name, those in named.items()}
     for mistake, said in SAID.items():
         found = ranks.run(layout, refused, mistake)
         assert len(set(found)) == 1, f"{mistake}: the ranks say {found}"
