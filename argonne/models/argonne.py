@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from argonne.models.base import BaseModel, last_logits, pad_to_share
 from argonne.models.config import ArgonneConfig
-from argonne.models.contract import Batch, Head, LossFunction
+from argonne.models.contract import Batch, Head, LossFunction, SpecialTokens
 from argonne.models.decoder import Block, RMSNorm, RotaryTables, initial
 from argonne.models.execution import Execution
 from argonne.models.huggingface import to_huggingface
@@ -26,8 +26,8 @@ from argonne.parallel import (
     VocabParallelHead,
     initialise,
     pipeline_forward,
-    share_sequence,
     sharded_parameters,
+    share_sequence,
     vocab_parallel_logits,
 )
 from argonne.parallel.pipeline_parallel.stages import share_from_last
@@ -47,6 +47,12 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleDict({str(n): Block(config, execution) for span in spans for n in span.layers})
         if any(span.is_last for span in spans):
             self.norm = RMSNorm(config, execution)
+
+    def block(self, number: int) -> Block:
+        """The block of that number, which this rank holds."""
+        block = self.layers[str(number)]
+        assert isinstance(block, Block)
+        return block
 
 
 class ArgonneModel(BaseModel):
@@ -87,7 +93,7 @@ class ArgonneModel(BaseModel):
             self.execution,
             self.rotary,
             self.model.embed_tokens if span.has_embedding(tied) else None,
-            [self.model.layers[str(number)] for number in span.layers],
+            [self.model.block(number) for number in span.layers],
             self.model.norm if span.is_last else None,
             self.lm_head if span.is_last else None,
         )
@@ -223,7 +229,14 @@ class ArgonneModel(BaseModel):
         attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * sequence
         return 6 * (config.parameter_count - embedding) + attention
 
-    def config_json(self, longest_sequence: int, special_tokens: Mapping[str, int | None], dtype: str) -> dict[str, Any]:
+    def facts(self, micro_batches: int, batch: int, sequence: int) -> list[str]:
+        """Of a pipeline, its schedule and how long its ranks wait."""
+        if self.groups.pipeline.size == 1:
+            return []
+        waiting = self.pipeline(micro_batches, batch, sequence).bubble(self.costs)
+        return [f"{self.plan.schedule} in {self.plan.stages} stages, bubble {waiting:.0%}"]
+
+    def config_json(self, longest_sequence: int, special_tokens: SpecialTokens, dtype: str) -> dict[str, Any]:
         """The ``config.json`` with which ``transformers`` opens the weights as Llama."""
         return to_huggingface(replace(self.config, max_position_embeddings=longest_sequence), special_tokens, dtype)
 

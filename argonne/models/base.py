@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from argonne.models.contract import Batch, Head, LossFunction
+from argonne.models.contract import Batch, Head, LossFunction, SpecialTokens
 from argonne.models.execution import Execution
 from argonne.parallel import (
     Layout,
@@ -36,12 +36,20 @@ class BaseModel(nn.Module):
         super().__init__()
         self.execution = execution
 
-    head: Head
-
     @property
     def groups(self) -> ProcessGroups:
         """The processes that share the model."""
         return self.execution.groups
+
+    @property
+    def head(self) -> Head:
+        """The holder of the output weight."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> Mapping[str, Any]:
+        """What makes it this model and no other, as JSON values."""
+        raise NotImplementedError
 
     @property
     def parameter_count(self) -> int:
@@ -105,15 +113,14 @@ class BaseModel(nn.Module):
         """Six for each parameter: a multiply-add forward and two backward. What attention adds is not counted."""
         return 6.0 * self.parameter_count
 
-    def config_json(self, longest_sequence: int, special_tokens: Mapping[str, int | None], dtype: str) -> dict[str, Any]:
+    def config_json(self, longest_sequence: int, special_tokens: SpecialTokens, dtype: str) -> dict[str, Any]:
         """The shape under the model's own name, which no other library knows how to open."""
         trained = {"max_position_embeddings": longest_sequence, "dtype": dtype}
         return {"architectures": [type(self).__name__], **self.shape, **trained, **special_tokens}
 
-    @property
-    def shape(self) -> Mapping[str, Any]:
-        """What makes it this model and no other, as JSON values."""
-        raise NotImplementedError
+    def facts(self, micro_batches: int, batch: int, sequence: int) -> list[str]:
+        """Nothing."""
+        return []
 
     def _loss(self, micro_batch: Batch, loss: LossFunction) -> Tensor:
         return loss(self(micro_batch), self.head, micro_batch.shard(self.groups.context))

@@ -26,6 +26,9 @@ from argonne.parallel import (
 Head = VocabParallelEmbedding | VocabParallelHead
 """What holds the output weight: the embedding where the two are tied."""
 
+SpecialTokens = Mapping[str, int | None]
+"""``bos_token_id``, ``eos_token_id`` and ``pad_token_id``."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -86,8 +89,10 @@ class LanguageModel(Protocol):
     parameters are empty until ``initialise`` or a checkpoint fills them.
     """
 
-    groups: ProcessGroups
-    """The processes that share it."""
+    @property
+    def groups(self) -> ProcessGroups:
+        """The processes that share it."""
+        ...
 
     @property
     def shape(self) -> Mapping[str, Any]:
@@ -149,12 +154,16 @@ class LanguageModel(Protocol):
         """Floating-point operations of a forward and a backward pass for one token of a sequence of that length."""
         ...
 
-    def config_json(self, longest_sequence: int, special_tokens: Mapping[str, int | None], dtype: str) -> dict[str, Any]:
+    def facts(self, micro_batches: int, batch: int, sequence: int) -> list[str]:
+        """What the line that a run begins with says of steps of this shape."""
+        ...
+
+    def config_json(self, longest_sequence: int, special_tokens: SpecialTokens, dtype: str) -> dict[str, Any]:
         """What ``config.json`` says beside the saved weights.
 
         Args:
             longest_sequence: the positions that it was trained on.
-            special_tokens: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``.
+            special_tokens: of the tokenizer.
             dtype: of the saved weights, ``float32`` say.
         """
         ...
@@ -162,7 +171,7 @@ class LanguageModel(Protocol):
 
 def require_contract(model: object) -> None:
     """Raise ``ArgonneError`` naming what ``model`` lacks of ``LanguageModel``."""
-    wanted = [name for name in (*LanguageModel.__annotations__, *vars(LanguageModel)) if not name.startswith("_")]
+    wanted = [name for name in vars(LanguageModel) if not name.startswith("_")]
     missing = [name for name in wanted if not hasattr(model, name)]
     if missing:
         listed = ", ".join(missing)

@@ -19,7 +19,7 @@ class Execution:
 
     groups: ProcessGroups
     """The processes that share the model and its work."""
-    precision: Precision = Precision()
+    precision: Precision = Precision()  # noqa: RUF009 - frozen
     """The dtypes of parameters and of what is computed with them."""
     kernels: Backend = "auto"
     """What computes between the matrix products, and the loss: ``torch``, ``triton`` or ``auto`` (Triton on GPU)."""

@@ -15,7 +15,7 @@ from argonne.parallel import Objective
 class CrossEntropyLoss:
     """The summed cross-entropy in nats, each position weighted as the batch says; a ``LossFunction``."""
 
-    objective: Objective = Objective()
+    objective: Objective = Objective()  # noqa: RUF009 - frozen
     """Label smoothing, z-loss and the target that is ignored."""
     kernels: Backend = "auto"
 
