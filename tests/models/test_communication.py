@@ -24,7 +24,7 @@ from argonne.parallel import (
 )
 from argonne.parallel.communication.layout import Layout
 from argonne.parallel.tensor_parallel.embedding import VocabularyRange
-from tests.parallel.test_recording import ProductStarts
+from tests.parallel.recorded import ProductStarts
 from tests.pool import RankPool
 
 Sent = Counter[tuple[str, str, str, str, bool, int]]

@@ -15,7 +15,7 @@ from argonne.models import ArgonneModel, Batch, CrossEntropyLoss, Execution, bui
 from argonne.parallel import ArgonneError, Layout, ProcessGroups, data_parallel, initialise, record
 from argonne.parallel.data_parallel.kinds import check_shard
 from argonne.parallel.pipeline_parallel.plan import PipelinePlan
-from tests.parallel.test_data_parallel import (
+from tests.parallel.replicas import (
     CONFIG,
     DOUBLE,
     SHARED_HEAD,
