@@ -145,7 +145,9 @@ class ArgonneModel(BaseModel):
 
     def sharded_parameters(self) -> list[ShardedParameter]:
         """Every parameter of this rank, stage after stage, under the names of the whole model."""
-        order = {id(p): place for place, p in enumerate(p for s in self._stages.values() for p in s.parameters())}
+        order: dict[int, int] = {}
+        for parameter in (p for stage in self._stages.values() for p in stage.parameters()):
+            order.setdefault(id(parameter), len(order))  # a tied weight has its place in the first of its stages
         found = sorted(sharded_parameters(self, self.groups), key=lambda sharded: order[id(sharded.parameter)])
         ends = (self.plan.rank_of(0), self.plan.rank_of(self.plan.stages - 1))
         if self.model.embed_tokens is None or not self.config.tie_word_embeddings or ends[0] == ends[1]:

@@ -48,7 +48,7 @@ class FullyShard(DataParallel):
 
     The parameters of a block are gathered just before it computes, in forward and again in backward, where its
     gradients are then reduce-scattered and added to this rank's rows, in every micro-batch: no rank ever has the whole
-    gradient. Parameters outside the blocks stay gathered from forward to backward.
+    gradient. Parameters outside the blocks stay gathered from the first forward to the last backward of a step.
 
     With ``shard`` the rows are shared out within groups of so many neighbouring replicas, and the groups are replicas
     of each other: their rows are summed once a step, in all-reduces that run beside the last backward.
@@ -99,6 +99,10 @@ class FullyShard(DataParallel):
             assert isinstance(module, FSDPModule)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # Gloo knows no other
+        for root in stages or [model]:
+            assert isinstance(root, FSDPModule)
+            # A loss that is computed outside its call may need the head in the backward of another micro-batch too.
+            root.set_reshard_after_backward(False, recurse=False)
         for name in forward_methods:
             register_fsdp_forward_method(model, name)
         self._dtensors = [getattr(*homes[id(sharded.parameter)]) for sharded in declared]
@@ -118,6 +122,7 @@ class FullyShard(DataParallel):
         self._reduction.begin(micro_batches, deferred)
 
     def complete(self) -> None:
+        self.publish()
         self._sum_over_groups()
         for sharded, dtensor in zip(self.parameters, self._dtensors, strict=True):
             if not dtensor.requires_grad:
@@ -130,7 +135,7 @@ class FullyShard(DataParallel):
         super().complete()
 
     def publish(self) -> None:
-        """The memory is shared; only whole parameters that an evaluation has left gathered are dropped."""
+        """The memory is shared; only whole parameters that a pass has left gathered are dropped."""
         for module in self._modules:
             assert isinstance(module, FSDPModule)
             module.reshard()
