@@ -30,7 +30,8 @@ from argonne.parallel import (
     initialise,
     process_groups,
 )
-from argonne.parallel.communication.collectives import all_reduce
+from argonne.parallel.communication.collectives import barrier
+from argonne.parallel.communication.reduction import sum_over
 from argonne.parallel.pipeline_parallel.plan import SCHEDULES, PipelinePlan
 from argonne.training.layout_flags import ParallelFlags
 from argonne.training.optimizer import build_optimizer, set_learning_rate
@@ -143,7 +144,7 @@ def build(contestant: Contestant, flags: Flags, everyone: ProcessGroups) -> tupl
     def step() -> float:
         replicas.begin(len(mine), deferred=model.defers_weight_gradients)
         loss = model.forward_backward(mine[..., :-1], mine[..., 1:], float(flags.batch * flags.sequence))
-        total = all_reduce(loss, groups.replicas).item()
+        total = sum_over(loss, groups.replicas).item()
         replicas.complete()
         global_gradient_norm(replicas.parameters, groups)
         optimizer.step()
@@ -173,11 +174,11 @@ def run(flags: Flags) -> None:
         rates: dict[str, list[float]] = {name: [] for name in steps}
         for number in range(flags.rounds):
             for name, step in steps.items():
-                everyone.barrier()
+                barrier(everyone.world)
                 began = time.perf_counter()
                 for _ in range(flags.steps):
                     step()
-                everyone.barrier()
+                barrier(everyone.world)
                 rates[name].append(flags.steps * flags.batch * flags.sequence / (time.perf_counter() - began))
             if everyone.is_first:
                 print(f"round {number + 1} of {flags.rounds} done", flush=True)

@@ -14,7 +14,7 @@ from argonne.models.config import ArgonneConfig
 from argonne.models.decoder import Span
 from argonne.parallel import Precision, ProcessGroups, ShardedParameter, initialise, share_sequence
 from argonne.parallel.pipeline_parallel.plan import PipelinePlan, balance
-from argonne.parallel.pipeline_parallel.stages import Activation, pipeline_forward, share_from_last
+from argonne.parallel.pipeline_parallel.stages import Activation, broadcast_from_last_stage, pipeline_forward
 
 if TYPE_CHECKING:
     from argonne.parallel.pipeline_parallel.schedule import Pipeline
@@ -109,7 +109,7 @@ class PipelinedModel(nn.Module):
         options = {} if documents is None else {"documents": documents.flatten(0, 1)}
         loss = pipeline.forward_backward(local_ids, local_targets, **options)
         like = torch.zeros((), dtype=self.precision.statistics, device=ids.device)
-        return share_from_last(loss, like, self.plan, self.groups.pipeline)
+        return broadcast_from_last_stage(loss, like, self.plan, self.groups.pipeline)
 
     def pipeline(self, micro_batches: int, batch: int, sequence: int) -> Pipeline:
         """The pipeline for steps of this shape, built when it is first needed."""
@@ -140,7 +140,7 @@ class PipelinedModel(nn.Module):
         shape = () if reduction == "sum" else local.shape
         like = torch.zeros(shape, dtype=self.precision.statistics, device=ids.device)
         losses = None if self.last is None else self.last.losses(_given(x), local, reduction)
-        return share_from_last(losses, like, self.plan, self.groups.pipeline)
+        return broadcast_from_last_stage(losses, like, self.plan, self.groups.pipeline)
 
     @torch.no_grad()
     def next_token_logits(self, ids: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class PipelinedModel(nn.Module):
         shape = (len(ids), self.config.vocab_size)
         like = torch.zeros(shape, dtype=self.precision.compute, device=ids.device)
         logits = None if self.last is None else self.last.last_logits(_given(x), len(ids), ids.shape[1] - 1)
-        return share_from_last(logits, like, self.plan, self.groups.pipeline)
+        return broadcast_from_last_stage(logits, like, self.plan, self.groups.pipeline)
 
     def _forward(self, ids: Tensor, sequence: int, whole: bool, **options: Any) -> Tensor | None:
         for stage in self.held.values():

@@ -3,7 +3,8 @@
 Needs torch, numpy and einops, and nothing else of argonne.
 """
 
-from argonne.parallel.communication.groups import Axis, ProcessGroups, choose_device, process_groups
+from argonne.parallel.communication.groups import Axis, ProcessGroups
+from argonne.parallel.communication.job import choose_device, process_groups
 from argonne.parallel.communication.layout import AXES, Layout
 from argonne.parallel.communication.recording import Collective, Log, record
 from argonne.parallel.communication.regions import (

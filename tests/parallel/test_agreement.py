@@ -29,7 +29,6 @@ from argonne.parallel import (
 )
 from argonne.parallel.communication import agreement, collectives, recording
 from argonne.parallel.communication.collectives import Pending, all_reduce, broadcast, gather_objects, start_all_reduce
-from argonne.parallel.tensor_parallel import products
 from tests.pool import RankPool
 
 WITHIN = 10.0  # seconds, from the beginning of the block to the report
@@ -78,10 +77,10 @@ def planted(fault: str, groups: ProcessGroups, at: int, faulty: bool) -> Iterato
             return real(tensor, axis, site, wait=wait)
         if fault == "swapped order":  # with a barrier
             if faulty:
-                groups.barrier()
+                collectives.barrier(groups.world)
             pending = real(tensor, axis, site, wait=wait)
             if not faulty:
-                groups.barrier()
+                collectives.barrier(groups.world)
             return pending
         if faulty:
             if fault == "missing call":
@@ -94,10 +93,7 @@ def planted(fault: str, groups: ProcessGroups, at: int, faulty: bool) -> Iterato
                 axis = groups.data if groups.data.size > 1 else groups.world
         return real(tensor, axis, site, wait=wait)
 
-    with (
-        mock.patch.object(collectives, "start_all_reduce", start),
-        mock.patch.object(products, "start_all_reduce", start),
-    ):
+    with mock.patch.object(collectives, "start_all_reduce", start):
         yield
 
 
@@ -266,7 +262,7 @@ def on_the_brink(groups: ProcessGroups, patience: float, delays: list[float]) ->
     """Whether this rank raised, for each delay of rank 1."""
     raised = []
     for delay in delays:
-        groups.barrier()
+        collectives.barrier(groups.world)
         try:
             with record(check=groups, patience=patience):
                 if groups.world.rank == 1:
@@ -471,9 +467,9 @@ def test_a_cycle_of_ranks_that_wait_for_each_other_is_reported(ranks: RankPool) 
 
 def keys_at_rest(groups: ProcessGroups) -> int:
     """The number of keys in the job's store while no rank is in a block."""
-    groups.barrier()
+    collectives.barrier(groups.world)
     found = dist.distributed_c10d._get_default_store().num_keys()
-    groups.barrier()
+    collectives.barrier(groups.world)
     return found
 
 
@@ -495,7 +491,7 @@ def many(groups: ProcessGroups, count: int) -> tuple[float, int, int, int, int]:
     for _ in range(10):
         with record(check=groups):
             all_reduce(torch.ones(2), groups.data)
-            groups.barrier()
+            collectives.barrier(groups.world)
     return elapsed, before, highest, after, keys_at_rest(groups)
 
 

@@ -6,11 +6,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from argonne.parallel import ColumnParallelLinear, Layout, Precision, ProcessGroups, RowParallelLinear, initialise
-from argonne.parallel.communication.collectives import all_reduce
-from argonne.parallel.pipeline_parallel.plan import SCHEDULES, PipelinePlan
+from argonne.parallel import (
+    ColumnParallelLinear,
+    Layout,
+    Precision,
+    ProcessGroups,
+    RowParallelLinear,
+    initialise,
+    record,
+)
+from argonne.parallel.pipeline_parallel.plan import SCHEDULES, PipelinePlan, ScheduleName
 from argonne.parallel.pipeline_parallel.schedule import Pipeline
-from argonne.parallel.pipeline_parallel.stages import Activation, pipeline_forward, share_from_last
+from argonne.parallel.pipeline_parallel.stages import Activation, broadcast_from_last_stage, pipeline_forward
 from argonne.parallel.sharding.spec import sharded_parameters
 from argonne.parallel.tensor_parallel.deferral import deferring
 from tests.pool import RankPool
@@ -60,12 +67,12 @@ def run(
         for stage in stages.values():
             stage.zero_grad()
         loss = pipeline.forward_backward(inputs, targets)
-        losses.append(share_from_last(loss, torch.zeros((), dtype=torch.float64), plan, axis))
+        losses.append(broadcast_from_last_stage(loss, torch.zeros((), dtype=torch.float64), plan, axis))
         assert pipeline.has_last == (loss is not None)
     gradients = {n: parts_of(stage, groups, lambda parameter: parameter.grad) for n, stage in stages.items()}
     output = pipeline_forward(stages, plan, axis, inputs[:BATCH], activation)
     like = torch.zeros(BATCH, HIDDEN, dtype=torch.float64)
-    return losses, gradients, share_from_last(output, like, plan, axis), pipeline.bubble([1.0] * plan.stages)
+    return losses, gradients, broadcast_from_last_stage(output, like, plan, axis), pipeline.bubble([1.0] * plan.stages)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -147,12 +154,19 @@ def test_a_deferred_weight_gradient_comes_when_it_is_asked_for(layer: str, recom
         assert torch.equal(parameter.grad, expected[name]), name  # type: ignore[arg-type]
 
 
-def test_what_is_added_over_the_pipeline_is_the_last_stages(ranks: RankPool) -> None:
-    assert ranks.run(Layout(pipeline=2), _rank_of_last) == [1.0, 1.0]
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb"])
+def test_the_last_stages_value_is_broadcast_to_every_rank_with_all_its_bits(
+    ranks: RankPool, schedule: ScheduleName
+) -> None:
+    last = 0 if schedule == "zb" else 1
+    for found, sent in ranks.run(Layout(pipeline=2), _from_last_stage, schedule):
+        assert torch.equal(found.view(torch.int32), torch.tensor([[float(last)], [-0.0]]).view(torch.int32))
+        assert sent == [("broadcast", "pipeline", (2, 1))]
 
 
-def _rank_of_last(groups: ProcessGroups) -> float:
-    value = torch.tensor(float(groups.pipeline.rank)) if groups.pipeline.rank == 1 else None
-    plan = PipelinePlan(2)
-    assert all_reduce(torch.ones(()), groups.pipeline) == 2
-    return share_from_last(value, torch.zeros(()), plan, groups.pipeline).item()
+def _from_last_stage(groups: ProcessGroups, schedule: ScheduleName) -> tuple[Tensor, list[tuple[object, ...]]]:
+    plan, rank = PipelinePlan.of(schedule, 2), groups.pipeline.rank
+    value = torch.tensor([[float(rank), -0.0]]).t() if rank == plan.rank_of(plan.stages - 1) else None
+    with record() as log:
+        found = broadcast_from_last_stage(value, torch.zeros(2, 1), plan, groups.pipeline)
+    return found, [(c.op, c.axis, c.shape) for c in log.collectives]

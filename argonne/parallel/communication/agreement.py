@@ -10,15 +10,10 @@ from __future__ import annotations
 import time
 from collections import Counter
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from argonne.parallel.errors import CollectiveMismatch
-
-if TYPE_CHECKING:
-    from argonne.parallel.communication.groups import ProcessGroups
-    from argonne.parallel.communication.recording import Collective
 
 _OUTSIDE = "not yet in the block"
 _START = "the start of the block"
@@ -38,8 +33,8 @@ class Agreement:
     ``at/<rank>`` the latest thing a rank said; ``left`` the number of ranks that are through.
     """
 
-    def __init__(self, groups: ProcessGroups, patience: float) -> None:
-        self.rank, self.everyone, self.patience = groups.world.rank, groups.world.ranks, patience
+    def __init__(self, rank: int, everyone: tuple[int, ...], patience: float) -> None:
+        self.rank, self.everyone, self.patience = rank, everyone, patience
         store = dist.distributed_c10d._get_default_store()  # every call here is answered at once
         # Counted in the store: processes may have been in other jobs before, but all enter the same blocks of one.
         block = store.add(f"argonne/agreement/entered/{self.rank}", 1)
@@ -67,9 +62,9 @@ class Agreement:
             self.store.delete_key(f"verdict/{self.everyone}/{last}")
             self.store.delete_key("left")
 
-    def check(self, entry: Collective) -> None:
-        """Return when every rank of ``entry`` is about to issue the same; otherwise raise the report."""
-        self._agree(entry.ranks, str(entry), self.patience)
+    def check(self, ranks: tuple[int, ...], text: str) -> None:
+        """Return when every one of ``ranks`` is about to issue what ``text`` describes; otherwise raise the report."""
+        self._agree(ranks, text, self.patience)
 
     def _agree(self, ranks: tuple[int, ...], text: str, patience: float) -> None:
         self.counts[ranks] += 1

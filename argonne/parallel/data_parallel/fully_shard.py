@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -12,8 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from argonne.parallel.communication.collectives import Pending, start_all_reduce
+from argonne.parallel.communication.collectives import Pending
 from argonne.parallel.communication.groups import Axis, ProcessGroups
+from argonne.parallel.communication.reduction import start_sum
 from argonne.parallel.data_parallel.buckets import LateGradient, OverlappedReduction, plan_buckets
 from argonne.parallel.data_parallel.strategy import DataParallel, rows_of_rank
 from argonne.parallel.errors import ArgonneError
@@ -139,7 +140,7 @@ class FullyShard(DataParallel):
         """Begin to sum a bucket of this rank's rows over the groups."""
         bucket = self._buckets[number]
         rows = [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in bucket]
-        return start_all_reduce(torch.cat([part.flatten() for part in rows]), self._across)
+        return start_sum(torch.cat([part.flatten() for part in rows]), self._across)
 
     def _sum_over_groups(self) -> None:
         totals = self._reduction.finish()
@@ -155,7 +156,8 @@ def _axis(name: str, replicas: Axis, members: Sequence[int]) -> Axis:
     """Some of the replicas, this rank among them, with a process group that only they make."""
     ranks = tuple(replicas.ranks[member] for member in members)
     group = dist.new_group(list(ranks), use_local_synchronization=True)
-    return Axis(name, len(ranks), list(members).index(replicas.rank), group, ranks)
+    rank = list(members).index(replicas.rank)
+    return replace(replicas, name=name, size=len(ranks), rank=rank, group=group, ranks=ranks)
 
 
 def _materialise(module: nn.Module, device: torch.device) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from argonne.parallel.communication.collectives import Pending, start_all_reduce
+from argonne.parallel.communication.collectives import Pending
 from argonne.parallel.communication.groups import ProcessGroups
+from argonne.parallel.communication.reduction import start_sum
 from argonne.parallel.data_parallel.buckets import LateGradient, OverlappedReduction, gradient_dtype, plan_buckets
 from argonne.parallel.data_parallel.strategy import DataParallel
 from argonne.parallel.sharding.spec import ShardedParameter
@@ -55,6 +56,6 @@ class Replicate(DataParallel):
             if parameter.grad is not place:  # someone has replaced or cleared it
                 place.zero_() if parameter.grad is None else place.copy_(parameter.grad)
                 parameter.grad = place
-        pending = start_all_reduce(self._buffers[number], self.groups.replicas)
+        pending = start_sum(self._buffers[number], self.groups.replicas)
         self._sent[number] = self._buffers[number]._version
         return pending

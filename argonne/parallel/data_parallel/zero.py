@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from argonne.parallel.communication.collectives import Pending, start_all_gather, start_reduce_scatter
+from argonne.parallel.communication.collectives import Pending, start_all_gather
 from argonne.parallel.communication.groups import ProcessGroups
+from argonne.parallel.communication.reduction import start_sum_and_scatter
 from argonne.parallel.data_parallel.buckets import LateGradient, OverlappedReduction, gradient_dtype, plan_buckets
 from argonne.parallel.data_parallel.strategy import DataParallel, rows_of_a_full_rank, rows_of_rank
 from argonne.parallel.errors import ArgonneError
@@ -102,7 +103,7 @@ class ShardedOptimizer(DataParallel):
                 for there, part in place.pairs(buffer, place.whole.grad.contiguous()):
                     there.copy_(part)
                 place.whole.grad = None
-        return start_reduce_scatter(buffer, self.groups.replicas)
+        return start_sum_and_scatter(buffer, self.groups.replicas)
 
 
 def _own_rows(sharded: ShardedParameter, groups: ProcessGroups) -> ShardedParameter:
