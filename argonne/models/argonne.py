@@ -22,8 +22,8 @@ from argonne.parallel import (
     column_parallel_linear,
     gather_from_sequence_region,
     initialise,
+    shard_sequence,
     sharded_parameters,
-    share_sequence,
     vocab_parallel_logits,
 )
 from argonne.parallel.communication.collectives import all_gather
@@ -138,7 +138,7 @@ class ArgonneModel(ArgonneStage):
 
         ``documents`` are as for ``loss``.
         """
-        local = share_sequence(ids, self.groups.context)
+        local = shard_sequence(ids, self.groups.context)
         x = self.model(local, self.model.places(ids.shape[1], documents=documents))
         return vocab_parallel_logits(x, self.head).unflatten(0, local.shape)
 
@@ -165,8 +165,8 @@ class ArgonneModel(ArgonneStage):
             ``[batch, sequence / context_parallel]`` in the order of ``context_positions``, or their sum.
         """
         context = self.groups.context
-        x = self.model(share_sequence(ids, context), self.model.places(ids.shape[1], documents=documents))
-        return self.losses(x, share_sequence(targets, context), reduction, objective)
+        x = self.model(shard_sequence(ids, context), self.model.places(ids.shape[1], documents=documents))
+        return self.losses(x, shard_sequence(targets, context), reduction, objective)
 
     def forward_backward(self, ids: Tensor, targets: Tensor, divisor: float, documents: Tensor | None = None) -> Tensor:
         """Gradients of the loss summed over this rank's positions and divided; returns that loss, detached.

@@ -28,7 +28,7 @@ from argonne.parallel import (
     VocabParallelEmbedding,
     context_parallel_attention,
     replicated,
-    share_sequence,
+    shard_sequence,
 )
 from argonne.parallel.communication.groups import Axis
 from argonne.parallel.context_parallel.variable_length import DocumentBounds, can_vary_length, document_bounds
@@ -213,7 +213,7 @@ class Decoder(nn.Module):
     def places(self, sequence: int, whole: bool = False, documents: Tensor | None = None) -> Places:
         """Of sequences of that length: this context-parallel rank's share, or all of it."""
         axis = Axis("context") if whole else self.context
-        cos, sin = (share_sequence(table[:sequence], axis, 0) for table in (self.cos, self.sin))
+        cos, sin = (shard_sequence(table[:sequence], axis, 0) for table in (self.cos, self.sin))
         bounds = None
         if documents is not None and axis.size == 1 and self.varies_length:
             bounds = document_bounds(documents)

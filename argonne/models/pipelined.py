@@ -12,7 +12,7 @@ from argonne.kernels import Backend
 from argonne.models.argonne import ArgonneModel, ArgonneStage, Reduction, pad_to_share
 from argonne.models.config import ArgonneConfig
 from argonne.models.decoder import Span
-from argonne.parallel import Precision, ProcessGroups, ShardedParameter, initialise, share_sequence
+from argonne.parallel import Precision, ProcessGroups, ShardedParameter, initialise, shard_sequence
 from argonne.parallel.pipeline_parallel.plan import PipelinePlan, balance
 from argonne.parallel.pipeline_parallel.stages import Activation, broadcast_from_last_stage, pipeline_forward
 
@@ -104,7 +104,7 @@ class PipelinedModel(nn.Module):
         for stage in self.held.values():
             stage.sequence, stage.whole = sequence, False
         local_ids, local_targets = (
-            share_sequence(x, self.groups.context, 2).flatten(0, 1).contiguous() for x in (ids, targets)
+            shard_sequence(x, self.groups.context, 2).flatten(0, 1).contiguous() for x in (ids, targets)
         )
         options = {} if documents is None else {"documents": documents.flatten(0, 1)}
         loss = pipeline.forward_backward(local_ids, local_targets, **options)
@@ -135,8 +135,8 @@ class PipelinedModel(nn.Module):
         self, ids: Tensor, targets: Tensor, reduction: Reduction = "none", documents: Tensor | None = None
     ) -> Tensor:
         """As ``ArgonneModel.loss``, on every rank and without gradients: to evaluate."""
-        x = self._forward(share_sequence(ids, self.groups.context), ids.shape[1], whole=False, documents=documents)
-        local = share_sequence(targets, self.groups.context)
+        x = self._forward(shard_sequence(ids, self.groups.context), ids.shape[1], whole=False, documents=documents)
+        local = shard_sequence(targets, self.groups.context)
         shape = () if reduction == "sum" else local.shape
         like = torch.zeros(shape, dtype=self.precision.statistics, device=ids.device)
         losses = None if self.last is None else self.last.losses(_given(x), local, reduction)

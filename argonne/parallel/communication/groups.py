@@ -106,7 +106,7 @@ class ProcessGroups:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process speaks for the job: prints, and writes what is written once."""
+        """Whether this process is the one that prints, and writes what is written once."""
         return self.world.rank == 0
 
     @property
