@@ -26,11 +26,11 @@ from argonne.parallel import (
     VocabParallelHead,
     initialise,
     pipeline_forward,
+    shard_sequence,
     sharded_parameters,
-    share_sequence,
     vocab_parallel_logits,
 )
-from argonne.parallel.pipeline_parallel.stages import share_from_last
+from argonne.parallel.pipeline_parallel.stages import broadcast_from_last_stage
 
 if TYPE_CHECKING:
     from argonne.parallel.pipeline_parallel.schedule import Pipeline
@@ -164,7 +164,7 @@ class ArgonneModel(BaseModel):
 
         Without a pipeline only.
         """
-        local = share_sequence(batch.ids, self.groups.context)
+        local = shard_sequence(batch.ids, self.groups.context)
         return self._stages[0](local, batch.ids.shape[1], batch.documents)
 
     def logits(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
@@ -254,7 +254,7 @@ class ArgonneModel(BaseModel):
             assert value is not None
             return value
         like = torch.zeros(shape, dtype=dtype or self.execution.precision.statistics, device=self.groups.device)
-        return share_from_last(value, like, self.plan, self.groups.pipeline)
+        return broadcast_from_last_stage(value, like, self.plan, self.groups.pipeline)
 
     def _activation(self, batch: int, positions: int) -> Activation:
         share = self.groups.tensor.size if self.groups.sequence_parallel else 1
