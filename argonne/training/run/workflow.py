@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from argonne.checkpoint import CheckpointError, checkpoints, load_trainer, newest_valid
-from argonne.parallel import ProcessGroups, choose_device, process_groups
+from argonne.parallel import ProcessGroups, check_declarations, choose_device, process_groups
 from argonne.parallel.communication.collectives import collectively
 from argonne.parallel.communication.environment import place
 from argonne.parallel.errors import ArgonneError
@@ -119,6 +119,7 @@ def train(
     Returns the status that this process is to end with.
     """
     groups, directory = state.model.groups, config.run.output_dir
+    check_declarations(state.parameters, groups, values=True)
     micro_batch = config.training.initial_batch_size
     shape = BatchShape(micro_batch, accumulation, groups.data.size, config.data.block_size)
     trainer = Trainer(config, workload, state, shape)
