@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -71,18 +71,12 @@ class ModelFlags:
             directory = self.model_config if self.model_config.is_dir() else self.model_config.parent
             require_intact(directory, lambda name: name == "config.json")
         base = from_huggingface(self.model_config) if self.model_config else preset(self.preset or DEFAULT_PRESET)
-        changed = {name: value for name, value in vars(self).items() if value is not None}
-        changed = {name: value for name, value in changed.items() if name not in ("preset", "model_config")}
-        for name in ("head_dim", "intermediate_size", "initializer_range"):
-            if changed.get(name) == 0:  # for ArgonneConfig that means: derive it
-                raise ArgonneError(f"{name}={changed[name]} is not legal; legal: more than 0, or leave the flag out")
-        # What a preset derives from another field is derived again when that field is changed.
-        if "hidden_size" in changed:
-            changed = {"head_dim": 0, "intermediate_size": 0, **changed}
-        elif "num_attention_heads" in changed:
-            changed = {"head_dim": 0, **changed}
-        if "hidden_size" in changed and not self.model_config and self.preset != "demo":
-            changed = {"initializer_range": 0.0, **changed}
+        changed: dict[str, Any] = {name: value for name, value in vars(self).items() if value is not None}
+        for name in ("preset", "model_config"):
+            changed.pop(name, None)
+        if self.model_config is not None:  # a file gives what a preset derives, which is to follow a changed width too
+            follows = {"hidden_size": ("head_dim", "intermediate_size"), "num_attention_heads": ("head_dim",)}
+            changed = {name: None for given in follows if given in changed for name in follows[given]} | changed
         changed["max_position_embeddings"] = max(block_size, base.max_position_embeddings)
         return replace(base, **changed)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pwd
 from pathlib import Path
@@ -63,8 +64,25 @@ def test_a_number_that_is_not_finite_or_out_of_bounds_is_refused_by_its_name(nam
 
 @pytest.mark.parametrize("name", ["head_dim", "intermediate_size", "initializer_range"])
 def test_a_zero_is_not_taken_for_a_flag_left_out(name: str) -> None:
-    with pytest.raises(ArgonneError, match=f"{name}=0.* is not legal; legal: more than 0, or leave the flag out"):
+    with pytest.raises(ArgonneError, match=f"^{name}=0.* is not legal; legal: (1 or more|more than 0)$"):
         checked([f"--{name.replace('_', '-')}=0"])
+
+
+def test_a_shape_from_a_file_follows_a_changed_width_as_a_preset_does(tmp_path: Path) -> None:
+    """The file's own numbers for what follows from the width are of another width; its initial weights stay its own."""
+    file = tmp_path / "config.json"
+    shape = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 9}
+    file.write_text(json.dumps({**shape, "head_dim": 20, "intermediate_size": 40, "initializer_range": 0.5}))
+
+    def resolved(*words: str) -> tuple[int, int, float]:
+        config = parse(RunConfig, ["--model-config", str(file), *words]).model.resolve(16)
+        return config.head_dim, config.intermediate_size, config.initializer_range
+
+    assert resolved() == resolved("--num-hidden-layers=3") == (20, 40, 0.5)
+    assert resolved("--hidden-size=1000") == (250, 2816, 0.5)
+    assert resolved("--hidden-size=1000", "--head-dim=20") == (20, 2816, 0.5)
+    assert resolved("--num-attention-heads=8", "--num-key-value-heads=4") == (6, 40, 0.5)
+    assert resolved("--hidden-size=1000", "--intermediate-size=40", "--initializer-range=0.1") == (250, 40, 0.1)
 
 
 def test_the_largest_seed_is_one_that_every_sample_of_the_run_can_be_drawn_with() -> None:
