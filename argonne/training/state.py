@@ -58,7 +58,7 @@ class TrainingState:
         model, replicas = build_replicas(workload.model, groups, workload.precision, plan, kind, t.kernels, shard)
         model.recompute_blocks(not t.disable_gradient_checkpointing)
         schedule = CosineSchedule(t.learning_rate, t.min_learning_rate, t.warmup_steps, t.total_steps)
-        optimizer = build_optimizer(replicas.parameters, t.weight_decay)
+        optimizer = build_optimizer(replicas.parameters, t.weight_decay, t.betas, t.adam_epsilon)
         return cls(model, replicas, optimizer, schedule, LossScale.of(t.precision, t.initial_loss_scale))
 
     @property
