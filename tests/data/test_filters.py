@@ -46,7 +46,18 @@ def test_without_filters_every_text_that_is_not_empty_is_kept(text: str) -> None
     assert rejection(None, NO_FILTERS) == "not_text"
 
 
-ROWS = ["word " * 20, "1" * 60, "#" * 60, "1" * 30 + "a" * 30, "few words", "a", "", None, "9 " * 8]
+ROWS = [
+    "word " * 20,
+    "1" * 60,
+    "#" * 60,
+    "1" * 30 + "a" * 30,
+    "few words",
+    "a",
+    "",
+    None,
+    "1" * 12,
+    "a" * 40 + "#" * 20,
+]
 SOME = [FILTERS, NO_FILTERS, Filters(70), Filters(max_digits=0.2), Filters(min_readable=0.9), Filters(min_tokens=14)]
 
 
@@ -60,13 +71,18 @@ def test_streaming_and_caches_deliver_the_rows_that_the_thresholds_keep(
     wanted = [token for each in outcomes if not isinstance(each, str) for token in each.tolist()]
     stream = SequenceStream(shards, tokenizer, len(wanted) - 1, 1, None, [0], filters=filters)
     assert stream.next_sequence(0).tokens.tolist() == wanted
-    for processes in (1, 2):
-        built = build(shards, tokenizer, tmp_path / str(processes), processes=processes, filters=filters)
-        assert built.read(0, built.tokens)[0].tokens.tolist() == wanted
-        assert sum(built.dropped.values()) == len(rows) - built.documents
+    built = build(shards, tokenizer, tmp_path, filters=filters)
+    assert built.read(0, built.tokens)[0].tokens.tolist() == wanted
+    assert sum(built.dropped.values()) == len(rows) - built.documents
     check_block_size(shards, tokenizer, len(wanted) - 1, filters=filters)
     with pytest.raises(DataError, match=f"the data holds only {len(wanted)}"):
         check_block_size(shards, tokenizer, len(wanted), filters=filters)
+
+
+def test_other_processes_make_the_same_cache(shards_of, tokenizer, tmp_path, small_units) -> None:
+    shards = shards_of([[ROWS, ROWS[::-1]], [ROWS[:5]]])
+    one, two = (build(shards, tokenizer, tmp_path / str(n), processes=n, filters=Filters(70, 0.9)) for n in (1, 2))
+    assert one.fingerprint == two.fingerprint
 
 
 def test_thresholds_decide_more_than_nothing(shards_of, tokenizer, tmp_path) -> None:
