@@ -36,7 +36,7 @@ STEPS, SAVES, SEED = 8, 4, 5
 BLOCK, LANES, SAMPLES = 24, 3, 4
 BOUNDARY = (0, 2)
 RECIPE = dense.Recipe(peak=3e-3, minimum=2e-4, warmup=3, total=11, decay=0.3, clip=0.9)
-TUNED = replace(RECIPE, betas=(0.8, 0.99), epsilon=1e-5)
+TUNED = replace(RECIPE, betas=(0.8, 0.99), epsilon=1e-5, smoothing=0.1, z_loss=1e-3)
 """With every constant of the optimizer and of the loss another than it is where no flag says."""
 SHAPE = ArgonneConfig(24, 2, 4, 2, 300, 40, max_position_embeddings=1024, initializer_range=0.02)
 GROUPS = [[3, 5, 1], [4, 2]]
