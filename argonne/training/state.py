@@ -53,7 +53,7 @@ class TrainingState(Learner):
         execution = Execution(groups, workload.precision, t.kernels, recompute=not t.disable_gradient_checkpointing)
         model, replicas = build_replicas(lambda e: ArgonneModel(workload.model, e, plan), execution, kind, shard)
         schedule = CosineSchedule(t.learning_rate, t.min_learning_rate, t.warmup_steps, t.total_steps)
-        optimizer = build_optimizer(replicas.parameters, t.weight_decay)
+        optimizer = build_optimizer(replicas.parameters, t.weight_decay, t.betas, t.adam_epsilon)
         loss_scale = LossScale.of(t.precision, t.initial_loss_scale)
         return cls(model=model, replicas=replicas, optimizer=optimizer, schedule=schedule, loss_scale=loss_scale)
 

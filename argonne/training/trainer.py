@@ -39,7 +39,7 @@ class Trainer:
     def __init__(self, config: RunConfig, workload: Workload, state: TrainingState, shape: BatchShape) -> None:
         self.config, self.workload, self.state, self.shape = config, workload, state, shape
         self.groups = groups = state.model.groups
-        self.loss = CrossEntropyLoss(kernels=config.training.kernels)
+        self.loss = CrossEntropyLoss(config.training.objective, config.training.kernels)
         data = config.data
         self.feed = BatchFeed(self._stream(), shape.ids, groups, data.document_mask, data.prefetch_batches)
         self.held_out = workload.held_out

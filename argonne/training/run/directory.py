@@ -30,9 +30,14 @@ _SCHEDULE = (
     "warmup_steps",
     "weight_decay",
     "gradient_clip",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "label_smoothing",
+    "z_loss",
 )
 
-DATA = ("data.shards", "data.fingerprint", "data.weights", "data.filters", "tokenizer.")
+DATA = ("data.shards", "data.fingerprint", "data.weights", "data.text_column", "data.filters", "tokenizer.")
 """What --accept-data-change accepts: so begin the lines that tell of it."""
 
 PRECISION_FLAGS = {"float32": "fp32", "float64": "fp64"}
@@ -171,7 +176,7 @@ def require_same(
 ) -> list[str]:
     """Raise ``ArgonneError`` naming what differs unless both identities are of one run.
 
-    Returns the differences that ``accept_data_change`` accepts: shards, their weights, filters, the tokenizer.
+    Returns the differences that ``accept_data_change`` accepts: shards, weights, text column, filters, the tokenizer.
     """
     found = differences(saved, wanted)
     data = [line for line in found if line.startswith(DATA)]

@@ -208,6 +208,7 @@ def prepare(
             config.data.validation_sequences,
             groups,
             config.data.validation_glob,
+            config.data.document_filters,
         )
     if groups.is_first:
         for line in accepted:

@@ -16,6 +16,7 @@ from argonne.parallel.errors import ArgonneError
 from argonne.training.batch_shape import BatchShape
 from argonne.training.config import RunConfig
 from argonne.training.run.conditions import announced, changed_since, identity_of
+from argonne.training.run.conflicts import in_vain
 from argonne.training.run.continuation import continue_at
 from argonne.training.run.directory import claim, flags_to_json, read_run
 from argonne.training.run.file import mended_run, write_run
@@ -99,12 +100,12 @@ def restore(
     """
     state.restore(checkpoint, reset_optimizer, rewarmup_steps)
     trainer = load_trainer(checkpoint)
-    saved, now = trainer["identity"], workload.identity
+    saved, now = identity_of(trainer), workload.identity
     state.changes = [*trainer.get("changes", []), *({"step": state.step, "text": line} for line in became)]
     say(state.model.groups, *announced(became))
     same_tokens = all(
         saved[group].get(name) == now[group].get(name)
-        for group, name in (("tokenizer", "fingerprint"), ("data", "filters"))
+        for group, name in (("tokenizer", "fingerprint"), ("data", "text_column"), ("data", "filters"))
     )
     if saved["data"].get("shards") != now["data"]["shards"] or not same_tokens:
         state.lanes, line = workload.data.adopted(state.lanes, saved["data"], same_tokens)
@@ -159,6 +160,7 @@ def train(
         f"continuing from {checkpoint}" if checkpoint else "from scratch",
     ]
     say(groups, " | ".join(facts))
+    say(groups, *in_vain(config, groups.layout))
     if workload.model.hidden_size % workload.model.num_attention_heads:
         say(groups, "note: transformers opens no Llama whose hidden_size is not divisible by num_attention_heads")
     total, stop = config.training.total_steps, config.run.stop_at_step
