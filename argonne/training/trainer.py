@@ -14,7 +14,7 @@ from torch import Tensor
 from argonne.checkpoint import prune
 from argonne.checkpoint.format import MANIFEST, step_directory
 from argonne.data import BatchStream, served_lanes
-from argonne.launch.refusal import NOTHING_GAINED, STOPPING, say, stopped_status
+from argonne.launch.refusal import NOTHING_GAINED, STOPPING, log, stopped_status
 from argonne.launch.signals import STOP
 from argonne.models import Batch, CrossEntropyLoss
 from argonne.parallel.communication.environment import seconds_since_start
@@ -111,7 +111,7 @@ class Trainer:
                 f"after a start of {ran:.0f} s; legal: {least} or more"
             )
         if self.groups.is_first:
-            say(line if status == NOTHING_GAINED else f"{line}. The same command continues the run.")
+            log(line if status == NOTHING_GAINED else f"{line}. The same command continues the run.")
         return status
 
     def _saved_since_start(self) -> bool:
