@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from argonne.parallel.communication.collectives import all_reduce, exchange
 from argonne.parallel.communication.groups import ProcessGroups
 from argonne.parallel.communication.recording import is_checking
+from argonne.parallel.communication.reduction import sum_of_two, sum_over
 from argonne.parallel.errors import LayoutError
 from argonne.parallel.sharding.check import check_gradients
 from argonne.parallel.sharding.spec import ShardedParameter
@@ -35,7 +35,7 @@ def complete_gradients(parameters: Sequence[ShardedParameter], groups: ProcessGr
             raise LayoutError(f"{sharded.name} is held by replicas {sorted(holders)[0]}; legal: by all of them, or one")
         gradient = _gradient(sharded)
         if gradient is not None:
-            all_reduce(gradient, axis)
+            sum_over(gradient, axis)
     sum_partial_gradients(parameters, groups)
 
 
@@ -84,7 +84,7 @@ def _sum_over_holders(parameters: Sequence[ShardedParameter], groups: ProcessGro
         # Replicas that hold the same rows have the same sum over all replicas already: one of them adds it.
         if gradient is not None and (not rows_are_shared_out or region.is_owner_over(groups.replicas)):
             wholes[region.name][region.whole_index] = region.part_of(gradient)
-    all_reduce(buffer, axis)
+    sum_over(buffer, axis)
     for sharded, region in shared:
         gradient = gradients[id(sharded)]
         if gradient is not None:
@@ -101,7 +101,7 @@ def _sum_over_stages(parameters: Sequence[ShardedParameter], groups: ProcessGrou
             continue
         if len(set(stages)) != 2 or any(h.ranks != stages for h in holders):
             raise LayoutError(f"{sharded.name} is held by stages {stages}; legal: the whole parameter by two of them")
-        gradient.add_(exchange(gradient, groups.pipeline, *stages))
+        sum_of_two(gradient, groups.pipeline, *stages)
 
 
 def global_gradient_norm(parameters: Sequence[ShardedParameter], groups: ProcessGroups) -> Tensor:
@@ -117,7 +117,7 @@ def global_gradient_norm(parameters: Sequence[ShardedParameter], groups: Process
         for region in sharded.spec.regions:
             if region.is_owner(groups):
                 total += torch.linalg.vector_norm(gradient[region.local_index], dtype=torch.float64) ** 2
-    return all_reduce(total, groups.world).sqrt()
+    return sum_over(total, groups.world).sqrt()
 
 
 def clip_gradients(parameters: Sequence[ShardedParameter], norm: Tensor, limit: float, loss_scale: float = 1.0) -> None:
