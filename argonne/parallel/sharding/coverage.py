@@ -28,6 +28,12 @@ class Claim:
     region: Region
     is_declared: bool = True
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """All that it says but for the names."""
+        r = self.region
+        return (r.whole_shape, r.start, r.shape, r.holders, r.partial_gradient, r.stages, r.replicas, self.dtypes)
+
 
 class Ranks:
     """Where every rank of the job stands."""
