@@ -19,6 +19,7 @@ from argonne.checkpoint import (
     faults,
     load_pieces,
     load_trainer,
+    moment_pieces,
     newest_valid,
     prune,
     read_manifest,
@@ -33,7 +34,7 @@ from argonne.checkpoint.format import record_tensor
 from argonne.files import write_json
 from argonne.models import ArgonneConfig, ArgonneModel, to_huggingface
 from argonne.parallel import ArgonneError, Layout, Normal, ProcessGroups, Region
-from argonne.training.optimizer import build_optimizer, moment_pieces
+from argonne.training.optimizer import build_optimizer
 from tests.pool import RankPool
 from tests.whole import Parts, assemble
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from argonne.checkpoint import load_pieces, save_checkpoint, weight_pieces
+from argonne.checkpoint import load_pieces, moment_pieces, save_checkpoint, weight_pieces
 from argonne.checkpoint.format import step_directory
 from argonne.models import ArgonneConfig, build_replicas
 from argonne.parallel import (
@@ -24,7 +24,7 @@ from argonne.parallel import (
 )
 from argonne.parallel.communication.collectives import all_reduce
 from argonne.parallel.pipeline_parallel.plan import SCHEDULES, PipelinePlan
-from argonne.training.optimizer import build_optimizer, moment_pieces, set_learning_rate
+from argonne.training.optimizer import build_optimizer, set_learning_rate
 from tests.whole import Parts
 
 STEPS, GLOBAL_BATCH, SEQUENCE, VOCABULARY = 20, 8, 16, 53

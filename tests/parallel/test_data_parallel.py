@@ -14,6 +14,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from argonne.checkpoint import MOMENTS
 from argonne.models import ArgonneConfig, ArgonneModel
 from argonne.parallel import (
     Axis,
@@ -33,7 +34,7 @@ from argonne.parallel.communication.collectives import all_reduce
 from argonne.parallel.data_parallel.buckets import plan_buckets
 from argonne.parallel.data_parallel.strategy import rows_of_rank
 from argonne.parallel.errors import ArgonneError
-from argonne.training.optimizer import MOMENTS, build_optimizer, set_learning_rate
+from argonne.training.optimizer import build_optimizer, set_learning_rate
 from tests.parallel.operands import values
 from tests.pool import RankPool
 from tests.whole import Parts, assemble, assert_close
