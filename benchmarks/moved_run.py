@@ -40,6 +40,7 @@ TRAINING: dict[str, Any] = {
     "--min-learning-rate": 3e-4,
     "--warmup-steps": 20,
     "--save-interval": 15,
+    "--sample-tokens": 8,
     "--device": "cpu",
 }
 
