@@ -7,6 +7,7 @@ from typing import Any
 
 from argonne.files import read_json
 from argonne.models.config import ArgonneConfig
+from argonne.models.contract import SpecialTokens
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.legal import require_number, require_whole
 
@@ -45,7 +46,7 @@ _LLAMA: dict[str, Any] = {
 _DERIVED = ("num_key_value_heads", "head_dim")
 
 
-def to_huggingface(config: ArgonneConfig, special_tokens: dict[str, int | None], dtype: str) -> dict[str, Any]:
+def to_huggingface(config: ArgonneConfig, special_tokens: SpecialTokens, dtype: str) -> dict[str, Any]:
     """The ``config.json`` with which ``transformers`` (4.57 and 5) opens the weights as Llama.
 
     Args:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from argonne.data import DataError, SequenceStream, Shard, naming
 from argonne.inference import Sampling, generate
-from argonne.models import ArgonneModel, PipelinedModel
+from argonne.models import Batch, LanguageModel, LossFunction
 from argonne.parallel import ProcessGroups
 from argonne.parallel.communication.collectives import all_reduce, broadcast, collectively, gather_objects
 
@@ -73,7 +73,7 @@ def held_out_sequences(
 
 @torch.no_grad()
 def held_out_loss(
-    model: ArgonneModel | PipelinedModel, sequences: Tensor, micro_batch: int, document_mask: bool = False
+    model: LanguageModel, sequences: Tensor, micro_batch: int, loss: LossFunction, document_mask: bool = False
 ) -> float:
     """The mean loss per token over what ``held_out_sequences`` gave, with documents apart if training has them so.
 
@@ -88,16 +88,14 @@ def held_out_loss(
         own = sequences[:, data.rank :: data.size][:, first : first + micro_batch]
         ids, documents = own if own.shape[1] else sequences[:, :1]
         apart = documents[:, :-1] if document_mask else None
-        loss = model.loss(ids[:, :-1], ids[:, 1:], reduction="sum", documents=apart)
+        found = model.evaluate(Batch(ids[:, :-1], ids[:, 1:], apart), loss)
         if own.shape[1]:
-            total += loss.double()
+            total += found.double()
     all_reduce(total, model.groups.replicas)
     return total.item() / sequences[0, :, 1:].numel()
 
 
-def sample_text(
-    model: ArgonneModel | PipelinedModel, tokenizer: PreTrainedTokenizerFast | None, tokens: int, seed: int
-) -> str | None:
+def sample_text(model: LanguageModel, tokenizer: PreTrainedTokenizerFast | None, tokens: int, seed: int) -> str | None:
     """``PROMPT`` and the model's continuation of so many tokens, on the ranks that have a tokenizer (collective)."""
     prompt: list[int] = []
     if tokenizer is not None:

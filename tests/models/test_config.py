@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from argonne.models import ArgonneConfig, ArgonneModel
+from argonne.models import ArgonneConfig, ArgonneModel, Execution
 from argonne.models.config import PRESETS, feed_forward_size, preset
 from argonne.parallel import ArgonneError, Layout, LayoutError, ProcessGroups
 
@@ -34,7 +34,7 @@ SHAPES = {
 def counted(config: ArgonneConfig) -> int:
     """The elements of the parameters that a model of this shape has, padding left out."""
     with torch.device("meta"):
-        model = ArgonneModel(config, ProcessGroups.single())
+        model = ArgonneModel(config, Execution(ProcessGroups.single()))
     return sum(math.prod(region.shape) for s in model.sharded_parameters() for region in s.spec.regions)
 
 
@@ -183,7 +183,7 @@ def test_a_layout_that_cannot_share_the_model_is_refused_with_the_legal_sizes(
     assert str(refusal.value) == f"{message} (or uneven_shards, which gives some ranks one more than others)"
 
     with pytest.raises(LayoutError), torch.device("meta"):
-        ArgonneModel(preset(name), replace(ProcessGroups.single(), layout=Layout(tensor=tensor)))
+        ArgonneModel(preset(name), Execution(replace(ProcessGroups.single(), layout=Layout(tensor=tensor))))
 
 
 @given(st.integers(1, 8), st.integers(1, 6), st.integers(1, 60), st.integers(1, 50))

@@ -53,13 +53,13 @@ def run(
     stages = {number: Stage(groups, number) for number in plan.held(groups.pipeline.rank)}
     activation = Activation((BATCH, HIDDEN), torch.float64)
     axis = groups.pipeline
-    pipeline = Pipeline(stages, plan, axis, activation, activation, squares, micro_batches, groups.device)
+    pipeline = Pipeline(stages, plan, axis, activation, activation, micro_batches, groups.device)
     inputs, targets = operands(micro_batches)
     losses = []
     for _ in range(steps):
         for stage in stages.values():
             stage.zero_grad()
-        loss = pipeline.forward_backward(inputs, targets)
+        loss = pipeline.forward_backward(inputs, targets, squares)
         losses.append(share_from_last(loss, torch.zeros((), dtype=torch.float64), plan, axis))
         assert pipeline.has_last == (loss is not None)
     gradients = {n: parts_of(stage, groups, lambda parameter: parameter.grad) for n, stage in stages.items()}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from argonne.checkpoint import reset_moments
-from argonne.models import ArgonneConfig, ArgonneModel
+from argonne.models import ArgonneConfig, ArgonneModel, Execution
 from argonne.parallel import (
     Precision,
     ProcessGroups,
@@ -30,7 +30,7 @@ CLIPS = st.sampled_from([1e-3, 1.0, 1e6])
 
 def model_of(seed: int) -> ArgonneModel:
     """A model with norms too, whose weights are no longer 1: what decays them must show."""
-    model = ArgonneModel(CONFIG, ALONE, DOUBLE)
+    model = ArgonneModel(CONFIG, Execution(ALONE, DOUBLE))
     model.initialise(seed)
     with torch.no_grad():
         for number, sharded in enumerate(model.sharded_parameters()):

@@ -13,6 +13,7 @@ from argonne.parallel import ProcessGroups, choose_device, process_groups
 from argonne.parallel.communication.collectives import collectively
 from argonne.parallel.communication.environment import place
 from argonne.parallel.errors import ArgonneError
+from argonne.training.batch_shape import BatchShape
 from argonne.training.config import RunConfig
 from argonne.training.run.conditions import announced, changed_since, identity_of
 from argonne.training.run.continuation import continue_at
@@ -118,7 +119,9 @@ def train(
     Returns the status that this process is to end with.
     """
     groups, directory = state.model.groups, config.run.output_dir
-    trainer = Trainer(config, workload, state, accumulation)
+    micro_batch = config.training.initial_batch_size
+    shape = BatchShape(micro_batch, accumulation, groups.data.size, config.data.block_size)
+    trainer = Trainer(config, workload, state, shape)
 
     def begin() -> None:
         if groups.is_first:
@@ -128,7 +131,7 @@ def train(
                 "identity": workload.identity,
                 "conditions": workload.conditions,
                 "changes": state.changes,
-                "global_batch": trainer.global_batch,
+                "global_batch": shape.global_batch,
                 "layout": layout,
                 "first_layout": before["first_layout"] if before else layout,
                 "flags": flags_to_json(config),
@@ -149,9 +152,9 @@ def train(
     facts = [
         f"{workload.model.parameter_count:,} parameters",
         f"{groups.layout} on {groups.device.type}",
-        f"{trainer.global_batch} x {config.data.block_size} tokens a step",
+        f"{shape.global_batch} x {config.data.block_size} tokens a step",
         shards,
-        *trainer.pipeline_facts(),
+        *state.model.facts(shape.accumulation, shape.micro_batch, shape.block_size),
         f"continuing from {checkpoint}" if checkpoint else "from scratch",
     ]
     say(groups, " | ".join(facts))
