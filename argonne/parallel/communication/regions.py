@@ -83,6 +83,7 @@ class _ReduceScatterToSequenceRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
         ctx.axis, ctx.site = axis, site()
+        _require_dimension(tensor, 0)
         return sum_and_scatter(tensor, axis)
 
     @staticmethod
@@ -158,6 +159,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _join(tensor: Tensor, axis: Axis, dim: int, site: str | None = None) -> Tensor:
+    _require_dimension(tensor, dim)
     parts = all_gather(tensor, axis, site)
     return parts.flatten(0, 1) if dim == 0 else torch.cat(parts.unbind(0), dim=dim)
 
@@ -172,7 +174,13 @@ def _join_unequal(tensor: Tensor, axis: Axis, dim: int, sizes: Sequence[int]) ->
     return torch.cat([part.narrow(dim, 0, size) for part, size in zip(parts, sizes, strict=True)], dim=dim)
 
 
+def _require_dimension(tensor: Tensor, dim: int) -> None:
+    if not -tensor.ndim <= dim < tensor.ndim:
+        raise ArgonneError(f"{list(tensor.shape)} has no dimension {dim} to share out; legal: a tensor that has it")
+
+
 def _own_part(tensor: Tensor, axis: Axis, dim: int) -> Tensor:
+    _require_dimension(tensor, dim)
     if tensor.shape[dim] % axis.size:
         raise ArgonneError(
             f"dimension {dim} of {list(tensor.shape)} cannot be shared out over {axis.name} in equal parts; "

@@ -14,6 +14,7 @@ from argonne.parallel.communication.regions import (
     reduce_from_region,
     reduce_scatter_to_sequence_region,
 )
+from argonne.parallel.errors import ArgonneError
 from argonne.parallel.sharding.initialisation import Initialiser, Normal
 from argonne.parallel.sharding.region import Region, ShardSpec
 from argonne.parallel.tensor_parallel.linear import bias_initialiser_of
@@ -114,6 +115,8 @@ class VocabParallelEmbedding(_VocabParallel):
 
         Under sequence parallelism ``[tokens, ...]`` -> ``[tokens / ranks, ..., hidden]``.
         """
+        if self.sequence_parallel and ids.ndim < 1:
+            raise ArgonneError("a single id cannot be shared out under sequence parallelism; legal: [tokens, ...]")
         rows, mine = self.range.localise(ids)
         vectors = F.embedding(rows, self.weight).to(self.precision.compute)
         leave = reduce_scatter_to_sequence_region if self.sequence_parallel else reduce_from_region

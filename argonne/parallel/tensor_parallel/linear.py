@@ -187,6 +187,8 @@ class RowParallelLinear(nn.Module):
         if self.axis.group is None:
             return local_linear(x, self.weight, self.bias, self.precision)
         partial = local_linear(x, self.weight, None, self.precision)
+        if self.sequence_parallel and partial.ndim < 2:
+            raise ArgonneError(f"x {list(x.shape)} has no tokens to share out; legal: [tokens, ..., local features]")
         leave = reduce_scatter_to_sequence_region if self.sequence_parallel else reduce_from_region
         y = leave(partial, self.axis)
         return y if self.bias is None else y + self.bias.to(self.precision.compute)
