@@ -2,11 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from argonne.parallel import ProcessGroups
 from tests.training.settled import SmallRun
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
     """What small runs share; nothing may change it."""
-    return SmallRun.settle(tmp_path_factory.mktemp("small"), ProcessGroups.single())
+    return SmallRun.settle(tmp_path_factory.mktemp("small"))

@@ -38,12 +38,12 @@ class SmallRun:
     workload: Workload
 
     @classmethod
-    def settle(cls, directory: Path, groups: ProcessGroups, **data: Any) -> SmallRun:
+    def settle(cls, directory: Path) -> SmallRun:
         """Write the text and train the tokenizer; ``directory`` becomes the parent of every run."""
         corpus = write_corpus(directory / "corpus", documents=40, shards=2)
         config = RunConfig(
             model=ModelFlags(**SHAPE),
-            data=DataFlags(data_glob=(f"{corpus}/*.parquet",), block_size=16, data_lanes=3, **data),
+            data=DataFlags(data_glob=(f"{corpus}/*.parquet",), block_size=16, data_lanes=3),
             training=TrainingFlags(
                 total_steps=5,
                 initial_batch_size=2,
@@ -56,7 +56,7 @@ class SmallRun:
             ),
             run=RunFlags(directory / "run", save_interval=2, sample_tokens=3, log_interval=1),
         )
-        return cls(config, prepare(config, groups))
+        return cls(config, prepare(config, ProcessGroups.single()))
 
     def configured(self, directory: Path, training: dict[str, Any], **run: Any) -> RunConfig:
         """The flags of a run in ``directory`` with other values of ``training`` and ``run``."""
