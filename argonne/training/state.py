@@ -24,7 +24,7 @@ from argonne.training.config import RunConfig
 from argonne.training.loss_scale import LossScale
 from argonne.training.optimizer import build_optimizer, moment_pieces
 from argonne.training.run.conditions import dtype_name
-from argonne.training.run.directory import flags_to_json
+from argonne.training.run.flags_json import flags_to_json
 from argonne.training.run.setup import Workload
 from argonne.training.schedule import CosineSchedule
 from argonne.training.step import Learner
@@ -53,7 +53,7 @@ class TrainingState(Learner):
         execution = Execution(groups, workload.precision, t.kernels, recompute=not t.disable_gradient_checkpointing)
         model, replicas = build_replicas(lambda e: ArgonneModel(workload.model, e, plan), execution, kind, shard)
         schedule = CosineSchedule(t.learning_rate, t.min_learning_rate, t.warmup_steps, t.total_steps)
-        optimizer = build_optimizer(replicas.parameters, t.weight_decay)
+        optimizer = build_optimizer(replicas.parameters, t.weight_decay, t.betas, t.adam_epsilon)
         loss_scale = LossScale.of(t.precision, t.initial_loss_scale)
         return cls(model=model, replicas=replicas, optimizer=optimizer, schedule=schedule, loss_scale=loss_scale)
 
