@@ -36,7 +36,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script
 
-from argonne.launch.drive import guarded, parse, world_size
+from argonne.launch import guarded, parse, world_size
 from argonne.models import PRESETS, ArgonneConfig
 from argonne.models.config import preset
 from argonne.parallel import ArgonneError, choose_device

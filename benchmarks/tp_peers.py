@@ -28,7 +28,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script, in this process and in its ranks
 
-from argonne.launch.drive import guarded, parse
+from argonne.launch import guarded, parse
 from argonne.models import ArgonneConfig
 from argonne.parallel import ArgonneError, Layout
 from benchmarks.peers_models import Contestant, argonne_step, dense_step, dtensor_step

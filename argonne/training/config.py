@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
-
-import tyro
+from typing import Any, ClassVar, Literal
 
 from argonne.checkpoint import require_intact
 from argonne.data.corpus.formats import TEXT
 from argonne.data.tokens.filters import FILTERS, NO_FILTERS, Filters
 from argonne.kernels import Backend
-from argonne.launch.flags import HomeText, at_home
+from argonne.launch.flags import Given, HomeText, RestartFlags, at_home
 from argonne.models.config import ArgonneConfig, preset
 from argonne.models.huggingface import from_huggingface
 from argonne.parallel import Objective
@@ -24,10 +22,6 @@ from argonne.training.optimizer import BETAS, EPSILON
 
 DEFAULT_PRESET = "argonne-2.0-4.9b"
 
-_flag = tyro.conf.arg
-
-Given = Annotated[frozenset[str], tyro.conf.Suppress]
-"""The names of the flags that a command line has: filled in by ``parse``, and no flag itself."""
 MOST_STEPS = 2**63 - 1
 MOST_SEED = 2**64 - 1
 """The largest seed of PyTorch's generators; that of a sample is the run's plus the step."""
@@ -229,6 +223,7 @@ class RunConfig:
     data: DataFlags = field(default_factory=DataFlags)
     training: TrainingFlags = field(default_factory=TrainingFlags)
     parallel: ParallelFlags = field(default_factory=ParallelFlags)
+    launch: RestartFlags = field(default_factory=RestartFlags)
     run: RunFlags = field(default_factory=RunFlags)
     given: Given = frozenset()
     """The flags that this command names: what they say counts even where it equals a default."""
@@ -253,7 +248,6 @@ class RunConfig:
             "validation_sequences": (d.validation_sequences, 1),
             "sample_tokens": (r.sample_tokens, 0),
             "data_lanes": (d.data_lanes, 1),
-            "nproc": (self.parallel.nproc, 1),
         }
         for name, (value, minimum) in least.items():
             if value is not None:

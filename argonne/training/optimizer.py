@@ -54,7 +54,7 @@ def set_learning_rate(optimizer: torch.optim.AdamW, learning_rate: float) -> Non
 def moment_pieces(optimizer: torch.optim.AdamW, parameters: Sequence[ShardedParameter]) -> list[Piece]:
     """This rank's parts of the moments, named ``<whole tensor>.exp_avg`` and ``<whole tensor>.exp_avg_sq``."""
     return [
-        Piece(f"{region.name}.{moment}", region, optimizer.state[sharded.parameter][moment][region.local_index])
+        Piece(f"{region.name}.{moment}", region, region.part_of(optimizer.state[sharded.parameter][moment]))
         for sharded in parameters
         for region in sharded.spec.regions
         if 0 not in region.shape

@@ -24,7 +24,7 @@ from argonne.training.config import RunConfig
 from argonne.training.loss_scale import LossScale
 from argonne.training.optimizer import build_optimizer, moment_pieces
 from argonne.training.run.conditions import dtype_name
-from argonne.training.run.directory import flags_to_json
+from argonne.training.run.flags_json import flags_to_json
 from argonne.training.run.setup import Workload
 from argonne.training.schedule import CosineSchedule
 from argonne.training.step import Learner

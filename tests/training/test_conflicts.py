@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from argonne.launch.drive import drive, named_flags, parse
+from argonne.launch import drive, named_flags, parse
 from argonne.parallel import ArgonneError, Layout
 from argonne.parallel.communication.environment import RESTARTS_LEFT
 from argonne.training.config import ResumeConfig, RunConfig
@@ -156,7 +156,7 @@ def test_a_number_of_processes_that_the_launcher_does_not_start_is_refused(monke
         monkeypatch.setenv("RANK", "0")
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        drive(lambda c: ran.append(c.parallel.nproc), lambda c, n: None, parse(RunConfig, ["--nproc", nproc]))
+        drive(lambda c: ran.append(c.launch.nproc), lambda c, n: None, parse(RunConfig, ["--nproc", nproc]))
 
     with pytest.raises(ArgonneError, match="nproc=4 is for ranks that this command starts itself"):
         started("4", WORLD_SIZE="2")

@@ -14,11 +14,11 @@ import torch
 
 from argonne.data.tokens.filters import FILTERS, NO_FILTERS, Filters
 from argonne.inference import Sampling
-from argonne.launch.drive import parse
+from argonne.launch import parse
 from argonne.launch.flags import HomeText, at_home
 from argonne.parallel import ArgonneError, Objective
 from argonne.training.config import DataFlags, ModelFlags, ResumeConfig, RunConfig, RunFlags
-from argonne.training.run.directory import flags_from_json, flags_to_json
+from argonne.training.run.flags_json import flags_from_json, flags_to_json
 from benchmarks.token_ids import Flags as TokenIds
 from examples.demo import Demo
 from examples.generate import GenerateConfig

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from argonne.data import train_tokenizer
+from argonne.launch import RestartFlags
 from argonne.parallel import ArgonneError, ProcessGroups
 from argonne.training.config import (
     DataFlags,
@@ -29,7 +30,14 @@ from argonne.training.run.directory import differences, require_same
 from argonne.training.run.setup import prepare
 from tests.integration.runs import write_corpus
 
-GROUPS = {"model": ModelFlags, "data": DataFlags, "training": TrainingFlags, "parallel": ParallelFlags, "run": RunFlags}
+GROUPS = {
+    "model": ModelFlags,
+    "data": DataFlags,
+    "training": TrainingFlags,
+    "parallel": ParallelFlags,
+    "launch": RestartFlags,
+    "run": RunFlags,
+}
 # Told with the global batch, or refused until it is built.
 ELSEWHERE = {"initial_batch_size", "gradient_accumulation_steps", "reproducible", "batch_size", "reset_optimizer"}
 ELSEWHERE |= {"rewarmup_steps", "checkpoint_path", "force_from_scratch"}
