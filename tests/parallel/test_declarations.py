@@ -175,6 +175,9 @@ def right_model(groups: ProcessGroups) -> nn.Module:
             "fused": ColumnParallelLinear(6, parts, groups, bias=True),
             "down": RowParallelLinear(8, 6, groups, bias=True),
             "norm": nn.LayerNorm(6),
+            "long": nn.LayerNorm(5001),  # of which a sample is compared
+            "wide": nn.LayerNorm((3, 5001)),
+            "scale": Declared((), replicated("w", (), groups, Normal(1.0), used="between")),
             "experts": experts,
             "stacked": stacked,
         }
@@ -189,7 +192,8 @@ def no_alarm(groups: ProcessGroups) -> list[str]:
     found = [before, refusal(lambda: check_declarations(parameters, groups, values=True))]
     size, number = groups.replicas.size, groups.replicas.rank
     rows = []
-    for held in parameters:  # as ZeRO does it: more replicas than rows leave some without any
+    matrices = [held for held in parameters if held.parameter.ndim]
+    for held in matrices:  # as ZeRO does it: more replicas than rows leave some without any
         each = -(-len(held.parameter) // size)
         own = range(min(number * each, len(held.parameter)), min((number + 1) * each, len(held.parameter)))
         part = nn.Parameter(held.parameter.data[own.start : own.stop])

@@ -252,6 +252,18 @@ def test_an_idle_expert_counts_zeros(ranks: RankPool, layout: Layout) -> None:
     assert ranks.run(layout, idle, False) == [[None, None, None]] * layout.world_size
 
 
+def missing_on_one(groups: ProcessGroups) -> str:
+    model = nn.LayerNorm(3)
+    model.weight.grad = torch.ones(3)
+    model.bias.grad = torch.ones(3) if groups.world.rank == 0 else None
+    return refusal(lambda: check_gradients(sharded_parameters(model, groups), groups))
+
+
+def test_a_gradient_that_one_holder_lacks_is_named(ranks: RankPool) -> None:
+    for said in ranks.run(Layout(tensor=2), missing_on_one):
+        assert "the gradient of 'bias' differs between ranks 0, 1 as it is missing, or not finite, on one" in said
+
+
 def idle_part(groups: ProcessGroups) -> list[float]:
     """A weight inside a pair, of which one rank has used nothing."""
     holder = nn.ParameterDict({"w": nn.Parameter(torch.zeros(2))})

@@ -7,6 +7,7 @@ number for each copy, never the tensors themselves.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -221,10 +222,11 @@ def _sample(part: Tensor) -> Tensor:
 
 def _digests(copies: Mapping[Key, Tensor], of: Callable[[Tensor], Tensor]) -> dict[Key, int]:
     """A number for each copy that is equal for equal bits: of what ``of`` takes of it."""
-    return {
-        key: zlib.crc32(of(part).flatten().view(torch.uint8).cpu().numpy().data)  # a dimension: a scalar has no bytes
-        for key, part in copies.items()
-    }
+    found = {}
+    for key, part in copies.items():
+        elements = of(part).contiguous().flatten()  # a scalar has no bytes, nor has what is not contiguous
+        found[key] = zlib.crc32(elements.view(torch.uint8).cpu().numpy().data)
+    return found
 
 
 def _differences(
@@ -254,8 +256,9 @@ def _differences(
         far = {rank: distance for rank, distance in apart.items() if not distance <= tolerance * largest}
         if far:
             rank, distance = max(far.items(), key=lambda item: item[1])
+            how = f"by up to {distance:.3g}" if math.isfinite(distance) else "as it is missing, or not finite, on one"
             faults.append(
-                f"{key[0]!r} differs between {ranks_of([first[0], rank])} by up to {distance:.3g}, in the region from "
-                f"{list(key[1])} whose largest element is {largest:.3g}"
+                f"{key[0]!r} differs between {ranks_of([first[0], rank])} {how}, in the region from {list(key[1])} "
+                f"whose largest element is {largest:.3g}"
             )
     return faults
