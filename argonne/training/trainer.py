@@ -21,6 +21,7 @@ from argonne.parallel.communication.collectives import all_reduce
 from argonne.parallel.communication.environment import seconds_since_start
 from argonne.parallel.communication.groups import TRAINING_TIMEOUT
 from argonne.parallel.errors import ArgonneError
+from argonne.training.batch_shape import BatchShape
 from argonne.training.config import RunConfig
 from argonne.training.evaluation import held_out_loss, sample_text
 from argonne.training.feed import BatchFeed, Fed
@@ -36,15 +37,15 @@ WALL_TIME = "--wall-time"
 class Trainer:
     """One rank of one run. Every method is collective over all ranks."""
 
-    def __init__(self, config: RunConfig, workload: Workload, state: TrainingState, accumulation: int) -> None:
+    def __init__(self, config: RunConfig, workload: Workload, state: TrainingState, batch: BatchShape) -> None:
         self.config, self.workload, self.state = config, workload, state
         self.groups = groups = state.model.groups
-        self.micro_batch = config.training.initial_batch_size
-        self.global_batch = self.micro_batch * accumulation * groups.data.size
-        self.tokens_per_step = self.global_batch * config.data.block_size
-        shape = (accumulation, self.micro_batch, config.data.block_size + 1)
+        self.micro_batch, self.global_batch = batch.micro_batch, batch.global_batch
+        self.tokens_per_step = batch.tokens_per_step
         data = config.data
-        self.feed = BatchFeed(self._stream(accumulation), shape, groups, data.document_mask, data.prefetch_batches)
+        self.feed = BatchFeed(
+            self._stream(batch.accumulation), batch.ids, groups, data.document_mask, data.prefetch_batches
+        )
         self.held_out = workload.held_out
         self.reports = Reports(config.run.output_dir)
         self.step_seconds = 0.0

@@ -24,8 +24,8 @@ from argonne.training.config import (
     TrainingFlags,
 )
 from argonne.training.run import conditions
-from argonne.training.run.conditions import MEANINGS, announced, changed_since, comparable, identity_of
-from argonne.training.run.directory import differences
+from argonne.training.run.conditions import MEANINGS, announced, changed_since
+from argonne.training.run.identity import RunIdentity, differences
 from argonne.training.run.setup import prepare
 from tests.integration.runs import write_corpus
 
@@ -110,7 +110,7 @@ def changed(base: RunConfig, group: str, name: str, value: Any) -> RunConfig:
 
 def told(config: RunConfig, device: str = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
     workload = prepare(config, ProcessGroups.single(device))
-    return workload.identity, workload.conditions
+    return workload.identity.to_json(), workload.conditions
 
 
 def test_each_flag_is_what_the_table_says(base: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,9 +168,10 @@ def older(config: RunConfig, told: tuple[dict[str, Any], dict[str, Any]], precis
 def test_what_an_older_version_kept_is_the_same_run(base: RunConfig, kept: str, asked: str) -> None:
     config = changed(base, "training", "precision", asked)
     now = told(config)
+    identity, conditions = RunIdentity.from_json(now[0]), now[1]
     saved = older(config, now, kept)
-    assert changed_since(saved, *now, config) == []
-    assert differences(*comparable(identity_of(saved), now[0])) == []
+    assert changed_since(saved, identity, conditions, config) == []
+    assert RunIdentity.of_saved(saved).differences(identity) == []
 
 
 @pytest.mark.parametrize(
@@ -181,10 +182,11 @@ def test_state_is_converted_only_where_the_command_names_the_precision(
 ) -> None:
     config = changed(base, "training", "precision", asked)
     now = told(config)
+    identity, conditions = RunIdentity.from_json(now[0]), now[1]
     saved = older(config, now, kept)
     with pytest.raises(ArgonneError, match=rf"would be converted \(precision.state: .*--precision {flag} to convert"):
-        changed_since(saved, *now, config)
-    (line,) = changed_since(saved, *now, replace(config, given=frozenset({"precision"})))
+        changed_since(saved, identity, conditions, config)
+    (line,) = changed_since(saved, identity, conditions, replace(config, given=frozenset({"precision"})))
     assert line.startswith("precision.state: ")
     assert announced([line, "data.shards: x", "seed: 1 -> 2"]) == [
         f"changed from here on: {line}",
@@ -196,4 +198,4 @@ def test_a_condition_that_was_not_kept_is_not_said_to_have_changed(base: RunConf
     identity, now = told(base)
     fewer: Callable[..., dict[str, Any]] = lambda *gone: {n: v for n, v in now.items() if n not in gone}  # noqa: E731
     saved = {"identity": identity, "conditions": {**fewer("kernels"), "torch": "2.0"}}
-    assert changed_since(saved, identity, now, base) == [f"torch: 2.0 -> {torch.__version__}"]
+    assert changed_since(saved, RunIdentity.from_json(identity), now, base) == [f"torch: 2.0 -> {torch.__version__}"]
