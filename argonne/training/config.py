@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+import tyro
 
 from argonne.checkpoint import require_intact
 from argonne.data.corpus.formats import TEXT
@@ -319,6 +321,8 @@ class ResumeConfig(RunConfig):
         "wall_time": "no limit",
     }
     """What happens to a field that no flag names, where it is not what ``RunConfig`` says of it."""
+    arguments: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+    """The words of this command: what they name counts whichever checkpoint it turns out to go on from."""
 
     def check(self) -> None:
         """Refuse what no resume could use, then what no run could."""

@@ -20,8 +20,8 @@ from argonne.files import write_json
 from argonne.launch import parse
 from argonne.parallel import ArgonneError
 from argonne.training.config import RunConfig
+from argonne.training.run.checks import check
 from argonne.training.run.resume import check_resume, parse_resume, resume
-from argonne.training.run.setup import check
 from argonne.training.run.workflow import pretrain
 from tests.integration.runs import MODEL, SCHEDULE, metrics, run, succeed, words_of, write_corpus
 from tests.integration.test_refusals import assert_refused
