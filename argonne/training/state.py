@@ -13,7 +13,14 @@ import torch
 import transformers
 
 import argonne
-from argonne.checkpoint import CheckpointError, load_pieces, load_trainer, save_checkpoint, weight_pieces
+from argonne.checkpoint import (
+    CheckpointError,
+    load_pieces,
+    load_trainer,
+    moment_pieces,
+    save_checkpoint,
+    weight_pieces,
+)
 from argonne.checkpoint.format import TRAINER
 from argonne.data import LaneState, special_tokens, write_tokenizer
 from argonne.files import write_json
@@ -22,7 +29,7 @@ from argonne.parallel import ProcessGroups
 from argonne.parallel.communication.collectives import gather_objects
 from argonne.training.config import RunConfig
 from argonne.training.loss_scale import LossScale
-from argonne.training.optimizer import build_optimizer, moment_pieces
+from argonne.training.optimizer import build_optimizer
 from argonne.training.run.conditions import dtype_name
 from argonne.training.run.flags_json import flags_to_json
 from argonne.training.run.setup import Workload
@@ -69,6 +76,9 @@ class TrainingState(Learner):
             self.next_sample = saved["data"]["next_sample"]
             self.lanes = {int(n): LaneState.from_dict(s) for n, s in saved["data"]["lanes"].items()}
             rewarmup = {name: saved["schedule"][name] for name in ("rewarmup_after", "rewarmup_steps")}
+            updates = saved["optimizer_step"]
+            if self.loss_scale.is_dynamic and (kept := saved.get("loss_scale")):
+                self.loss_scale = replace(self.loss_scale, **kept)
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{str(checkpoint / TRAINER)!r} is not complete: {error!r}") from error
         load_pieces(checkpoint, weight_pieces(self.parameters), verify=False)
@@ -78,10 +88,8 @@ class TrainingState(Learner):
         else:
             load_pieces(checkpoint, moment_pieces(self.optimizer, self.parameters), verify=False)
             for sharded in self.parameters:
-                self.optimizer.state[sharded.parameter]["step"].fill_(saved["optimizer_step"])
+                self.optimizer.state[sharded.parameter]["step"].fill_(updates)
         self.schedule = replace(self.schedule, **rewarmup)
-        if self.loss_scale.is_dynamic and (kept := saved.get("loss_scale")):
-            self.loss_scale = replace(self.loss_scale, **kept)
 
     def all_lanes(self) -> dict[int, LaneState]:
         """The state of every lane, whichever rank reads it (collective)."""
