@@ -19,21 +19,22 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script, in this process and in its ranks
 
+from functools import partial
+
 from argonne.launch import drive, guarded, parse, world_size
-from argonne.models import ArgonneConfig, PipelinedModel, build_replicas
+from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas
 from argonne.parallel import (
     ArgonneError,
     Layout,
     ProcessGroups,
     choose_device,
-    global_gradient_norm,
-    initialise,
     process_groups,
 )
-from argonne.parallel.communication.collectives import all_reduce
+from argonne.parallel.communication.collectives import barrier
 from argonne.parallel.pipeline_parallel.plan import SCHEDULES, PipelinePlan
-from argonne.training.optimizer import build_optimizer, set_learning_rate
+from argonne.training.optimizer import build_optimizer
 from argonne.training.run.setup import resolve_precision
+from argonne.training.step import Learner, train_step
 from benchmarks.report import environment, table, write_json
 from benchmarks.two import TwoOnCpu
 
@@ -121,30 +122,24 @@ def build(contestant: Contestant, flags: Flags, everyone: ProcessGroups) -> tupl
     groups = ProcessGroups.from_world(contestant.layout, everyone.device)
     precision = resolve_precision("auto", groups.device)
     plan = PipelinePlan.of(contestant.schedule, groups.pipeline.size)  # type: ignore[arg-type]
-    model, replicas = build_replicas(flags.config, groups, precision, plan, contestant.kind)  # type: ignore[arg-type]
-    initialise(replicas.parameters, seed=0)
-    replicas.publish()
-    optimizer = build_optimizer(replicas.parameters, weight_decay=0.1)
-    set_learning_rate(optimizer, 1e-3)
+    build_model = partial(ArgonneModel, flags.config, plan=plan)
+    model, replicas = build_replicas(build_model, Execution(groups, precision), contestant.kind)  # type: ignore[arg-type]
+    learner = Learner(model=model, replicas=replicas, optimizer=build_optimizer(replicas.parameters, weight_decay=0.1))
+    learner.initialise(seed=0)
     generator = torch.Generator().manual_seed(0)
     batch = torch.randint(0, flags.vocab, (flags.batch, flags.sequence + 1), generator=generator).to(groups.device)
     mine = batch[groups.data.rank :: groups.data.size]
     mine = mine.unflatten(0, (flags.batch, 1) if groups.pipeline.size > 1 else (1, -1))
 
+    step_batch = Batch(mine[..., :-1], mine[..., 1:], divisor=flags.batch * flags.sequence)
+
     def step() -> float:
-        replicas.begin(len(mine), deferred=model.defers_weight_gradients)
-        loss = model.forward_backward(mine[..., :-1], mine[..., 1:], float(flags.batch * flags.sequence))
-        total = all_reduce(loss, groups.replicas).item()
-        replicas.complete()
-        global_gradient_norm(replicas.parameters, groups)
-        optimizer.step()
-        replicas.publish()
-        optimizer.zero_grad()
-        return total
+        return train_step(learner, step_batch, CrossEntropyLoss(), 1e-3, gradient_clip=1.0).loss
 
     facts: dict[str, Any] = {"layout": str(contestant.layout), "bubble": None}
     facts["trained_mib"] = sum(s.parameter.nbytes for s in replicas.parameters) / 2**20
-    if isinstance(model, PipelinedModel):
+    if groups.pipeline.size > 1:
+        assert isinstance(model, ArgonneModel)
         facts["bubble"] = model.pipeline(flags.batch, 1, flags.sequence).bubble(model.costs)
     return step, facts
 
@@ -164,11 +159,11 @@ def run(flags: Flags) -> None:
         rates: dict[str, list[float]] = {name: [] for name in steps}
         for number in range(flags.rounds):
             for name, step in steps.items():
-                everyone.barrier()
+                barrier(everyone.world)
                 began = time.perf_counter()
                 for _ in range(flags.steps):
                     step()
-                everyone.barrier()
+                barrier(everyone.world)
                 rates[name].append(flags.steps * flags.batch * flags.sequence / (time.perf_counter() - began))
             if everyone.is_first:
                 print(f"round {number + 1} of {flags.rounds} done", flush=True)

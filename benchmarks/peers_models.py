@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from argonne.models import ArgonneConfig, ArgonneModel
+from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution
 from argonne.parallel import Layout, ProcessGroups, complete_gradients, regions_of
 
 SEED = 1
@@ -45,13 +45,15 @@ class Contestant:
 def argonne_step(config: ArgonneConfig, layout: Layout) -> Step:
     """Argonne in any layout."""
     groups = ProcessGroups.single() if layout.world_size == 1 else ProcessGroups.from_world(layout, "cpu")
-    model = ArgonneModel(config, groups)
+    model = ArgonneModel(config, Execution(groups))
     model.initialise(SEED)
     parameters = model.sharded_parameters()
     optimizer = adamw(model.parameters())
+    cross_entropy = CrossEntropyLoss()
 
     def step(ids: Tensor, targets: Tensor) -> float:
-        loss = model.loss(ids, targets, reduction="sum") / targets.numel()
+        batch = Batch(ids, targets)
+        loss = cross_entropy(model(batch), model.head, batch) / targets.numel()
         loss.backward()
         complete_gradients(parameters, groups)
         optimizer.step()
@@ -136,7 +138,7 @@ class PlainLlama(nn.Module):
         super().__init__()
         self.model = _Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        whole = ArgonneModel(config, ProcessGroups.single())
+        whole = ArgonneModel(config, Execution(ProcessGroups.single()))
         whole.initialise(SEED)
         self.load_state_dict({region.name: part for region, part in regions_of(whole.sharded_parameters())})
 

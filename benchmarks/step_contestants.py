@@ -6,13 +6,13 @@ import gc
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any, Literal, TypeVar
 
 import torch
 
-from argonne.models import ArgonneConfig, ArgonneModel
+from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution
 from argonne.models.decoder import Block
 from argonne.parallel import ArgonneError, ProcessGroups
 from argonne.training.optimizer import build_optimizer
@@ -69,7 +69,9 @@ class Trainer:
         """``shape`` is of the micro-batch: sequences, and tokens in each."""
         self.device, self.precision = device, precision
         with device:
-            self.model = ArgonneModel(config, ProcessGroups.single(device), PRECISIONS[precision], backend="torch")
+            groups = ProcessGroups.single(device)
+            self.model = ArgonneModel(config, Execution(groups, PRECISIONS[precision], kernels="torch"))
+        self.cross_entropy = CrossEntropyLoss()
         self.model.initialise(seed=0)
         self.optimizer = build_optimizer(self.model.sharded_parameters(), weight_decay=0.1)
         generator = torch.Generator().manual_seed(0)
@@ -80,22 +82,25 @@ class Trainer:
     def become(self, contestant: Contestant) -> None:
         """Compute as ``contestant`` does from here on; what was compiled for it once is kept."""
         for module in self.model.modules():
-            if hasattr(module, "backend"):
-                module.backend = contestant.kernels
+            for name in ("backend", "kernels"):
+                if hasattr(module, name):
+                    setattr(module, name, contestant.kernels)
+        self.cross_entropy = CrossEntropyLoss(kernels=contestant.kernels)
         if contestant.compiled and self.compiled_forward is None:
             # A block that is compiled too often would be run eagerly in silence, and still be called compiled.
             torch._dynamo.config.fail_on_recompile_limit_hit = True
             self.compiled_forward = torch.compile(Block.forward, dynamic=False)
-        for block in self.model.model.layers:
+        for block in self.model.blocks:
             block.__dict__.pop("forward", None)
             if contestant.compiled:
                 block.forward = MethodType(self.compiled_forward, block)
-        self.model.recompute_blocks(contestant.checkpointing)
+        for stage in self.model.stages.values():
+            stage.execution = replace(stage.execution, recompute=contestant.checkpointing)
 
     def loss(self) -> torch.Tensor:
         """In nats, the mean of the micro-batch."""
-        ids, targets = self.batch[:, :-1], self.batch[:, 1:]
-        return self.model.loss(ids, targets, reduction="sum") / ids.numel()
+        batch = Batch(self.batch[:, :-1], self.batch[:, 1:])
+        return self.cross_entropy(self.model(batch), self.model.head, batch) / batch.ids.numel()
 
     def first(self) -> tuple[float, float]:
         """The loss and the norm of its gradient; compiles what is to be compiled."""

@@ -20,7 +20,7 @@ from argonne.checkpoint import (
 from argonne.data import load_tokenizer
 from argonne.inference import Sampling, generate
 from argonne.launch import Given, LaunchFlags, drive, guarded, parse, world_size
-from argonne.models import ArgonneConfig, build_model, end_tokens, from_huggingface
+from argonne.models import ArgonneConfig, ArgonneModel, Execution, end_tokens, from_huggingface
 from argonne.output import show
 from argonne.parallel import ArgonneError, PipelinePlan, choose_device, process_groups
 from argonne.parallel.legal import require_whole
@@ -96,8 +96,8 @@ def main(config: GenerateConfig) -> None:
             for report in reports if groups.is_first else ():
                 print(report, file=sys.stderr, flush=True)  # the text stands alone on stdout
         with device:
-            plan = PipelinePlan.of("1f1b", groups.layout.pipeline)
-            model = build_model(from_huggingface(directory), groups, resolve_precision(flags.precision, device), plan)
+            execution = Execution(groups, resolve_precision(flags.precision, device))
+            model = ArgonneModel(from_huggingface(directory), execution)
         load_pieces(directory, weight_pieces(model.sharded_parameters()), verify=False)
         tokenizer = load_tokenizer(directory)
         stop = end_tokens(directory) | {tokenizer.eos_token_id}

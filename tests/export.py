@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from argonne.checkpoint import save_checkpoint, weight_pieces
 from argonne.data import write_tokenizer
 from argonne.files import write_json
-from argonne.models import ArgonneConfig, ArgonneModel, to_huggingface
+from argonne.models import ArgonneConfig, ArgonneModel, Execution, to_huggingface
 from argonne.parallel import ProcessGroups
 
 
@@ -19,7 +19,7 @@ def export(
 ) -> Path:
     """Write ``root/step_00000001`` and return it."""
     groups = ProcessGroups.single()
-    model = ArgonneModel(config, groups)
+    model = ArgonneModel(config, Execution(groups))
     model.initialise(seed=4)
     with torch.no_grad():
         for number, norm in enumerate(parameter for parameter in model.parameters() if parameter.ndim == 1):

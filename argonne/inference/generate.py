@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from argonne.models import ArgonneModel, PipelinedModel
+from argonne.models import LanguageModel
 from argonne.parallel.communication.collectives import broadcast
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.legal import require_number, require_whole
@@ -37,7 +37,7 @@ class Sampling:
 
 @torch.no_grad()
 def generate(
-    model: ArgonneModel | PipelinedModel,
+    model: LanguageModel,
     prompt: list[int],
     sampling: Sampling,
     seed: int,
@@ -62,7 +62,7 @@ def generate(
     generator = torch.Generator(device).manual_seed(seed)
     ids = torch.tensor([prompt], device=device)
     for _ in range(sampling.max_new_tokens):
-        logits = model.next_token_logits(ids[:, -model.config.max_position_embeddings :])[0]
+        logits = model.next_token_logits(ids[:, -model.longest_sequence :])[0]
         token = _draw(logits.float(), sampling, generator)
         broadcast(token, model.groups.world)
         if token.item() in ends:

@@ -1,21 +1,30 @@
-"""Models assembled from the parallel layers and the kernels."""
+"""Models assembled from the parallel layers and the kernels, and the contract that others may meet."""
 
 from argonne.models.argonne import ArgonneModel
+from argonne.models.base import BaseModel
 from argonne.models.config import PRESETS, ArgonneConfig, preset
+from argonne.models.contract import Batch, Head, LanguageModel, LossFunction, require_contract
+from argonne.models.execution import Execution
 from argonne.models.huggingface import end_tokens, from_huggingface, to_huggingface
-from argonne.models.pipelined import PipelinedModel, build_model
+from argonne.models.loss import CrossEntropyLoss
 from argonne.models.replicas import build_replicas, replicas_of
 
 __all__ = [
     "PRESETS",
     "ArgonneConfig",
     "ArgonneModel",
-    "PipelinedModel",
-    "build_model",
+    "BaseModel",
+    "Batch",
+    "CrossEntropyLoss",
+    "Execution",
+    "Head",
+    "LanguageModel",
+    "LossFunction",
     "build_replicas",
     "end_tokens",
     "from_huggingface",
     "preset",
     "replicas_of",
+    "require_contract",
     "to_huggingface",
 ]

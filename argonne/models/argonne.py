@@ -1,194 +1,268 @@
-"""The Argonne 2.x model: one definition, dense in one process and sharded over any layout."""
+"""The Argonne 2.x model: one definition, dense in one process and sharded over any layout, pipelines included."""
 
 from __future__ import annotations
 
-from typing import Literal
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from argonne.kernels import Backend, linear_cross_entropy
+from argonne.models.base import BaseModel, last_logits, pad_to_share
 from argonne.models.config import ArgonneConfig
-from argonne.models.decoder import Decoder, Span, initial
+from argonne.models.contract import Batch, Head, LossFunction, SpecialTokens
+from argonne.models.decoder import Block, RMSNorm, RotaryTables, initial
+from argonne.models.execution import Execution
+from argonne.models.huggingface import to_huggingface
+from argonne.models.stages import Span, Stage, cut
 from argonne.parallel import (
-    Objective,
-    Precision,
-    ProcessGroups,
+    Activation,
+    Layout,
+    PipelinePlan,
     ShardedParameter,
     VocabParallelEmbedding,
     VocabParallelHead,
-    column_parallel_linear,
-    gather_from_sequence_region,
     initialise,
+    pipeline_forward,
+    shard_sequence,
     sharded_parameters,
-    share_sequence,
     vocab_parallel_logits,
 )
-from argonne.parallel.communication.collectives import all_gather
+from argonne.parallel.pipeline_parallel.stages import broadcast_from_last_stage
 
-Reduction = Literal["sum", "none"]
+if TYPE_CHECKING:
+    from argonne.parallel.pipeline_parallel.schedule import Pipeline
 
 
-class ArgonneStage(nn.Module):
-    """A run of blocks, with the embedding if it is the first and the head if it is the last.
+class Decoder(nn.Module):
+    """What this rank holds of the model but an untied head, under Hugging Face's names; ``Stage`` computes with it."""
+
+    def __init__(self, config: ArgonneConfig, execution: Execution, spans: Sequence[Span]) -> None:
+        super().__init__()
+        self.embed_tokens = self.norm = None
+        if any(span.has_embedding(config.tie_word_embeddings) for span in spans):
+            self.embed_tokens = VocabParallelEmbedding(*_vocabulary(config, execution), **_weights(config, execution))
+        self.layers = nn.ModuleDict({str(n): Block(config, execution) for span in spans for n in span.layers})
+        if any(span.is_last for span in spans):
+            self.norm = RMSNorm(config, execution)
+
+    def block(self, number: int) -> Block:
+        """The block of that number, which this rank holds."""
+        block = self.layers[str(number)]
+        assert isinstance(block, Block)
+        return block
+
+
+class ArgonneModel(BaseModel):
+    """A causal language model: the stages that this rank holds, and the plan by which they work.
 
     Construct it under ``with torch.device(...)``: the parameters are empty there until ``initialise`` or a
-    checkpoint fills them, and cost nothing on ``meta``. ``backend`` is that of what lies between the matrix
-    products: ``auto`` takes Triton on GPU and torch elsewhere.
+    checkpoint fills them, and cost nothing on ``meta``.
+
+    Args:
+        config: the model's shape.
+        execution: processes, dtypes and kernels.
+        plan: the pipeline's schedule and stages, which lie along ``groups.pipeline``; ``1f1b`` when left out.
 
     Raises:
-        LayoutError: the shape cannot be shared out as the layout asks.
+        LayoutError: the shape cannot be shared out as the layout and the plan ask.
     """
 
-    def __init__(
-        self,
-        config: ArgonneConfig,
-        groups: ProcessGroups,
-        precision: Precision,
-        span: Span,
-        backend: Backend = "auto",
-    ) -> None:
-        super().__init__()
-        config.check_layout(groups.layout)
-        self.config = config
-        self.groups = groups
-        self.backend = backend
-        self.model = Decoder(config, groups, precision, span, backend)
+    def __init__(self, config: ArgonneConfig, execution: Execution, plan: PipelinePlan | None = None) -> None:
+        super().__init__(execution)
+        groups = execution.groups
+        self.config, self.plan = config, plan or PipelinePlan(groups.pipeline.size)
+        self.check_layout(groups.layout)
+        self.costs, spans = cut(config, self.plan.stages)
+        held = {stage: spans[stage] for stage in self.plan.held(groups.pipeline.rank)}
+        self.model = Decoder(config, execution, list(held.values()))
         self.lm_head = None
-        if span.is_last and not config.tie_word_embeddings:
-            self.lm_head = VocabParallelHead(
-                config.vocab_size, config.hidden_size, groups, initialiser=initial(config), precision=precision
-            )
-        self.sequence = 0
-        """Positions of the sequences that ``forward`` is given next; a stage cannot tell it from activations."""
-        self.whole = False
-        """Whether it is given them whole, not shared out over the context axis."""
+        if any(span.is_last for span in held.values()) and not config.tie_word_embeddings:
+            self.lm_head = VocabParallelHead(*_vocabulary(config, execution), **_weights(config, execution))
+        self.rotary = RotaryTables(config, execution)
+        # Not registered: the modules in them are those above.
+        self._stages = {number: self._stage(span) for number, span in held.items()}
+        self._pipelines: dict[tuple[int, ...], Pipeline] = {}
+
+    def _stage(self, span: Span) -> Stage:
+        tied = self.config.tie_word_embeddings
+        return Stage(
+            span,
+            self.execution,
+            self.rotary,
+            self.model.embed_tokens if span.has_embedding(tied) else None,
+            [self.model.block(number) for number in span.layers],
+            self.model.norm if span.is_last else None,
+            self.lm_head if span.is_last else None,
+        )
 
     @property
-    def head(self) -> VocabParallelEmbedding | VocabParallelHead:
-        """The holder of the output weight: the embedding when tied."""
-        return self.model.embed_tokens if self.lm_head is None else self.lm_head
+    def shape(self) -> Mapping[str, Any]:
+        """The fields of its configuration."""
+        return dataclasses.asdict(self.config)
 
     @property
-    def embedding_weight(self) -> nn.Parameter | None:
-        """That of the embedding, on the stages that hold it."""
-        span = self.model.span
-        holds = span.is_first or (span.is_last and self.config.tie_word_embeddings)
-        return self.model.embed_tokens.weight if holds else None
+    def longest_sequence(self) -> int:
+        """As the configuration says."""
+        return self.config.max_position_embeddings
 
-    def forward(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
-        """What the stage before returned (ids ``[batch, positions]`` if there is none) -> ``[rows, hidden]``.
+    @property
+    def parameter_count(self) -> int:
+        """Parameters of the whole model, a tied head counted once (closed form)."""
+        return self.config.parameter_count
 
-        ``documents`` are as for ``ArgonneModel.loss``.
-        """
-        return self.model(x, self.model.places(self.sequence, self.whole, documents))
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The transformer blocks of this rank."""
+        return list(self.model.layers.values())
 
-    def losses(self, x: Tensor, targets: Tensor, reduction: Reduction, objective: Objective = Objective()) -> Tensor:
-        """The loss in nats of each position ``[batch, positions]``, or their sum, from the last stage's output."""
-        flat = targets.flatten()
-        losses = linear_cross_entropy(x, self.head, flat, objective, reduction, backend=self.backend)
-        return losses if reduction == "sum" else losses.view(targets.shape)
+    @property
+    def stages(self) -> Mapping[int, Stage]:
+        """Those of this rank, by number; without a pipeline stage 0 is the whole model."""
+        return self._stages
 
-    def last_logits(self, x: Tensor, batch: int, position: int) -> Tensor:
-        """The logits ``[batch, vocabulary]`` of one position, on every tensor-parallel rank."""
-        axis, head = self.groups.tensor, self.head
-        if self.groups.sequence_parallel:
-            x = gather_from_sequence_region(x, axis)
-        chosen = x.unflatten(0, (batch, -1))[:, position]
-        local = column_parallel_linear(chosen, head.weight, None, axis, head.precision)
-        whole = rearrange(all_gather(local, axis), "rank batch token -> batch (rank token)")
-        # Only the last ranks have padding, so that it lies behind every real token.
-        return whole[:, : self.config.vocab_size]
+    @property
+    def head(self) -> Head:
+        """The holder of the output weight, on the rank of the last stage: the embedding when tied."""
+        return self._stages[self.plan.stages - 1].head
 
-    def recompute_blocks(self, enabled: bool) -> None:
-        """Keep only the input of each block for backward, and compute the rest again: less memory, more time."""
-        self.model.recompute = enabled
+    @property
+    def has_last(self) -> bool:
+        """Whether this rank holds the last stage."""
+        return self.plan.stages - 1 in self._stages
+
+    @property
+    def defers_weight_gradients(self) -> bool:
+        """Under zero bubble: see ``DataParallel.begin``."""
+        return self.groups.pipeline.size > 1 and self.plan.schedule == "zb"
+
+    def check_layout(self, layout: Layout) -> None:
+        """Raise ``LayoutError`` unless every part of the model can be shared out as ``layout`` asks."""
+        self.config.check_layout(layout)
+        self.plan.check_layers(self.config.num_hidden_layers)
 
     def sharded_parameters(self) -> list[ShardedParameter]:
-        """Every parameter with the whole tensors that it holds regions of."""
-        return sharded_parameters(self, self.groups)
+        """Every parameter of this rank, stage after stage, under the names of the whole model."""
+        order: dict[int, int] = {}
+        for parameter in (p for stage in self._stages.values() for p in stage.parameters()):
+            order.setdefault(id(parameter), len(order))  # a tied weight has its place in the first of its stages
+        found = sorted(sharded_parameters(self, self.groups), key=lambda sharded: order[id(sharded.parameter)])
+        ends = (self.plan.rank_of(0), self.plan.rank_of(self.plan.stages - 1))
+        if self.model.embed_tokens is None or not self.config.tie_word_embeddings or ends[0] == ends[1]:
+            return found
+        tied = self.model.embed_tokens.weight
+        return [_held_by(sharded, ends) if sharded.parameter is tied else sharded for sharded in found]
 
     def initialise(self, seed: int) -> None:
         """Fill every parameter with values that depend on the seed and the whole tensor's name only."""
         initialise(self.sharded_parameters(), seed)
 
+    def forward(self, batch: Batch) -> Tensor:
+        """A micro-batch -> its last hidden values ``[batch * positions, hidden]``, or this rank's share of the rows.
 
-class ArgonneModel(ArgonneStage):
-    """A causal language model over any layout without a pipeline (with one, see ``PipelinedModel``).
-
-    Ids and targets are whole sequences: the model takes its context-parallel share of them itself.
-    """
-
-    defers_weight_gradients = False
-    """Whether ``forward_backward`` makes gradients later than backward does: see ``DataParallel.begin``."""
-
-    def __init__(
-        self,
-        config: ArgonneConfig,
-        groups: ProcessGroups,
-        precision: Precision = Precision(),
-        backend: Backend = "auto",
-    ) -> None:
-        super().__init__(config, groups, precision, Span(range(config.num_hidden_layers)), backend)
-
-    def forward(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
-        """``[batch, sequence]`` ids -> this rank's logits ``[batch, its positions, its tokens]``.
-
-        ``documents`` are as for ``loss``.
+        Without a pipeline only.
         """
-        local = share_sequence(ids, self.groups.context)
-        x = self.model(local, self.model.places(ids.shape[1], documents=documents))
-        return vocab_parallel_logits(x, self.head).unflatten(0, local.shape)
+        local = shard_sequence(batch.ids, self.groups.context)
+        return self._stages[0](local, batch.ids.shape[1], batch.documents)
 
-    def loss(
-        self,
-        ids: Tensor,
-        targets: Tensor,
-        reduction: Reduction = "none",
-        objective: Objective = Objective(),
-        documents: Tensor | None = None,
-    ) -> Tensor:
-        """The loss in nats of each of this rank's positions, or (cheaper to train on) their sum.
+    def logits(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
+        """``[batch, sequence]`` ids -> this rank's logits ``[batch, its positions, its tokens]``; as ``forward``."""
+        local = ids.shape[1] // self.groups.context.size
+        return vocab_parallel_logits(self(Batch(ids, ids, documents)), self.head).unflatten(0, (len(ids), local))
 
-        The logits never exist whole.
+    def forward_backward(self, batch: Batch, loss: LossFunction) -> Tensor:
+        """Add up the gradients of a step, in the order of the schedule; the loss on every rank."""
+        if self.groups.pipeline.size == 1:
+            return super().forward_backward(batch, loss)
+        micro_batches, size, sequence = batch.ids.shape
+        local = batch.shard(self.groups.context)
 
-        Args:
-            ids: ``[batch, sequence]``.
-            targets: ``[batch, sequence]``; positions whose target is ``objective.ignore_index`` have no loss.
-            reduction: ``none`` or ``sum``.
-            objective: label smoothing, z-loss and the target that is ignored.
-            documents: integers ``[batch, sequence]``; positions with different numbers do not see each other.
+        def loss_of(hidden: Tensor, number: Tensor) -> Tensor:
+            return loss(hidden, self.head, local.micro_batch(int(number))) / batch.divisor
 
-        Returns:
-            ``[batch, sequence / context_parallel]`` in the order of ``context_positions``, or their sum.
-        """
-        context = self.groups.context
-        x = self.model(share_sequence(ids, context), self.model.places(ids.shape[1], documents=documents))
-        return self.losses(x, share_sequence(targets, context), reduction, objective)
+        documents = None if batch.documents is None else batch.documents.flatten(0, 1)
+        pipeline = self.pipeline(micro_batches, size, sequence)
+        shared = {"sequence": sequence} | ({} if documents is None else {"documents": documents})
+        ids = local.ids.flatten(0, 1).contiguous()
+        total = pipeline.forward_backward(ids, torch.arange(micro_batches), loss_of, **shared)
+        return self._from_last(total, ())
 
-    def forward_backward(self, ids: Tensor, targets: Tensor, divisor: float, documents: Tensor | None = None) -> Tensor:
-        """Gradients of the loss summed over this rank's positions and divided; returns that loss, detached.
+    def pipeline(self, micro_batches: int, batch: int, sequence: int) -> Pipeline:
+        """The pipeline for steps of this shape, built when it is first needed."""
+        from argonne.parallel.pipeline_parallel.schedule import Pipeline  # takes a moment
 
-        ``ids``, ``targets`` and ``documents`` (as for ``loss``) are ``[micro-batches, batch, sequence]``.
-        """
-        losses = []
-        for number, (micro_ids, micro_targets) in enumerate(zip(ids, targets, strict=True)):
-            micro_documents = None if documents is None else documents[number]
-            loss = self.loss(micro_ids, micro_targets, reduction="sum", documents=micro_documents) / divisor
-            loss.backward()
-            losses.append(loss.detach())
-        return torch.stack(losses).sum()
+        key = (micro_batches, batch, sequence)
+        if key not in self._pipelines:
+            local = sequence // self.groups.context.size
+            first, between = Activation((batch, local), torch.int64), self._activation(batch, local)
+            axis, device = self.groups.pipeline, self.groups.device
+            self._pipelines[key] = Pipeline(self._stages, self.plan, axis, first, between, micro_batches, device)
+        return self._pipelines[key]
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, loss: LossFunction) -> Tensor:
+        """The summed loss of one micro-batch, on every rank."""
+        if self.groups.pipeline.size == 1:
+            return super().evaluate(batch, loss)
+        local = batch.shard(self.groups.context)
+        hidden = self._through(local.ids, batch.ids.shape[1], documents=batch.documents)
+        return self._from_last(None if hidden is None else loss(hidden, self.head, local), ())
 
     @torch.no_grad()
     def next_token_logits(self, ids: Tensor) -> Tensor:
         """``[batch, sequence]`` ids -> the last position's logits ``[batch, vocabulary]``, on every rank."""
         padded = pad_to_share(ids, self.groups)
-        x = self.model(padded, self.model.places(padded.shape[1], whole=True))
-        return self.last_logits(x, len(ids), ids.shape[1] - 1)
+        hidden = self._through(padded, padded.shape[1], whole=True)
+        logits = None
+        if hidden is not None:
+            logits = last_logits(hidden, self.head, self.groups, len(ids), ids.shape[1] - 1)
+        return self._from_last(logits, (len(ids), self.config.vocab_size), self.execution.precision.compute)
+
+    def flops_per_token(self, sequence: int) -> float:
+        """Of a forward and a backward pass, with causal attention (closed form)."""
+        return self.config.flops_per_token(sequence)
+
+    def facts(self, micro_batches: int, batch: int, sequence: int) -> list[str]:
+        """Of a pipeline, its schedule and how long its ranks wait."""
+        if self.groups.pipeline.size == 1:
+            return []
+        waiting = self.pipeline(micro_batches, batch, sequence).bubble(self.costs)
+        return [f"{self.plan.schedule} in {self.plan.stages} stages, bubble {waiting:.0%}"]
+
+    def config_json(self, longest_sequence: int, special_tokens: SpecialTokens, dtype: str) -> dict[str, Any]:
+        """The ``config.json`` with which ``transformers`` opens the weights as Llama."""
+        return to_huggingface(replace(self.config, max_position_embeddings=longest_sequence), special_tokens, dtype)
+
+    def _through(self, ids: Tensor, sequence: int, **options: Any) -> Tensor | None:
+        """One batch through every stage, without gradients: the hidden values on the last stage's rank."""
+        activation = self._activation(*ids.shape)
+        axis = self.groups.pipeline
+        return pipeline_forward(self._stages, self.plan, axis, ids, activation, sequence=sequence, **options)
+
+    def _from_last(self, value: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """What the rank of the last stage has, on every rank of the pipeline."""
+        if self.groups.pipeline.size == 1:
+            assert value is not None
+            return value
+        like = torch.zeros(shape, dtype=dtype or self.execution.precision.statistics, device=self.groups.device)
+        return broadcast_from_last_stage(value, like, self.plan, self.groups.pipeline)
+
+    def _activation(self, batch: int, positions: int) -> Activation:
+        share = self.groups.tensor.size if self.groups.sequence_parallel else 1
+        return Activation((batch * positions // share, self.config.hidden_size), self.execution.precision.compute)
 
 
-def pad_to_share(ids: Tensor, groups: ProcessGroups) -> Tensor:
-    """Ids whose positions sequence parallelism can share out: what is added comes last, and nothing sees it."""
-    return F.pad(ids, (0, -ids.shape[1] % groups.tensor.size if groups.sequence_parallel else 0))
+def _vocabulary(config: ArgonneConfig, execution: Execution) -> tuple[int, int, Any]:
+    return config.vocab_size, config.hidden_size, execution.groups
+
+
+def _weights(config: ArgonneConfig, execution: Execution) -> dict[str, Any]:
+    return {"initialiser": initial(config), "precision": execution.precision}
+
+
+def _held_by(sharded: ShardedParameter, stages: tuple[int, ...]) -> ShardedParameter:
+    """A parameter of which two pipeline ranks have a copy each."""
+    regions = tuple(replace(region, stages=stages) for region in sharded.spec.regions)
+    return replace(sharded, spec=replace(sharded.spec, regions=regions))

@@ -1,4 +1,4 @@
-"""The parts of the Argonne 2.x model: norms, attention, feed-forward, blocks, and a run of them.
+"""The parts of the Argonne 2.x model: rotary tables, norms, attention, feed-forward and blocks.
 
 Module names are Hugging Face Llama's; what is fused here (``qkv_proj``, ``gate_up_proj``) still declares
 the whole tensors it holds under their Llama names.
@@ -11,46 +11,32 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from argonne import kernels
-from argonne.kernels import Backend, apply_rope_packed, rope_tables, swiglu
+from argonne.kernels import apply_rope_packed, rope_tables, swiglu
 from argonne.models.config import ArgonneConfig
+from argonne.models.execution import Execution
 from argonne.parallel import (
     ColumnParallelLinear,
     Constant,
     Normal,
     Partition,
-    Precision,
-    ProcessGroups,
     RowParallelLinear,
     ShardSpec,
-    VocabParallelEmbedding,
     context_parallel_attention,
     replicated,
-    share_sequence,
+    shard_sequence,
 )
 from argonne.parallel.communication.groups import Axis
 from argonne.parallel.context_parallel.variable_length import DocumentBounds, can_vary_length, document_bounds
 
 
 @dataclass(frozen=True)
-class Span:
-    """The part of the model that one pipeline stage is."""
-
-    layers: range
-    is_first: bool = True
-    """It begins with the embedding."""
-    is_last: bool = True
-    """It ends with the last norm and the head."""
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where in their sequences the positions are that a rank works on."""
+class AttentionInputs:
+    """What attention needs besides hidden values: where in their sequences the positions are that a rank works on."""
 
     cos: Tensor
-    """``[positions, head_dim]``, of the positions that this rank has."""
+    """``[positions, head_dim]`` rotary table, of the positions that this rank has."""
     sin: Tensor
     axis: Axis
     """The ranks that share the sequences; a lone axis when this rank has them whole."""
@@ -60,27 +46,53 @@ class Places:
     """Of the same documents, where attention can do without a mask."""
 
 
+class RotaryTables(nn.Module):
+    """The rotary tables of a model's positions; they exist where the model computes, also while it is on ``meta``."""
+
+    def __init__(self, config: ArgonneConfig, execution: Execution) -> None:
+        super().__init__()
+        groups, precision = execution.groups, execution.precision
+        self.context = groups.context
+        self.varies_length = can_vary_length(groups.device, precision.compute, config.head_dim)
+        table_dtype = torch.promote_types(precision.compute, torch.float32)
+        # A little further than the longest sequence: ids may be padded to share them out (next_token_logits).
+        positions = config.max_position_embeddings + groups.tensor.size - 1
+        with groups.device:  # also when the parameters are still on meta: no one would fill these
+            cos, sin = rope_tables(positions, config.head_dim, config.rope_theta, table_dtype)
+        self.cos: Tensor
+        self.sin: Tensor
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def inputs(self, sequence: int, whole: bool = False, documents: Tensor | None = None) -> AttentionInputs:
+        """For sequences of that length: this context-parallel rank's share of them, or all."""
+        axis = Axis("context") if whole else self.context
+        cos, sin = (shard_sequence(table[:sequence], axis, 0) for table in (self.cos, self.sin))
+        bounds = None
+        if documents is not None and axis.size == 1 and self.varies_length:
+            bounds = document_bounds(documents)
+        return AttentionInputs(cos, sin, axis, documents, bounds)
+
+
 class RMSNorm(kernels.RMSNorm):
     """RMSNorm with a weight that every rank holds."""
 
-    def __init__(
-        self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision, backend: Backend = "auto"
-    ) -> None:
-        super().__init__(config.hidden_size, config.rms_norm_eps, dtype=precision.parameters, backend=backend)
-        self.groups = groups
+    def __init__(self, config: ArgonneConfig, execution: Execution) -> None:
+        dtype, backend = execution.precision.parameters, execution.kernels
+        super().__init__(config.hidden_size, config.rms_norm_eps, dtype=dtype, backend=backend)
+        self.groups = execution.groups
 
     def shard_specs(self) -> dict[str, ShardSpec]:
-        return {"weight": replicated("weight", self.weight.shape, self.groups, Constant(1.0))}
+        return {"weight": replicated("weight", self.weight.shape, self.groups, Constant(1.0), used="between")}
 
 
 class Attention(nn.Module):
     """Grouped-query attention; a rank has a run of query heads and the key-value heads that they use."""
 
-    def __init__(
-        self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision, backend: Backend = "auto"
-    ) -> None:
+    def __init__(self, config: ArgonneConfig, execution: Execution) -> None:
         super().__init__()
-        self.head_dim, self.backend = config.head_dim, backend
+        groups, precision = execution.groups, execution.precision
+        self.head_dim, self.kernels = config.head_dim, execution.kernels
         ranks = groups.tensor.size
         group = config.num_attention_heads // config.num_key_value_heads
         queries = Partition.blocks("q_proj", self.head_dim, config.num_attention_heads, ranks)
@@ -109,32 +121,30 @@ class Attention(nn.Module):
         regular = [i * len(shared) // len(own) for i in range(len(own))]
         self.is_grouped = len(own) % len(shared) == 0 and self.head_of_query == regular
 
-    def forward(self, x: Tensor, places: Places) -> Tensor:
+    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         """``[batch * positions, hidden]``, or this rank's share of the rows -> the same; causal."""
         packed = rearrange(
             self.qkv_proj(x),
             "(batch sequence) (head dim) -> batch sequence head dim",
-            sequence=len(places.cos),
+            sequence=len(inputs.cos),
             dim=self.head_dim,
         )
         query, key, value = apply_rope_packed(
-            packed, places.cos, places.sin, self.key_value_heads, backend=self.backend
+            packed, inputs.cos, inputs.sin, self.key_value_heads, backend=self.kernels
         )
         if not self.is_grouped:  # the rank's query heads begin or end within a group
             key, value = key[:, :, self.head_of_query], value[:, :, self.head_of_query]
         query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
-        context = context_parallel_attention(query, key, value, places.axis, places.documents, places.bounds)
+        context = context_parallel_attention(query, key, value, inputs.axis, inputs.documents, inputs.bounds)
         return self.o_proj(rearrange(context, "batch head sequence dim -> (batch sequence) (head dim)"))
 
 
 class FeedForward(nn.Module):
     """SwiGLU between a fused column-parallel and a row-parallel projection."""
 
-    def __init__(
-        self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision, backend: Backend = "auto"
-    ) -> None:
+    def __init__(self, config: ArgonneConfig, execution: Execution) -> None:
         super().__init__()
-        self.backend = backend
+        groups, precision, self.kernels = execution.groups, execution.precision, execution.kernels
         ranks = groups.tensor.size
         uneven = groups.layout.uneven_shards
         gate, up = (Partition.split(n, config.intermediate_size, ranks, uneven) for n in ("gate_proj", "up_proj"))
@@ -155,83 +165,23 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[tokens, hidden]``, or this rank's share of the tokens -> the same."""
-        return self.down_proj(swiglu(self.gate_up_proj(x), backend=self.backend))
+        return self.down_proj(swiglu(self.gate_up_proj(x), backend=self.kernels))
 
 
 class Block(nn.Module):
     """One pre-norm transformer block."""
 
-    def __init__(
-        self, config: ArgonneConfig, groups: ProcessGroups, precision: Precision, backend: Backend = "auto"
-    ) -> None:
+    def __init__(self, config: ArgonneConfig, execution: Execution) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config, groups, precision, backend)
-        self.self_attn = Attention(config, groups, precision, backend)
-        self.post_attention_layernorm = RMSNorm(config, groups, precision, backend)
-        self.mlp = FeedForward(config, groups, precision, backend)
+        self.input_layernorm = RMSNorm(config, execution)
+        self.self_attn = Attention(config, execution)
+        self.post_attention_layernorm = RMSNorm(config, execution)
+        self.mlp = FeedForward(config, execution)
 
-    def forward(self, x: Tensor, places: Places) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), places)
+    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), inputs)
         normal, x = self.post_attention_layernorm.of_sum(attended, x)
         return x + self.mlp(normal)
-
-
-class Decoder(nn.Module):
-    """The embedding, the blocks and the last norm, as far as they lie in ``span``: everything but the head."""
-
-    def __init__(
-        self,
-        config: ArgonneConfig,
-        groups: ProcessGroups,
-        precision: Precision,
-        span: Span,
-        backend: Backend = "auto",
-    ) -> None:
-        super().__init__()
-        self.span, self.context = span, groups.context
-        self.varies_length = can_vary_length(groups.device, precision.compute, config.head_dim)
-        if span.is_first or (span.is_last and config.tie_word_embeddings):
-            self.embed_tokens = VocabParallelEmbedding(
-                config.vocab_size, config.hidden_size, groups, initialiser=initial(config), precision=precision
-            )
-        self.layers = nn.ModuleList()
-        for number in span.layers:
-            self.layers.add_module(str(number), Block(config, groups, precision, backend))
-        if span.is_last:
-            self.norm = RMSNorm(config, groups, precision, backend)
-        table_dtype = torch.promote_types(precision.compute, torch.float32)
-        # A little further than the longest sequence: ids may be padded to share them out (next_token_logits).
-        positions = config.max_position_embeddings + groups.tensor.size - 1
-        with groups.device:  # also when the parameters are still on meta: no one would fill these
-            cos, sin = rope_tables(positions, config.head_dim, config.rope_theta, table_dtype)
-        self.cos: Tensor
-        self.sin: Tensor
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
-        self.recompute = False
-
-    def places(self, sequence: int, whole: bool = False, documents: Tensor | None = None) -> Places:
-        """Of sequences of that length: this context-parallel rank's share, or all of it."""
-        axis = Axis("context") if whole else self.context
-        cos, sin = (share_sequence(table[:sequence], axis, 0) for table in (self.cos, self.sin))
-        bounds = None
-        if documents is not None and axis.size == 1 and self.varies_length:
-            bounds = document_bounds(documents)
-        return Places(cos, sin, axis, documents, bounds)
-
-    def forward(self, x: Tensor, places: Places) -> Tensor:
-        """Ids ``[batch, positions]``, or what the stage before returned -> ``[batch * positions, hidden]``.
-
-        Under sequence parallelism this rank's share of those rows.
-        """
-        if self.span.is_first:
-            x = self.embed_tokens(x.flatten())
-        for block in self.layers:
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, places, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, places)
-        return self.norm(x) if self.span.is_last else x
 
 
 def initial(config: ArgonneConfig) -> Normal:

@@ -7,6 +7,7 @@ from typing import Any
 
 from argonne.files import read_json
 from argonne.models.config import ArgonneConfig
+from argonne.models.contract import SpecialTokens
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.legal import require_number, require_whole
 
@@ -45,7 +46,7 @@ _LLAMA: dict[str, Any] = {
 _DERIVED = ("num_key_value_heads", "head_dim")
 
 
-def to_huggingface(config: ArgonneConfig, special_tokens: dict[str, int | None], dtype: str) -> dict[str, Any]:
+def to_huggingface(config: ArgonneConfig, special_tokens: SpecialTokens, dtype: str) -> dict[str, Any]:
     """The ``config.json`` with which ``transformers`` (4.57 and 5) opens the weights as Llama.
 
     Args:
@@ -99,8 +100,7 @@ def from_huggingface(path: Path) -> ArgonneConfig:
         known.pop(field, None)  # null means that it follows from others
     known.setdefault("num_key_value_heads", known["num_attention_heads"])
     try:
-        for field in ("intermediate_size", "head_dim"):  # where 0 would ask for a rule of ours
-            require_whole(field, known.get(field, 1), 1)
+        require_whole("intermediate_size", known["intermediate_size"], 1)  # null would ask for a rule of ours
         require_number("initializer_range", known["initializer_range"])
         return ArgonneConfig(**known, rope_theta=theta)
     except ArgonneError as error:

@@ -3,7 +3,8 @@
 Needs torch, numpy and einops, and nothing else of argonne.
 """
 
-from argonne.parallel.communication.groups import Axis, ProcessGroups, choose_device, process_groups
+from argonne.parallel.communication.groups import Axis, ProcessGroups
+from argonne.parallel.communication.job import choose_device, process_groups
 from argonne.parallel.communication.layout import AXES, Layout
 from argonne.parallel.communication.recording import Collective, Log, record
 from argonne.parallel.communication.regions import (
@@ -14,25 +15,25 @@ from argonne.parallel.communication.regions import (
     reduce_scatter_to_sequence_region,
     scatter_to_region,
 )
-from argonne.parallel.context_parallel.attention import context_parallel_attention, context_positions, share_sequence
+from argonne.parallel.context_parallel.attention import context_parallel_attention, context_positions, shard_sequence
 from argonne.parallel.data_parallel.kinds import data_parallel
 from argonne.parallel.data_parallel.strategy import DataParallel
 from argonne.parallel.errors import ArgonneError, CollectiveMismatch, LayoutError
 from argonne.parallel.legal import require_number, require_whole
 from argonne.parallel.pipeline_parallel.plan import PipelinePlan, balance
 from argonne.parallel.pipeline_parallel.stages import Activation, pipeline_forward
+from argonne.parallel.sharding.check import check_declarations, check_gradients
+from argonne.parallel.sharding.declare import Use, replicated, sharded, transposed
 from argonne.parallel.sharding.gradients import clip_gradients, complete_gradients, global_gradient_norm
 from argonne.parallel.sharding.initialisation import Constant, Initialiser, Normal
 from argonne.parallel.sharding.partition import Partition, share
+from argonne.parallel.sharding.region import Holders, Region, ShardSpec
 from argonne.parallel.sharding.spec import (
-    Region,
     Sharded,
     ShardedParameter,
-    ShardSpec,
     initialise,
     narrow_rows,
     regions_of,
-    replicated,
     sharded_parameters,
 )
 from argonne.parallel.tensor_parallel.cross_entropy import IGNORE_INDEX, Objective, vocab_parallel_cross_entropy
@@ -47,6 +48,8 @@ from argonne.parallel.tensor_parallel.linear_cross_entropy import vocab_parallel
 from argonne.parallel.tensor_parallel.precision import Precision
 from argonne.parallel.tensor_parallel.products import column_parallel_linear
 
+share_sequence = shard_sequence  # its name before
+
 __all__ = [
     "AXES",
     "IGNORE_INDEX",
@@ -58,6 +61,7 @@ __all__ = [
     "ColumnParallelLinear",
     "Constant",
     "DataParallel",
+    "Holders",
     "Initialiser",
     "Layout",
     "LayoutError",
@@ -73,10 +77,13 @@ __all__ = [
     "ShardSpec",
     "Sharded",
     "ShardedParameter",
+    "Use",
     "VocabParallelEmbedding",
     "VocabParallelHead",
     "VocabularyRange",
     "balance",
+    "check_declarations",
+    "check_gradients",
     "choose_device",
     "clip_gradients",
     "column_parallel_linear",
@@ -100,9 +107,12 @@ __all__ = [
     "require_number",
     "require_whole",
     "scatter_to_region",
+    "shard_sequence",
+    "sharded",
     "sharded_parameters",
     "share",
     "share_sequence",
+    "transposed",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_linear_cross_entropy",
     "vocab_parallel_logits",

@@ -9,10 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from argonne.data import DataError, SequenceStream, Shard, naming
+from argonne.data.tokens.filters import FILTERS, Filters
 from argonne.inference import Sampling, generate
-from argonne.models import ArgonneModel, PipelinedModel
+from argonne.models import Batch, LanguageModel, LossFunction
 from argonne.parallel import ProcessGroups
-from argonne.parallel.communication.collectives import all_reduce, broadcast, collectively, gather_objects
+from argonne.parallel.communication.collectives import broadcast, collectively, gather_objects
+from argonne.parallel.communication.reduction import sum_over
 
 PROMPT = "Long long time ago, "
 
@@ -25,11 +27,12 @@ def held_out_sequences(
     limit: int,
     groups: ProcessGroups,
     globs: Sequence[str] | None = None,
+    filters: Filters = FILTERS,
 ) -> Tensor:
     """The first sequences of the held-out text, ``[2, sequences, block_size + 1]`` on every rank (collective).
 
     First their ids, then the numbers of their documents. At most ``limit``, read once on the first rank, none twice.
-    ``globs`` are what ``--validation-glob`` said, for messages.
+    ``globs`` are what ``--validation-glob`` said, for messages; ``filters`` say which rows become documents.
 
     Raises:
         DataError: the text is shorter than one sequence.
@@ -43,7 +46,7 @@ def held_out_sequences(
 
     def read_first() -> list[Tensor]:
         assert tokenizer is not None
-        stream = SequenceStream(shards, tokenizer, block_size, lanes=1, boundary=boundary, served=[0])
+        stream = SequenceStream(shards, tokenizer, block_size, lanes=1, boundary=boundary, served=[0], filters=filters)
         found: list[Tensor] = []
         while len(found) < limit:
             packed = stream.next_sequence(0)
@@ -73,7 +76,7 @@ def held_out_sequences(
 
 @torch.no_grad()
 def held_out_loss(
-    model: ArgonneModel | PipelinedModel, sequences: Tensor, micro_batch: int, document_mask: bool = False
+    model: LanguageModel, sequences: Tensor, micro_batch: int, loss: LossFunction, document_mask: bool = False
 ) -> float:
     """The mean loss per token over what ``held_out_sequences`` gave, with documents apart if training has them so.
 
@@ -88,16 +91,14 @@ def held_out_loss(
         own = sequences[:, data.rank :: data.size][:, first : first + micro_batch]
         ids, documents = own if own.shape[1] else sequences[:, :1]
         apart = documents[:, :-1] if document_mask else None
-        loss = model.loss(ids[:, :-1], ids[:, 1:], reduction="sum", documents=apart)
+        found = model.evaluate(Batch(ids[:, :-1], ids[:, 1:], apart), loss)
         if own.shape[1]:
-            total += loss.double()
-    all_reduce(total, model.groups.replicas)
+            total += found.double()
+    sum_over(total, model.groups.replicas)
     return total.item() / sequences[0, :, 1:].numel()
 
 
-def sample_text(
-    model: ArgonneModel | PipelinedModel, tokenizer: PreTrainedTokenizerFast | None, tokens: int, seed: int
-) -> str | None:
+def sample_text(model: LanguageModel, tokenizer: PreTrainedTokenizerFast | None, tokens: int, seed: int) -> str | None:
     """``PROMPT`` and the model's continuation of so many tokens, on the ranks that have a tokenizer (collective)."""
     prompt: list[int] = []
     if tokenizer is not None:

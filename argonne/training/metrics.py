@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from argonne.models.config import ArgonneConfig
 from argonne.training.appended import AppendedFile
 from argonne.training.plot import Outline
 
@@ -33,17 +32,6 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for model, peak in _PEAK.items() if model in name), None)
-
-
-def flops_per_token(config: ArgonneConfig, sequence: int) -> float:
-    """Forward and backward of one token: 6 a parameter of a matrix product, and causal attention.
-
-    Attention: 2 products (scores, values) of 2 FLOP x heads x head_dim x sequence / 2 each, times 3 for
-    forward and backward.
-    """
-    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * sequence
-    return 6 * (config.parameter_count - embedding) + attention
 
 
 def memory_gib(device: torch.device) -> float:

@@ -13,33 +13,35 @@ import torch
 import transformers
 
 import argonne
-from argonne.checkpoint import CheckpointError, load_pieces, load_trainer, save_checkpoint, weight_pieces
+from argonne.checkpoint import (
+    CheckpointError,
+    load_pieces,
+    load_trainer,
+    moment_pieces,
+    save_checkpoint,
+    weight_pieces,
+)
 from argonne.checkpoint.format import TRAINER
 from argonne.data import LaneState, special_tokens, write_tokenizer
 from argonne.files import write_json
-from argonne.models import ArgonneModel, PipelinedModel, build_replicas, to_huggingface
-from argonne.parallel import DataParallel, ProcessGroups, ShardedParameter, initialise
+from argonne.models import ArgonneModel, Execution, build_replicas
+from argonne.parallel import ProcessGroups
 from argonne.parallel.communication.collectives import gather_objects
 from argonne.training.config import RunConfig
 from argonne.training.loss_scale import LossScale
-from argonne.training.optimizer import build_optimizer, moment_pieces
+from argonne.training.optimizer import build_optimizer
 from argonne.training.run.flags_json import flags_to_json
 from argonne.training.run.identity import dtype_name
 from argonne.training.run.setup import Workload
 from argonne.training.schedule import CosineSchedule
+from argonne.training.step import Learner
 
 
-@dataclass
-class TrainingState:
+@dataclass(kw_only=True)
+class TrainingState(Learner):
     """Everything that changes from step to step, on one rank."""
 
-    model: ArgonneModel | PipelinedModel
-    replicas: DataParallel
-    optimizer: torch.optim.AdamW
     schedule: CosineSchedule
-    loss_scale: LossScale
-    step: int = 0
-    """Optimizer steps taken."""
     tokens: int = 0
     """Target tokens trained on."""
     next_sample: int = 0
@@ -55,21 +57,12 @@ class TrainingState:
         t = config.training
         plan = config.parallel.plan(groups.layout)
         kind, shard = config.parallel.kind, config.parallel.fsdp_shard
-        model, replicas = build_replicas(workload.model, groups, workload.precision, plan, kind, t.kernels, shard)
-        model.recompute_blocks(not t.disable_gradient_checkpointing)
+        execution = Execution(groups, workload.precision, t.kernels, recompute=not t.disable_gradient_checkpointing)
+        model, replicas = build_replicas(lambda e: ArgonneModel(workload.model, e, plan), execution, kind, shard)
         schedule = CosineSchedule(t.learning_rate, t.min_learning_rate, t.warmup_steps, t.total_steps)
-        optimizer = build_optimizer(replicas.parameters, t.weight_decay)
-        return cls(model, replicas, optimizer, schedule, LossScale.of(t.precision, t.initial_loss_scale))
-
-    @property
-    def parameters(self) -> list[ShardedParameter]:
-        """What this rank updates and saves."""
-        return self.replicas.parameters
-
-    def initialise(self, seed: int) -> None:
-        """Begin with the weights of that seed."""
-        initialise(self.parameters, seed)
-        self.replicas.publish()
+        optimizer = build_optimizer(replicas.parameters, t.weight_decay, t.betas, t.adam_epsilon)
+        loss_scale = LossScale.of(t.precision, t.initial_loss_scale)
+        return cls(model=model, replicas=replicas, optimizer=optimizer, schedule=schedule, loss_scale=loss_scale)
 
     @torch.no_grad()
     def restore(self, checkpoint: Path, reset_optimizer: bool = False, rewarmup_steps: int = 0) -> None:
@@ -113,9 +106,8 @@ class TrainingState:
             block_size = config.data.block_size
             tokens = write_tokenizer(workload.tokenizer, directory, workload.boundary, block_size)
             # The positions that were trained; the run's identity keeps what its flags made of the shape.
-            trained = replace(workload.model, max_position_embeddings=block_size)
             dtype = dtype_name(workload.precision.parameters)
-            write_json(directory / "config.json", to_huggingface(trained, tokens, dtype))
+            write_json(directory / "config.json", self.model.config_json(block_size, tokens, dtype))
             write_json(directory / "generation_config.json", tokens)
             write_json(directory / TRAINER, self._trainer(config, workload, lanes, global_batch))
 

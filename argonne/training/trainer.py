@@ -9,27 +9,26 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from argonne.checkpoint import prune
 from argonne.checkpoint.format import MANIFEST, step_directory
 from argonne.data import BatchStream, served_lanes
 from argonne.launch.refusal import NOTHING_GAINED, STOPPING, log, stopped_status
 from argonne.launch.signals import STOP
-from argonne.models import PipelinedModel
-from argonne.parallel import clip_gradients, global_gradient_norm
-from argonne.parallel.communication.collectives import all_reduce
+from argonne.models import Batch, CrossEntropyLoss
 from argonne.parallel.communication.environment import seconds_since_start
-from argonne.parallel.communication.groups import TRAINING_TIMEOUT
-from argonne.parallel.errors import ArgonneError
+from argonne.parallel.communication.job import TRAINING_TIMEOUT
+from argonne.parallel.communication.reduction import sum_over
 from argonne.training.batch_shape import BatchShape
 from argonne.training.config import RunConfig
 from argonne.training.evaluation import held_out_loss, sample_text
 from argonne.training.feed import BatchFeed, Fed
-from argonne.training.metrics import Progress, flops_per_token, memory_gib, peak_flops
-from argonne.training.optimizer import set_learning_rate
+from argonne.training.metrics import Progress, memory_gib, peak_flops
 from argonne.training.report import Reports, data_line
 from argonne.training.run.setup import Workload
 from argonne.training.state import TrainingState
+from argonne.training.step import StepResult, train_step
 
 WALL_TIME = "--wall-time"
 
@@ -37,15 +36,12 @@ WALL_TIME = "--wall-time"
 class Trainer:
     """One rank of one run. Every method is collective over all ranks."""
 
-    def __init__(self, config: RunConfig, workload: Workload, state: TrainingState, batch: BatchShape) -> None:
-        self.config, self.workload, self.state = config, workload, state
+    def __init__(self, config: RunConfig, workload: Workload, state: TrainingState, shape: BatchShape) -> None:
+        self.config, self.workload, self.state, self.shape = config, workload, state, shape
         self.groups = groups = state.model.groups
-        self.micro_batch, self.global_batch = batch.micro_batch, batch.global_batch
-        self.tokens_per_step = batch.tokens_per_step
+        self.loss = CrossEntropyLoss(config.training.objective, config.training.kernels)
         data = config.data
-        self.feed = BatchFeed(
-            self._stream(batch.accumulation), batch.ids, groups, data.document_mask, data.prefetch_batches
-        )
+        self.feed = BatchFeed(self._stream(), shape.ids, groups, data.document_mask, data.prefetch_batches)
         self.held_out = workload.held_out
         self.reports = Reports(config.run.output_dir)
         self.step_seconds = 0.0
@@ -70,20 +66,18 @@ class Trainer:
             began = time.perf_counter()
             batch = self.feed.next()
             waited = time.perf_counter() - began
-            loss = self._forward_backward(batch)
-            norm = self._update()
-            self._advance(batch)
+            rate = state.schedule.learning_rate(state.step + 1)
+            result = train_step(state, self._batch(batch), self.loss, rate, self.config.training.gradient_clip)
+            self._consume(batch)
             seconds = time.perf_counter() - began
-            record = self._record(batch, loss, norm, seconds, waited)
+            record = self._record(batch, result, seconds, waited)
             if not self.step_seconds:  # every rank is up: from now on a slow collective is a lost peer
                 self.groups.set_timeout(TRAINING_TIMEOUT)
             self.step_seconds = max(self.step_seconds, seconds)
 
             save_now = state.step % flags.save_interval == 0 or state.step == last
             if save_now and self.held_out is not None:
-                record["validation_loss"] = held_out_loss(
-                    state.model, self.held_out, self.micro_batch, self.config.data.document_mask
-                )
+                record["validation_loss"] = self._held_out_loss(self.held_out)
             if progress:
                 self.reports.step(record)
                 progress.step(record)
@@ -125,60 +119,22 @@ class Trainer:
         saved = step_directory(self.config.run.output_dir, self.state.step) / MANIFEST
         return saved.exists() and saved.stat().st_mtime > time.time() - seconds_since_start()
 
-    def pipeline_facts(self) -> list[str]:
-        """What the pipeline, if there is one, costs: for the line that a run begins with."""
-        model = self.state.model
-        if not isinstance(model, PipelinedModel):
-            return []
-        accumulation = self.global_batch // (self.micro_batch * self.groups.data.size)
-        waiting = model.pipeline(accumulation, self.micro_batch, self.config.data.block_size).bubble(model.costs)
-        return [f"{model.plan.schedule} in {model.plan.stages} stages, bubble {waiting:.0%}"]
+    def _batch(self, fed: Fed) -> Batch:
+        """The micro-batches of a step as the model is given them."""
+        documents = None if fed.documents is None else fed.documents[..., :-1]
+        return Batch(fed.tokens[..., :-1], fed.tokens[..., 1:], documents, divisor=self.shape.tokens_per_step)
 
-    def _forward_backward(self, batch: Fed) -> float:
-        """Gradients of the mean loss per target token of the global batch; returns that loss."""
-        ids, targets = batch.tokens[..., :-1], batch.tokens[..., 1:]
-        documents = None if batch.documents is None else batch.documents[..., :-1]
-        model, scale = self.state.model, self.state.loss_scale.scale
-        self.state.replicas.begin(len(ids), deferred=model.defers_weight_gradients)
-        loss = model.forward_backward(ids, targets, self.tokens_per_step / scale, documents)
-        loss_of_step = all_reduce(loss, self.groups.replicas).item() / scale
-        self._require_finite("loss", loss_of_step)
-        return loss_of_step
-
-    def _update(self) -> float | None:
-        """One optimizer step from the accumulated gradients; returns their norm before clipping.
-
-        None when they overflowed in float16: there is no optimizer step then, and a lower loss scale from here on.
-        """
-        state, scale = self.state, self.state.loss_scale.scale
-        state.replicas.complete()
-        norm = global_gradient_norm(state.parameters, self.groups) / scale
-        if not torch.isfinite(norm) and state.loss_scale.overflowed():
-            state.optimizer.zero_grad()
-            return None
-        self._require_finite("gradient norm", norm.item())
-        clip_gradients(state.parameters, norm, self.config.training.gradient_clip, scale)
-        set_learning_rate(state.optimizer, state.schedule.learning_rate(state.step + 1))
-        state.optimizer.step()
-        state.replicas.publish()
-        state.optimizer.zero_grad()
-        state.loss_scale.succeeded()
-        return norm.item()
-
-    def _require_finite(self, what: str, value: float) -> None:
-        """Stop, on every rank alike, before a step that would spoil the weights."""
-        if not math.isfinite(value):
-            raise ArgonneError(
-                f"the {what} of step {self.state.step + 1} is {value}; the step was not taken. Continue from the last "
-                "checkpoint with a lower --learning-rate, or look at the data of this step"
-            )
-
-    def _advance(self, batch: Fed) -> None:
-        """Count the step, and the data of this batch as consumed."""
-        self.state.step += 1
-        self.state.tokens += self.tokens_per_step
+    def _consume(self, batch: Fed) -> None:
+        """Count the data of this batch as consumed."""
+        self.state.tokens += self.shape.tokens_per_step
         self.state.next_sample = batch.next_sample
         self.state.lanes = dict(batch.states)
+
+    def _held_out_loss(self, sequences: Tensor) -> float:
+        """The mean cross-entropy per token of the held-out text, whatever training minimises."""
+        loss = CrossEntropyLoss(kernels=self.config.training.kernels)
+        apart = self.config.data.document_mask
+        return held_out_loss(self.state.model, sequences, self.shape.micro_batch, loss, apart)
 
     def _save(self, progress: Progress | None) -> None:
         """Show what the model has learnt, write the checkpoint, then let old checkpoints go.
@@ -192,8 +148,8 @@ class Trainer:
         text = sample_text(state.model, self.workload.tokenizer, config.run.sample_tokens, seed)
         lanes = state.all_lanes()
         if progress:
-            self.reports.save(config, self.workload, state, lanes, self.global_batch, text or "")
-        path = state.save(config, self.workload, lanes, self.global_batch)
+            self.reports.save(config, self.workload, state, lanes, self.shape.global_batch, text or "")
+        path = state.save(config, self.workload, lanes, self.shape.global_batch)
         if progress:
             directory, keep = config.run.output_dir, config.run.keep_checkpoints
             pruned = self.reports.attempt(directory, lambda: prune(directory, keep, path))
@@ -212,18 +168,18 @@ class Trainer:
         late = limit is not None and self.groups.is_first and seconds_since_start() + self._time_to_leave(limit) > limit
         told = torch.tensor([*(STOP.number == number for number in STOPPING), late], dtype=torch.int32)
         reasons = (*(number.name for number in STOPPING), WALL_TIME)
-        asked = all_reduce(told, self.groups.world).tolist()
+        asked = sum_over(told, self.groups.world).tolist()
         return next((reason for reason, count in zip(reasons, asked, strict=True) if count), "")
 
     def _time_to_leave(self, limit: float) -> float:
         """Seconds in which another step and a save surely fit, under a ``--wall-time`` of ``limit``."""
         return 1.5 * self.step_seconds + max(2 * self.save_seconds, 0.02 * limit, 10.0)
 
-    def _record(self, batch: Fed, loss: float, norm: float | None, seconds: float, waited: float) -> dict[str, Any]:
+    def _record(self, batch: Fed, result: StepResult, seconds: float, waited: float) -> dict[str, Any]:
         """The line of ``metrics.jsonl`` for this step."""
-        rate = self.tokens_per_step / seconds
+        rate = self.shape.tokens_per_step / seconds
         peak = peak_flops(self.groups.device)
-        flops = flops_per_token(self.workload.model, self.config.data.block_size)
+        flops = self.state.model.flops_per_token(self.shape.block_size)
         position: dict[str, Any] = {}
         if 0 in batch.states:  # the first rank reads lane 0
             position = dataclasses.asdict(batch.states[0].position)
@@ -234,10 +190,10 @@ class Trainer:
         return {
             "step": self.state.step,
             "tokens": self.state.tokens,
-            "loss": loss,
+            "loss": result.loss,
             "validation_loss": None,
             "learning_rate": self.state.schedule.learning_rate(self.state.step),
-            "grad_norm": norm,
+            "grad_norm": result.norm,
             "tokens_per_second": rate,
             "step_time": seconds,
             "data_wait": waited,
@@ -248,7 +204,7 @@ class Trainer:
             "batch_hash": batch.digest,
         }
 
-    def _stream(self, accumulation: int) -> BatchStream | None:
+    def _stream(self) -> BatchStream | None:
         """The batches of this data-parallel rank, on the rank that reads them for those that share it."""
         workload, data = self.workload, self.groups.data
         if workload.tokenizer is None:
@@ -259,7 +215,7 @@ class Trainer:
             mixture,
             dp_rank=data.rank,
             dp_size=data.size,
-            micro_batch=self.micro_batch,
-            accumulation=accumulation,
+            micro_batch=self.shape.micro_batch,
+            accumulation=self.shape.accumulation,
             start_sample=self.state.next_sample,
         )

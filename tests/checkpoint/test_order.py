@@ -11,7 +11,7 @@ import pytest
 from argonne.checkpoint import checkpoints, faults, newest_valid, prune, resolve, step_directory, step_of
 from argonne.checkpoint import format as checkpoint_format
 from argonne.parallel import ProcessGroups
-from tests.checkpoint.test_checkpoint import cut_last_byte, save
+from tests.checkpoint.saved import cut_last_byte, save
 from tests.checkpoint.watch import Killed, lost_with_the_power, watched
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which file is synced")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from argonne.inference.generate import Sampling, _draw, generate
-from argonne.models import ArgonneConfig, ArgonneModel, build_model
+from argonne.models import ArgonneConfig, ArgonneModel, Execution
 from argonne.parallel import ArgonneError, Layout, Precision, ProcessGroups
 from argonne.parallel.pipeline_parallel.plan import PipelinePlan
 from tests import dense
@@ -32,7 +32,7 @@ def continue_prompt(
     seed: int,
     stop: int | set[int] | None,
 ) -> tuple[list[int], Parts]:
-    model = ArgonneModel(config, groups, Precision(torch.float64, torch.float64))
+    model = ArgonneModel(config, Execution(groups, Precision(torch.float64, torch.float64)))
     model.initialise(seed=2)
     tokens = generate(model, prompt, sampling, seed, stop)
     return tokens, parts_of(model, groups, lambda p: p)
@@ -187,7 +187,7 @@ def test_an_empty_prompt_is_refused() -> None:
 
 def continued(groups: ProcessGroups, schedule: str) -> list[int]:
     plan = PipelinePlan.of(schedule, groups.pipeline.size)  # type: ignore[arg-type]
-    model = build_model(CONFIG, groups, Precision(torch.float64, torch.float64), plan)
+    model = ArgonneModel(CONFIG, Execution(groups, Precision(torch.float64, torch.float64)), plan)
     model.initialise(seed=2)
     return generate(model, PROMPT, Sampling(max_new_tokens=9), seed=8, stop=None)
 

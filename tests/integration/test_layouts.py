@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from argonne.checkpoint import load_pieces, weight_pieces
-from argonne.models import ArgonneModel, from_huggingface
+from argonne.checkpoint import load_pieces, moment_pieces, weight_pieces
+from argonne.models import ArgonneModel, Execution, from_huggingface
 from argonne.parallel import Layout, ProcessGroups
-from argonne.training.optimizer import build_optimizer, moment_pieces
+from argonne.training.optimizer import build_optimizer
 from tests.integration.runs import metrics, succeed
 from tests.pool import RankPool
 from tests.whole import Parts, assemble, parts_of
@@ -25,7 +25,7 @@ IDS = torch.tensor([[5, 77, 300, 12, 41, 5, 5, 230, 9, 8]])
 
 def loaded(groups: ProcessGroups, directory: Path) -> tuple[Parts, Parts, torch.Tensor]:
     """Weights, first moments and last logits of a checkpoint as a rank of any layout loads them."""
-    model = ArgonneModel(from_huggingface(directory), groups)
+    model = ArgonneModel(from_huggingface(directory), Execution(groups))
     parameters = model.sharded_parameters()
     optimizer = build_optimizer(parameters, weight_decay=0.0)
     with torch.no_grad():

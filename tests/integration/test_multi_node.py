@@ -96,12 +96,13 @@ REFUSAL = """
 import torch
 from argonne.parallel import ArgonneError, Layout, process_groups
 from argonne.launch import guarded
+from argonne.parallel.communication.collectives import barrier
 
 def body():
     with process_groups(Layout(tensor=4), torch.device("cpu")) as groups:
         if groups.world.rank == 0:
             raise ArgonneError("this is refused")
-        groups.barrier()
+        barrier(groups.world)
 
 guarded(body)
 """

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from argonne.kernels import Backend, apply_rope, apply_rope_packed, cross_entropy, rms_norm, rope_tables, swiglu
-from argonne.models import ArgonneConfig, ArgonneModel
+from argonne.models import ArgonneConfig, ArgonneModel, CrossEntropyLoss, Execution
 from argonne.parallel import Layout, Objective, ProcessGroups, VocabularyRange, complete_gradients
 from benchmarks import interpreter
 from tests import dense
+from tests.losses import summed_loss
 from tests.parallel.test_cross_entropy import dense_losses
 from tests.pool import RankPool
 from tests.whole import Parts, parts_of
@@ -232,7 +233,7 @@ def cross_entropy_errors(
     rows: int, columns: int, dtype: torch.dtype, strided: bool, objective: Objective, ranks: int, shift: float = 0.0
 ) -> tuple[float, Error]:
     """The largest error of a loss over max(1, loss), and that of the gradient, with the vocabulary in ``ranks``."""
-    from argonne.kernels.gpu.cross_entropy import TritonTargets
+    from argonne.kernels.gpu.cross_entropy import TritonSoftmax
 
     logits = draw(rows, columns, seed=1, dtype=dtype, strided=strided, scale=4)
     if shift:
@@ -254,12 +255,12 @@ def cross_entropy_errors(
         gradient = x.grad
     else:
         parts = [VocabularyRange.of_rank(columns, ranks, rank) for rank in range(ranks)]
-        local = [TritonTargets(targets, part, objective) for part in parts]
+        local = [TritonSoftmax(targets, part, objective) for part in parts]
         values = [logits[:, part.start : part.stop] for part in parts]
-        said = torch.stack([one.statistics(x)[0] for one, x in zip(local, values, strict=True)])
-        losses, sums = local[0].losses(said)
+        statistics = torch.stack([one.statistics(x)[0] for one, x in zip(local, values, strict=True)])
+        losses, sums = local[0].losses(statistics)
         made = [
-            one.gradient(one.keep(x, sums), sums, scale, out=torch.empty_like(x, memory_format=torch.contiguous_format))
+            one.gradient(one.save(x, sums), sums, scale, out=torch.empty_like(x, memory_format=torch.contiguous_format))
             for one, x in zip(local, values, strict=True)
         ]
         gradient = torch.cat(made, 1)
@@ -279,10 +280,10 @@ def trained_model(groups: ProcessGroups, backend: Backend) -> tuple[Tensor, Part
     """The loss of a model and the gradients of its parameters, after forward and backward with that backend."""
     if backend == "triton":
         interpreter.mend()
-    model = ArgonneModel(SMALL, groups, backend=backend)
+    model = ArgonneModel(SMALL, Execution(groups, kernels=backend))
     model.initialise(seed=3)
     ids = torch.randint(0, SMALL.vocab_size, (2, 5), generator=torch.Generator().manual_seed(4))
-    loss = model.loss(ids[:, :-1], ids[:, 1:], "sum")
+    loss = summed_loss(model, ids[:, :-1], ids[:, 1:], loss=CrossEntropyLoss(kernels=backend))
     loss.backward()
     complete_gradients(model.sharded_parameters(), groups)
     return loss.detach(), parts_of(model, groups, lambda parameter: parameter.grad)

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import torch
 
-from argonne.checkpoint import load_pieces, save_checkpoint, weight_pieces
+from argonne.checkpoint import load_pieces, moment_pieces, save_checkpoint, weight_pieces
 from argonne.checkpoint.format import step_directory
-from argonne.models import ArgonneConfig, build_replicas
+from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas
 from argonne.parallel import (
     AXES,
     Layout,
     Precision,
     ProcessGroups,
-    clip_gradients,
-    global_gradient_norm,
-    initialise,
+    check_declarations,
+    check_gradients,
     regions_of,
 )
-from argonne.parallel.communication.collectives import all_reduce
 from argonne.parallel.pipeline_parallel.plan import SCHEDULES, PipelinePlan
-from argonne.training.optimizer import build_optimizer, moment_pieces, set_learning_rate
+from argonne.training.optimizer import build_optimizer
+from argonne.training.step import Learner, train_step
 from tests.whole import Parts
 
 STEPS, GLOBAL_BATCH, SEQUENCE, VOCABULARY = 20, 8, 16, 53
@@ -147,8 +147,10 @@ def train(
     With a ``directory``, begins with the checkpoint of step ``start`` there, if that is not 0, and leaves one of
     step ``stop``.
     """
-    model, replicas = build_replicas(case.config, groups, DOUBLE, case.plan, case.kind, shard=case.shard)  # type: ignore[arg-type]
+    build = partial(ArgonneModel, case.config, plan=case.plan)
+    model, replicas = build_replicas(build, Execution(groups, DOUBLE), case.kind, case.shard)  # type: ignore[arg-type]
     optimizer = build_optimizer(replicas.parameters, weight_decay=0.1)
+    learner = Learner(model=model, replicas=replicas, optimizer=optimizer, step=start)
     weights = weight_pieces(replicas.parameters)
     if start:
         assert directory is not None
@@ -156,24 +158,21 @@ def train(
             load_pieces(step_directory(directory, start), [*weights, *moment_pieces(optimizer, replicas.parameters)])
         for sharded in replicas.parameters:
             optimizer.state[sharded.parameter]["step"].fill_(start)
+        replicas.publish()
     else:
-        initialise(replicas.parameters, seed=3)
-    replicas.publish()
+        learner.initialise(seed=3)
+    check_declarations(replicas.parameters, groups, values=True)  # no false alarm in any layout
     losses = []
     for step, batch in list(enumerate(batches()))[start:stop]:
         mine = batch[groups.data.rank :: groups.data.size].unflatten(0, (case.accumulation, -1))
-        replicas.begin(case.accumulation, deferred=model.defers_weight_gradients)
-        tokens = GLOBAL_BATCH * SEQUENCE
         documents = documents_of(mine) if case.documents else None
-        loss = model.forward_backward(mine[..., :-1], mine[..., 1:], tokens, documents)
-        losses.append(all_reduce(loss, groups.replicas).item())
-        replicas.complete()
-        norm = global_gradient_norm(replicas.parameters, groups)
-        clip_gradients(replicas.parameters, norm, 1.0)
-        set_learning_rate(optimizer, 1e-2 / (1 + step))
-        optimizer.step()
-        replicas.publish()
-        optimizer.zero_grad()
+        step_batch = Batch(mine[..., :-1], mine[..., 1:], documents, divisor=GLOBAL_BATCH * SEQUENCE)
+        if step == start:
+            replicas.begin(case.accumulation, deferred=model.defers_weight_gradients)
+            model.forward_backward(step_batch, CrossEntropyLoss())
+            replicas.complete()
+            check_gradients(replicas.parameters, groups)
+        losses.append(train_step(learner, step_batch, CrossEntropyLoss(), 1e-2 / (1 + step), gradient_clip=1.0).loss)
     if directory is not None:
         moments = moment_pieces(optimizer, replicas.parameters)
         save_checkpoint(directory, stop, weights, moments, lambda path: None, groups)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from argonne.models import ArgonneConfig, ArgonneModel
+from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution
 from argonne.parallel import (
     Log,
     Objective,
@@ -24,7 +24,7 @@ from argonne.parallel import (
 )
 from argonne.parallel.communication.layout import Layout
 from argonne.parallel.tensor_parallel.embedding import VocabularyRange
-from tests.parallel.test_recording import ProductStarts
+from tests.parallel.recorded import ProductStarts
 from tests.pool import RankPool
 
 Sent = Counter[tuple[str, str, str, str, bool, int]]
@@ -89,13 +89,12 @@ class Step:
     def sent_by_head_and_loss(self) -> Sent:
         """The head's input and its gradient, and 3 statistics of each token (4 with label smoothing) from each rank.
 
-        They belong to no module: the loss is a method of the model, not its call.
+        They belong to no module: logits and loss are functions of what the model's call returns.
         """
         apart, n = self.reduction == "logits", self.activation
-        head = "forward" if apart else "outside"
         sent: Sent = Counter()
         if self.layout.sequence_parallel:
-            sent["", head, "all_gather", "tensor", False, n] += 1
+            sent["", "outside", "all_gather", "tensor", False, n] += 1
             sent["", "backward", "reduce_scatter", "tensor", apart, n] += 1
             if apart:
                 sent["", "backward", "all_gather", "tensor", True, n] += 1
@@ -138,19 +137,21 @@ class Step:
 
 def run(groups: ProcessGroups, step: Step) -> tuple[Log, list[int], ProductStarts]:
     """The log of one step, the sizes of this rank's parameters, and the matrix products of the backward."""
-    model = ArgonneModel(step.config, groups, step.precision)
+    model = ArgonneModel(step.config, Execution(groups, step.precision, recompute=step.recompute))
     model.initialise(seed=0)
-    model.model.recompute = step.recompute
     parameters = model.sharded_parameters()
     objective = Objective(label_smoothing=step.label_smoothing)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, step.config.vocab_size, (2, step.batch, step.sequence), generator=generator)
     with record(model) as log, ProductStarts() as products:
         if step.reduction == "logits":
-            logits = model(ids[0])
+            logits = model.logits(ids[0])
             losses = vocab_parallel_cross_entropy(logits, ids[1], model.head.range, groups.tensor, objective)
         else:
-            losses = model.loss(ids[0], ids[1], step.reduction, objective)
+            batch = Batch(ids[0], ids[1])
+            loss = CrossEntropyLoss(objective)
+            compute = loss if step.reduction == "sum" else loss.of_each_position
+            losses = compute(model(batch), model.head, batch)
         products.seen.clear()
         losses.sum().backward()
         complete_gradients(parameters, groups)

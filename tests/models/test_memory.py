@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from argonne.models import ArgonneConfig, build_model, preset
-from argonne.models.pipelined import cut
-from argonne.parallel import Layout, Precision, ProcessGroups
+from argonne.models import ArgonneConfig, ArgonneModel, Execution, preset
+from argonne.models.stages import cut
+from argonne.parallel import Layout, ProcessGroups
 from argonne.parallel.pipeline_parallel.plan import SCHEDULES, PipelinePlan
 
 
@@ -20,7 +20,7 @@ def held(config: ArgonneConfig, layout: Layout, rank: int, plan: PipelinePlan) -
     """Elements of each parameter that a rank allocates."""
     groups = ProcessGroups.of_rank(layout, rank)
     with torch.device("meta"):
-        model = build_model(config, groups, Precision(), plan)
+        model = ArgonneModel(config, Execution(groups), plan)
     return {sharded.name: sharded.parameter.numel() for sharded in model.sharded_parameters()}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from argonne.models.config import preset
-from argonne.models.pipelined import cut
+from argonne.models.stages import cut
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 8])

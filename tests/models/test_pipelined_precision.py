@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
-from argonne.models import ArgonneConfig, build_replicas
+from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas
 from argonne.parallel import Layout, PipelinePlan, Precision, ProcessGroups, initialise
 from argonne.parallel.pipeline_parallel.plan import SCHEDULES
 from tests.pool import RankPool
@@ -30,13 +32,13 @@ def losses(groups: ProcessGroups, schedule: str, kind: str = "replicate") -> lis
     found = []
     for precision in PRECISIONS:
         plan = PipelinePlan.of(schedule, groups.layout.pipeline)  # type: ignore[arg-type]
-        model, replicas = build_replicas(CONFIG, groups, precision, plan, kind)  # type: ignore[arg-type]
+        build = partial(ArgonneModel, CONFIG, plan=plan)
+        model, replicas = build_replicas(build, Execution(groups, precision), kind)  # type: ignore[arg-type]
         initialise(replicas.parameters, seed=3)
         replicas.publish()
-        with torch.no_grad():
-            evaluated = model.loss(ids[0], targets[0], reduction="sum")
+        evaluated = model.evaluate(Batch(ids[0], targets[0]), CrossEntropyLoss())
         replicas.begin(len(ids), deferred=model.defers_weight_gradients)
-        trained = model.forward_backward(ids, targets, float(targets.numel()))
+        trained = model.forward_backward(Batch(ids, targets, divisor=targets.numel()), CrossEntropyLoss())
         found.append((trained, evaluated))
     return found
 

@@ -8,8 +8,8 @@ from unittest import mock
 import torch
 from torch.distributed.tensor import DTensor
 
-from argonne.models import ArgonneConfig, build_model, replicas_of
-from argonne.parallel import Layout, PipelinePlan, Precision, ProcessGroups
+from argonne.models import ArgonneConfig, ArgonneModel, Execution, replicas_of
+from argonne.parallel import Layout, ProcessGroups
 from argonne.parallel.data_parallel import fully_shard as room
 from tests.pool import RankPool
 
@@ -24,7 +24,7 @@ def whole_bytes(model: torch.nn.Module) -> int:
 def build(groups: ProcessGroups) -> tuple[list[int], set[str]]:
     """What exists whole whenever a module is about to be shared out; and where everything lies at the end."""
     with torch.device("meta"):
-        model = build_model(CONFIG, groups, Precision(), PipelinePlan(1))
+        model = ArgonneModel(CONFIG, Execution(groups))
     sizes: list[int] = []
     shard = room.fully_shard
 
@@ -33,7 +33,7 @@ def build(groups: ProcessGroups) -> tuple[list[int], set[str]]:
         return shard(module, **options)
 
     with mock.patch.object(room, "fully_shard", watched):
-        replicas_of(model, "fsdp", Precision())
+        replicas_of(model, Execution(groups), "fsdp")
     return sizes, {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
 
 

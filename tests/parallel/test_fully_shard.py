@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor
 
-from argonne.models import ArgonneModel, build_replicas
+from argonne.models import ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas
 from argonne.parallel import ArgonneError, Layout, ProcessGroups, data_parallel, initialise, record
 from argonne.parallel.data_parallel.kinds import check_shard
 from argonne.parallel.pipeline_parallel.plan import PipelinePlan
-from tests.parallel.test_data_parallel import (
+from tests.parallel.replicas import (
     CONFIG,
     DOUBLE,
     SHARED_HEAD,
@@ -42,30 +44,36 @@ def gradients_alive(groups: ProcessGroups, plan: Plan) -> list[tuple[int, int]]:
     return found
 
 
-def whole_gradients(model: torch.nn.Module) -> int:
-    """Elements of every gradient that FSDP keeps of a whole parameter, added up."""
-    whole = 0
-    for module in model.modules():
+def shared_out(model: ArgonneModel) -> Iterator[Any]:
+    """What FSDP keeps of each parameter."""
+    for module in {*model.modules(), *model.stages.values()}:
         state: Any = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
         for group in getattr(state, "_fsdp_param_groups", [getattr(state, "_fsdp_param_group", None)]):
-            for held in group.fsdp_params if group else []:
-                gradient = getattr(held, "_unsharded_param", held.sharded_param).grad if held else None
-                if not isinstance(gradient, DTensor) and gradient is not None:
-                    whole += gradient.numel()
-                if held.unsharded_accumulated_grad is not None:
-                    whole += held.unsharded_accumulated_grad.numel()
+            yield from group.fsdp_params if group else []
+
+
+def whole_gradients(model: ArgonneModel) -> int:
+    """Elements of every gradient that FSDP keeps of a whole parameter, added up."""
+    whole = 0
+    for held in shared_out(model):
+        gradient = getattr(held, "_unsharded_param", held.sharded_param).grad
+        if not isinstance(gradient, DTensor) and gradient is not None:
+            whole += gradient.numel()
+        if held.unsharded_accumulated_grad is not None:
+            whole += held.unsharded_accumulated_grad.numel()
     return whole
 
 
-def sharded_gradients(model: torch.nn.Module) -> int:
+def sharded_gradients(model: ArgonneModel) -> int:
     """Elements of this rank's rows of all gradients."""
-    return sum(p.grad.to_local().numel() for p in model.parameters() if p.grad is not None)
+    gradients = [held.sharded_param.grad for held in shared_out(model)]
+    return sum(gradient.to_local().numel() for gradient in gradients if gradient is not None)
 
 
 @pytest.mark.parametrize("plan", [Plan("fsdp", accumulation=3), Plan("fsdp", accumulation=3, shard=2, recompute=True)])
 def test_no_whole_gradient_is_alive_after_any_micro_batch(ranks: RankPool, plan: Plan) -> None:
     size = plan.shard or 4
-    shapes = [p.shape for p in ArgonneModel(CONFIG, ProcessGroups.single(), DOUBLE).parameters()]
+    shapes = [p.shape for p in ArgonneModel(CONFIG, Execution(ProcessGroups.single(), DOUBLE)).parameters()]
     for rank, found in enumerate(ranks.run(FOUR, gradients_alive, plan)):
         place = rank % size
         rows = [max(0, min(-(-s[0] // size), s[0] - place * -(-s[0] // size))) for s in shapes]
@@ -76,7 +84,9 @@ def test_no_whole_gradient_is_alive_after_any_micro_batch(ranks: RankPool, plan:
 def pipelined_gradients_alive(groups: ProcessGroups, schedule: str) -> list[int]:
     """Elements of whole gradients at the end of each backward of each stage of a pipeline."""
     plan = PipelinePlan.of(schedule, groups.pipeline.size)  # type: ignore[arg-type]
-    model, strategy = build_replicas(CONFIG_OF_FOUR, groups, DOUBLE, plan, "fsdp")
+    model, strategy = build_replicas(
+        partial(ArgonneModel, CONFIG_OF_FOUR, plan=plan), Execution(groups, DOUBLE), "fsdp"
+    )
     initialise(strategy.parameters, seed=3)
     strategy.publish()
     found: list[int] = []
@@ -84,7 +94,7 @@ def pipelined_gradients_alive(groups: ProcessGroups, schedule: str) -> list[int]
         parameter.register_post_accumulate_grad_hook(lambda _: found.append(whole_gradients(model)))
     ids = torch.randint(0, 29, (4, 2, 7), generator=torch.Generator().manual_seed(0))
     strategy.begin(4)
-    model.forward_backward(ids[..., :-1], ids[..., 1:], 48.0)
+    model.forward_backward(Batch(ids[..., :-1], ids[..., 1:], divisor=48.0), CrossEntropyLoss())
     strategy.complete()
     return found
 
@@ -94,7 +104,7 @@ CONFIG_OF_FOUR = type(CONFIG)(7, 4, 4, 2, 29, 10, 4, 16)
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "gpipe"])
 def test_a_pipeline_reduces_in_every_micro_batch_too(ranks: RankPool, schedule: str) -> None:
-    block = max(p.numel() for p in ArgonneModel(CONFIG_OF_FOUR, ProcessGroups.single(), DOUBLE).parameters())
+    block = max(p.numel() for p in ArgonneModel(CONFIG_OF_FOUR, Execution(ProcessGroups.single(), DOUBLE)).parameters())
     for found in ranks.run(Layout(pipeline=2, data=2), pipelined_gradients_alive, schedule):
         # A hook is called when rows are reduced: of what comes later in the same backward there may be a parameter.
         assert len(found) % 4 == 0

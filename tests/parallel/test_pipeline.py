@@ -10,7 +10,7 @@ from argonne.parallel import ColumnParallelLinear, Layout, Precision, ProcessGro
 from argonne.parallel.communication.collectives import all_reduce
 from argonne.parallel.pipeline_parallel.plan import SCHEDULES, PipelinePlan
 from argonne.parallel.pipeline_parallel.schedule import Pipeline
-from argonne.parallel.pipeline_parallel.stages import Activation, pipeline_forward, share_from_last
+from argonne.parallel.pipeline_parallel.stages import Activation, broadcast_from_last_stage, pipeline_forward
 from argonne.parallel.sharding.spec import sharded_parameters
 from argonne.parallel.tensor_parallel.deferral import deferring
 from tests.pool import RankPool
@@ -53,19 +53,19 @@ def run(
     stages = {number: Stage(groups, number) for number in plan.held(groups.pipeline.rank)}
     activation = Activation((BATCH, HIDDEN), torch.float64)
     axis = groups.pipeline
-    pipeline = Pipeline(stages, plan, axis, activation, activation, squares, micro_batches, groups.device)
+    pipeline = Pipeline(stages, plan, axis, activation, activation, micro_batches, groups.device)
     inputs, targets = operands(micro_batches)
     losses = []
     for _ in range(steps):
         for stage in stages.values():
             stage.zero_grad()
-        loss = pipeline.forward_backward(inputs, targets)
-        losses.append(share_from_last(loss, torch.zeros((), dtype=torch.float64), plan, axis))
+        loss = pipeline.forward_backward(inputs, targets, squares)
+        losses.append(broadcast_from_last_stage(loss, torch.zeros((), dtype=torch.float64), plan, axis))
         assert pipeline.has_last == (loss is not None)
     gradients = {n: parts_of(stage, groups, lambda parameter: parameter.grad) for n, stage in stages.items()}
     output = pipeline_forward(stages, plan, axis, inputs[:BATCH], activation)
     like = torch.zeros(BATCH, HIDDEN, dtype=torch.float64)
-    return losses, gradients, share_from_last(output, like, plan, axis), pipeline.bubble([1.0] * plan.stages)
+    return losses, gradients, broadcast_from_last_stage(output, like, plan, axis), pipeline.bubble([1.0] * plan.stages)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -155,4 +155,4 @@ def _rank_of_last(groups: ProcessGroups) -> float:
     value = torch.tensor(float(groups.pipeline.rank)) if groups.pipeline.rank == 1 else None
     plan = PipelinePlan(2)
     assert all_reduce(torch.ones(()), groups.pipeline) == 2
-    return share_from_last(value, torch.zeros(()), plan, groups.pipeline).item()
+    return broadcast_from_last_stage(value, torch.zeros(()), plan, groups.pipeline).item()

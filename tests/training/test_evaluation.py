@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
-from argonne.models import ArgonneConfig, build_replicas
+from argonne.models import ArgonneConfig, ArgonneModel, CrossEntropyLoss, Execution, build_replicas
 from argonne.parallel import Layout, PipelinePlan, Precision, ProcessGroups, initialise
 from argonne.training.evaluation import held_out_loss
 from tests.pool import RankPool
@@ -26,10 +28,15 @@ def held_out(count: int) -> Tensor:
 
 def losses(groups: ProcessGroups, kind: str, schedule: str) -> list[float]:
     plan = PipelinePlan.of(schedule, groups.layout.pipeline)  # type: ignore[arg-type]
-    model, replicas = build_replicas(CONFIG, groups, DOUBLE, plan, kind)  # type: ignore[arg-type]
+    build = partial(ArgonneModel, CONFIG, plan=plan)
+    model, replicas = build_replicas(build, Execution(groups, DOUBLE), kind)  # type: ignore[arg-type]
     initialise(replicas.parameters, seed=3)
     replicas.publish()
-    return [held_out_loss(model, held_out(count), MICRO_BATCH, mask) for count in COUNTS for mask in (False, True)]
+    return [
+        held_out_loss(model, held_out(count), MICRO_BATCH, CrossEntropyLoss(), mask)
+        for count in COUNTS
+        for mask in (False, True)
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -15,31 +15,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from argonne.models import ArgonneConfig, ArgonneModel
+from argonne.models import ArgonneConfig, ArgonneModel, Execution
 from argonne.models.config import preset
 from argonne.parallel import ProcessGroups
-from argonne.training.metrics import MetricsLog, Progress, flops_per_token, memory_gib, peak_flops
+from argonne.training.metrics import MetricsLog, Progress, memory_gib, peak_flops
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_flops_of_the_weights_are_those_of_the_matrix_products_that_run(tied: bool) -> None:
     config = ArgonneConfig(24, 2, 6, 3, 56, 40, max_position_embeddings=16, tie_word_embeddings=tied)
     with torch.device("meta"):
-        model = ArgonneModel(config, ProcessGroups.single("meta"))
+        model = ArgonneModel(config, Execution(ProcessGroups.single("meta")))
         ids = torch.zeros(3, 10, dtype=torch.long)
         with FlopCounterMode(display=False) as counter:
-            model(ids).sum().backward()
+            model.logits(ids).sum().backward()
     counts = counter.get_flop_counts()["Global"]
     products = sum(n for op, n in counts.items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
     norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
     # At a sequence of 0 only the weights are left. A norm's weights multiply no matrix, and count all the same.
-    assert flops_per_token(config, 0) == products / 30 + 6 * norms
+    assert model.flops_per_token(0) == products / 30 + 6 * norms
 
 
 def test_flops_of_attention_are_half_a_square_of_scores_and_values() -> None:
-    config = preset("argonne-2.0-4.9b")
+    with torch.device("meta"):
+        model = ArgonneModel(preset("argonne-2.0-4.9b"), Execution(ProcessGroups.single("meta")))
     scores_and_values = 2 * 2 * 24 * 170 * 4096 / 2
-    assert flops_per_token(config, 4096) - flops_per_token(config, 0) == 24 * 3 * scores_and_values
+    assert model.flops_per_token(4096) - model.flops_per_token(0) == 24 * 3 * scores_and_values
 
 
 def test_the_cpu_has_memory_but_no_known_peak() -> None:

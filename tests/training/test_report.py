@@ -14,7 +14,6 @@ from argonne.models import ArgonneConfig
 from argonne.parallel import Layout
 from argonne.training import trainer
 from argonne.training.config import DataFlags, RunConfig, TrainingFlags
-from argonne.training.metrics import flops_per_token
 from argonne.training.report import Reports
 from argonne.training.schedule import CosineSchedule
 from argonne.training.trainer import Trainer
@@ -69,7 +68,7 @@ def test_a_step_is_measured_over_all_the_processes_that_made_it(monkeypatch: pyt
     assert (line["step_time"], line["data_wait"], line["batch_hash"]) == (0.5, 0.1, "abc")
     assert line["learning_rate"] == pytest.approx(1e-3)
     assert line["tokens_per_second"] == pytest.approx(336)
-    assert line["mfu"] == pytest.approx(336 * flops_per_token(SHAPE, 7) / (6 * peak))
+    assert line["mfu"] == pytest.approx(336 * SHAPE.flops_per_token(7) / (6 * peak))
 
 
 def test_the_sample_of_a_step_is_drawn_with_the_runs_seed_and_the_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,6 @@ class Pipeline:
         axis: the pipeline axis.
         first_input: what the first stage is given for one micro-batch.
         activation: what every other is given, and what every one returns.
-        loss: of the last stage's output and the targets of one micro-batch: a scalar. Losses are added up.
         micro_batches: of a training step.
         device: of all of it.
     """
@@ -95,7 +94,6 @@ class Pipeline:
         axis: Axis,
         first_input: Activation,
         activation: Activation,
-        loss: Callable[[Tensor, Tensor], Tensor],
         micro_batches: int,
         device: torch.device,
     ) -> None:
@@ -118,7 +116,8 @@ class Pipeline:
             )
         kind: Any = _SCHEDULES[plan.schedule]
         several = plan.schedule in ("interleaved", "zb")
-        self._schedule = kind(built if several else built[0], micro_batches, loss_fn=loss, scale_grads=False)
+        self._schedule = kind(built if several else built[0], micro_batches, loss_fn=self._loss_of, scale_grads=False)
+        self._loss: Callable[[Tensor, Tensor], Tensor] | None = None  # of the step that runs
         self.micro_batches = micro_batches
 
     @property
@@ -126,20 +125,31 @@ class Pipeline:
         """Whether this rank computes the loss."""
         return self.plan.rank_of(self.plan.stages - 1) == self.axis.rank
 
-    def forward_backward(self, inputs: Tensor, targets: Tensor, **shared: Tensor) -> Tensor | None:
+    def forward_backward(
+        self, inputs: Tensor, targets: Tensor, loss: Callable[[Tensor, Tensor], Tensor], **shared: Any
+    ) -> Tensor | None:
         """Gradients of the summed losses, added to those there are; that sum where it is computed, else None.
 
         Args:
             inputs: ``[micro-batches * batch, ...]``, read on the rank of the first stage.
             targets: the same of the targets, read on the rank of the last.
-            shared: tensors ``[micro-batches * batch, ...]`` of which every stage is given its micro-batch's part by
-                name; no gradient flows to them.
+            loss: of the last stage's output and the targets of one micro-batch: a scalar.
+            shared: what every stage is given by name: of tensors ``[micro-batches * batch, ...]`` its micro-batch's
+                part, anything else as it is; no gradient flows to them.
         """
+        self._loss = loss
         losses: list[Tensor] = []
         arguments = (inputs,) if 0 in self.stages else ()
         options: dict[str, Any] = {"target": targets, "losses": losses} if self.has_last else {}
-        self._schedule.step(*arguments, return_outputs=False, **options, **shared)
+        try:
+            self._schedule.step(*arguments, return_outputs=False, **options, **shared)
+        finally:
+            self._loss = None
         return torch.stack([loss.detach() for loss in losses]).sum() if self.has_last else None
+
+    def _loss_of(self, output: Tensor, targets: Tensor) -> Tensor:
+        assert self._loss is not None
+        return self._loss(output, targets)
 
     def bubble(self, costs: Sequence[float]) -> float:
         """The share of time in which ranks wait, for stages of these costs; see ``bubble_fraction``."""

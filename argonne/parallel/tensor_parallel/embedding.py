@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from argonne.parallel.communication.groups import ProcessGroups
 from argonne.parallel.communication.regions import reduce_from_region, reduce_scatter_to_sequence_region
 from argonne.parallel.sharding.initialisation import Initialiser, Normal
-from argonne.parallel.sharding.spec import Region, ShardSpec
+from argonne.parallel.sharding.region import Region, ShardSpec
 from argonne.parallel.tensor_parallel.precision import Precision
 from argonne.parallel.tensor_parallel.products import column_parallel_linear
 

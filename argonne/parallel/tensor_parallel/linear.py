@@ -16,9 +16,10 @@ from argonne.parallel.communication.regions import (
     scatter_to_region,
 )
 from argonne.parallel.errors import LayoutError
+from argonne.parallel.sharding.declare import replicated
 from argonne.parallel.sharding.initialisation import Constant, Initialiser, Normal
 from argonne.parallel.sharding.partition import Partition, check_partition
-from argonne.parallel.sharding.spec import Region, ShardSpec, replicated
+from argonne.parallel.sharding.region import Region, ShardSpec
 from argonne.parallel.tensor_parallel.precision import Precision
 from argonne.parallel.tensor_parallel.products import column_parallel_linear, local_linear
 
@@ -189,7 +190,7 @@ class RowParallelLinear(nn.Module):
         )
         specs = {"weight": ShardSpec(regions, self.initialiser)}
         if self.bias is not None:
-            specs["bias"] = replicated("bias", (self.out_features,), self.groups, Constant(0.0))
+            specs["bias"] = replicated("bias", (self.out_features,), self.groups, Constant(0.0), used="between")
         return specs
 
     def extra_repr(self) -> str:

@@ -34,10 +34,12 @@ MEANINGS: Mapping[str, Meaning] = {
     **_all("identity", "initializer_range"),
     # The samples and their order.
     **_all("identity", "data_glob tokenizer_path block_size add_document_boundary_tokens document_mask data_lanes"),
-    **_all("identity", "streaming seed"),
+    **_all("identity", "streaming seed text_column filters filter_long_characters filter_max_digits"),
+    **_all("identity", "filter_min_readable filter_min_tokens"),
     # The schedule; of the two that make the global batch with the layout, the product.
     **_all("identity", "total_steps learning_rate min_learning_rate warmup_steps weight_decay gradient_clip"),
     **_all("identity", "initial_batch_size gradient_accumulation_steps"),
+    **_all("identity", "adam_beta1 adam_beta2 adam_epsilon label_smoothing z_loss"),
     # In fp16, where the loss scale began. Of the precision, the dtype of the state; the compute dtype is a condition.
     **_all("identity", "initial_loss_scale precision"),
     # What computes, what is done about damage, and what the held-out loss is measured on.

@@ -3,11 +3,12 @@
 What counts is what a command names: a default contradicts nothing. Flags that say how tensor-parallel ranks share out
 layers and tokens may stand with one rank, as their number follows from the machine. So may what launch scripts of the
 first Argonne always say: ``--num-proc``, ``--min-batch-size``, ``--disable-compile``, ``--trust-remote-code`` and
-``--local_rank``.
+``--local_rank``. A run that is given one of these in vain says so as it begins (``in_vain``).
 """
 
 from __future__ import annotations
 
+from argonne.parallel import Layout
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import ResumeConfig, RunConfig
 from argonne.training.run.identity import RunIdentity
@@ -37,8 +38,28 @@ def check_meaning(config: RunConfig, saved: RunIdentity | None = None) -> None:
     for flags, name, has_effect, what in needs:
         if name in given and not has_effect:
             raise without_effect(flags, name, what)
+    for name in sorted(given):
+        if name.startswith("filter_") and not data.filters:
+            raise ArgonneError(f"{name}={getattr(data, name)} conflicts with --no-filters; legal: one of them")
     if isinstance(config, ResumeConfig):
         _check_resume(config)
+
+
+def in_vain(config: RunConfig, layout: Layout) -> list[str]:
+    """A line for each flag that this command names, that is taken, and that does nothing as things are."""
+    data = config.data
+    alone = "the layout has tensor_parallel=1"
+    idle = (
+        ("--min-batch-size", True, "the search for a batch that fits into memory is not built yet"),
+        ("--disable-compile", True, "compilation is not built yet, and every run is eager"),
+        ("--num-proc", data.streaming, "without --no-streaming, tokens are made while training"),
+        ("--trust-remote-code", data.tokenizer_path is None, "without --tokenizer-path, no tokenizer comes with code"),
+        ("--local_rank", True, "LOCAL_RANK in the environment is what counts"),
+        ("--sequence-parallel", layout.tensor == 1, alone),
+        ("--uneven-shards", layout.tensor == 1, alone),
+    )
+    named = {flag: flag.removeprefix("--").replace("-", "_") for flag, *_ in idle}
+    return [f"note: {flag} has no effect: {why}" for flag, now, why in idle if now and named[flag] in config.given]
 
 
 def without_effect(flags: object, name: str, what: str) -> ArgonneError:

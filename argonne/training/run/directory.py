@@ -96,7 +96,7 @@ def require_same(
 ) -> list[str]:
     """Raise ``ArgonneError`` naming what differs unless both identities are of one run (in ``parts``, or in all).
 
-    Returns the differences that ``accept_data_change`` accepts: shards, their weights, filters, the tokenizer.
+    Returns the differences that ``accept_data_change`` accepts: shards, weights, text column, filters, the tokenizer.
     """
     found = saved.differences(wanted, parts)
     data = [line for line in found if line.startswith(DATA)]

@@ -239,7 +239,8 @@ def _held_out(
         return None
     flags, own = config.data, tokenizer if groups.is_first else None
     limit, globs = flags.validation_sequences, flags.validation_glob
-    return held_out_sequences(data.validation, own, flags.block_size, boundary, limit, groups, globs)
+    filters = flags.document_filters
+    return held_out_sequences(data.validation, own, flags.block_size, boundary, limit, groups, globs, filters)
 
 
 def _lanes_note(config: RunConfig, groups: ProcessGroups, data: Corpora) -> list[str]:

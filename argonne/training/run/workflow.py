@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from argonne.checkpoint import CheckpointError, checkpoints, load_trainer, newest_valid
-from argonne.parallel import ProcessGroups
+from argonne.parallel import ProcessGroups, check_declarations
 from argonne.parallel.communication.collectives import collectively
 from argonne.parallel.errors import ArgonneError
 from argonne.training.batch_shape import BatchShape
 from argonne.training.config import RunConfig
 from argonne.training.run.batch import batch_of
 from argonne.training.run.conditions import announced, changed_since
+from argonne.training.run.conflicts import in_vain
 from argonne.training.run.continuation import continue_at
 from argonne.training.run.directory import read_run
 from argonne.training.run.file import mended_run, write_run
@@ -32,8 +33,8 @@ def pretrain(config: RunConfig) -> int:
     directory = config.run.output_dir
     with joined(config) as groups:
         saved = collectively(lambda: read_run(directory), groups.world)
-        batch = batch_of(config, groups.data.size, saved)
-        config.parallel.plan(groups.layout).check_micro_batches(batch.accumulation)
+        shape = batch_of(config, groups.data.size, saved)
+        config.parallel.plan(groups.layout).check_micro_batches(shape.accumulation)
         newest = functools.cache(lambda: _newest(directory, groups))
         workload = prepare(config, groups, saved.identity if saved else None, kept_tokenizer=newest)
         checkpoint, became = newest(), []
@@ -48,7 +49,7 @@ def pretrain(config: RunConfig) -> int:
             state.initialise(config.training.seed)
         else:
             restore(state, checkpoint, workload, became)
-        return train(config, workload, state, batch, checkpoint)
+        return train(config, workload, state, shape, checkpoint)
 
 
 def is_done(config: RunConfig, checkpoint: Path, groups: ProcessGroups) -> bool:
@@ -111,14 +112,15 @@ def restore(
 
 
 def train(
-    config: RunConfig, workload: Workload, state: TrainingState, batch: BatchShape, checkpoint: Path | None
+    config: RunConfig, workload: Workload, state: TrainingState, shape: BatchShape, checkpoint: Path | None
 ) -> int:
     """Record what the run is, make its directory say what was true at the state's step, and go on from there.
 
     Returns the status that this process is to end with.
     """
     groups, directory = state.model.groups, config.run.output_dir
-    trainer = Trainer(config, workload, state, batch)
+    check_declarations(state.parameters, groups, values=True)
+    trainer = Trainer(config, workload, state, shape)
 
     def begin() -> None:
         if groups.is_first:
@@ -128,7 +130,7 @@ def train(
                 "identity": workload.identity.to_json(),
                 "conditions": workload.conditions,
                 "changes": state.changes,
-                "global_batch": batch.global_batch,
+                "global_batch": shape.global_batch,
                 "layout": layout,
                 "first_layout": before.first_layout if before else layout,
                 "flags": flags_to_json(config),
@@ -149,12 +151,13 @@ def train(
     facts = [
         f"{workload.model.parameter_count:,} parameters",
         f"{groups.layout} on {groups.device.type}",
-        f"{batch.global_batch} x {batch.block_size} tokens a step",
+        f"{shape.global_batch} x {shape.block_size} tokens a step",
         shards,
-        *trainer.pipeline_facts(),
+        *state.model.facts(shape.accumulation, shape.micro_batch, shape.block_size),
         f"continuing from {checkpoint}" if checkpoint else "from scratch",
     ]
     log(groups, " | ".join(facts))
+    log(groups, *in_vain(config, groups.layout))
     if workload.model.hidden_size % workload.model.num_attention_heads:
         log(groups, "note: transformers opens no Llama whose hidden_size is not divisible by num_attention_heads")
     total, stop = config.training.total_steps, config.run.stop_at_step

@@ -1,0 +1,34 @@
+"""How a model is computed, whatever its shape: by which processes, in which dtypes, with which kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from argonne.kernels import Backend
+from argonne.parallel import Precision, ProcessGroups
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What every layer of a model is given besides its shape."""
+
+    groups: ProcessGroups
+    """The processes that share the model and its work."""
+    precision: Precision = Precision()  # noqa: RUF009 - frozen
+    """The dtypes of parameters and of what is computed with them."""
+    kernels: Backend = "auto"
+    """What computes between the matrix products, and the loss: ``torch``, ``triton`` or ``auto`` (Triton on GPU)."""
+    recompute: bool = False
+    """Keep only the input of each block for backward, and compute the rest again: less memory, more time."""
+
+    def run(self, block: Callable[..., Tensor], x: Tensor, *inputs: object) -> Tensor:
+        """``block(x, *inputs)``, recomputed in backward if this execution recomputes."""
+        if self.recompute and torch.is_grad_enabled():
+            result: Tensor = checkpoint(block, x, *inputs, use_reentrant=False, preserve_rng_state=False)
+            return result
+        return block(x, *inputs)

@@ -1,0 +1,100 @@
+"""How the Argonne model is cut into stages, and what one of them computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from argonne.models.config import ArgonneConfig
+from argonne.models.contract import Head
+from argonne.models.decoder import Block, RMSNorm, RotaryTables
+from argonne.models.execution import Execution
+from argonne.parallel import VocabParallelEmbedding, VocabParallelHead, balance
+
+
+@dataclass(frozen=True)
+class Span:
+    """The part of the model that one stage is."""
+
+    layers: range
+    is_first: bool = True
+    """It begins with the embedding."""
+    is_last: bool = True
+    """It ends with the last norm and the head."""
+
+    def has_embedding(self, tied: bool) -> bool:
+        """Whether it needs the embedding's weight: to look up tokens, or as a ``tied`` head."""
+        return self.is_first or (self.is_last and tied)
+
+
+class Stage(nn.Module):
+    """Some blocks in a row, behind the embedding in the first stage, before the last norm and the head in the last.
+
+    The modules are the model's own, which has them under Hugging Face's names; here they are only called. Without a
+    pipeline one stage is the whole model.
+    """
+
+    def __init__(
+        self,
+        span: Span,
+        execution: Execution,
+        rotary: RotaryTables,
+        embed_tokens: VocabParallelEmbedding | None,
+        blocks: Sequence[Block],
+        norm: RMSNorm | None,
+        lm_head: VocabParallelHead | None,
+    ) -> None:
+        super().__init__()
+        self.span, self.execution, self._rotary = (
+            span,
+            execution,
+            (rotary,),
+        )  # no part of it, whoever moves or shards it
+        self.embed_tokens = embed_tokens
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
+        self.lm_head = lm_head
+
+    @property
+    def head(self) -> Head:
+        """The holder of the output weight, of the last stage: the embedding when tied."""
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        assert head is not None
+        return head
+
+    def forward(self, x: Tensor, sequence: int, documents: Tensor | None = None, whole: bool = False) -> Tensor:
+        """Ids ``[batch, positions]``, or what the stage before returned -> ``[batch * positions, hidden]``.
+
+        Under sequence parallelism this rank's share of those rows.
+
+        Args:
+            x: of this context-parallel rank's positions, or of all positions if they are ``whole``.
+            sequence: the number of positions of the sequences, which a stage cannot tell from hidden values.
+            documents: ``[batch, sequence]``, as of ``Batch``.
+            whole: every context-parallel rank has all positions.
+        """
+        inputs = self._rotary[0].inputs(sequence, whole, documents)
+        if self.span.is_first:
+            assert self.embed_tokens is not None
+            x = self.embed_tokens(x.flatten())
+        for block in self.blocks:
+            x = self.execution.run(block, x, inputs)
+        return x if self.norm is None else self.norm(x)
+
+
+def cut(config: ArgonneConfig, stages: int) -> tuple[list[float], list[Span]]:
+    """The cost of each stage in units of a block's matrix products, and what it holds; balanced by cost.
+
+    A token costs a block its parameters in multiply-adds (and attention, which all blocks share alike); the head
+    costs vocabulary x hidden. The embedding is a lookup, whose gradient is a pass over hidden values: a block has
+    some 12 x hidden of those for each, so it counts as one part in 12 x hidden of a block's parameters.
+    """
+    block = config.block_parameter_count
+    head = config.vocab_size * config.hidden_size / block
+    embedding = 12 * config.hidden_size / block
+    runs = balance([1.0] * config.num_hidden_layers, stages, embedding, head)
+    spans = [Span(run, index == 0, index == stages - 1) for index, run in enumerate(runs)]
+    costs = [len(span.layers) + embedding * span.is_first + head * span.is_last for span in spans]
+    return costs, spans
