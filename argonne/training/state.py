@@ -76,6 +76,9 @@ class TrainingState(Learner):
             self.next_sample = saved["data"]["next_sample"]
             self.lanes = {int(n): LaneState.from_dict(s) for n, s in saved["data"]["lanes"].items()}
             rewarmup = {name: saved["schedule"][name] for name in ("rewarmup_after", "rewarmup_steps")}
+            updates = saved["optimizer_step"]
+            if self.loss_scale.is_dynamic and (kept := saved.get("loss_scale")):
+                self.loss_scale = replace(self.loss_scale, **kept)
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{str(checkpoint / TRAINER)!r} is not complete: {error!r}") from error
         load_pieces(checkpoint, weight_pieces(self.parameters), verify=False)
@@ -85,10 +88,8 @@ class TrainingState(Learner):
         else:
             load_pieces(checkpoint, moment_pieces(self.optimizer, self.parameters), verify=False)
             for sharded in self.parameters:
-                self.optimizer.state[sharded.parameter]["step"].fill_(saved["optimizer_step"])
+                self.optimizer.state[sharded.parameter]["step"].fill_(updates)
         self.schedule = replace(self.schedule, **rewarmup)
-        if self.loss_scale.is_dynamic and (kept := saved.get("loss_scale")):
-            self.loss_scale = replace(self.loss_scale, **kept)
 
     def all_lanes(self) -> dict[int, LaneState]:
         """The state of every lane, whichever rank reads it (collective)."""
