@@ -65,6 +65,7 @@ def as_an_older_version_left_it(directory: Path) -> None:
         for name in ("precision", "initial_loss_scale"):
             told["identity"].pop(name, None)
         told["identity"]["tokenizer"].pop("boundary", None)
+        told["flags"]["parallel"] |= told["flags"].pop("launch")
         write_json(path, told)
         if path.name == TRAINER:
             listed = dataclasses.asdict(read_manifest(path.parent))

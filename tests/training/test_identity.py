@@ -48,7 +48,7 @@ def schedule_of(config: RunConfig) -> dict[str, Any]:
     return dict(RunIdentity.of(config, {}, FP32).schedule or {})
 
 
-def test_the_json_is_what_every_version_before_has_written() -> None:
+def test_the_json_has_the_entries_in_the_order_in_which_runs_have_always_kept_them() -> None:
     expected = {
         "data": DATA,
         "seed": 5,
@@ -59,6 +59,11 @@ def test_the_json_is_what_every_version_before_has_written() -> None:
             "warmup_steps": 2000,
             "weight_decay": 0.1,
             "gradient_clip": 1.0,
+            "adam_beta1": 0.9,
+            "adam_beta2": 0.95,
+            "adam_epsilon": 1e-8,
+            "label_smoothing": 0.0,
+            "z_loss": 0.0,
         },
         "precision": {"state": "float32"},
         "initial_loss_scale": 65536.0,
@@ -153,7 +158,7 @@ def test_differences_are_looked_for_in_the_parts_that_are_asked_for() -> None:
 def test_what_the_data_and_the_tokenizer_settle_is_asked_by_name() -> None:
     identity = whole()
     assert (identity.shards, identity.lanes, identity.is_streamed) == (DATA["shards"], 4, True)
-    assert (identity.fingerprint, identity.tokens, identity.state_dtype) == ("t", ("t", 1), "float32")
+    assert (identity.fingerprint, identity.tokens, identity.state_dtype) == ("t", ("t", None, 1), "float32")
     nothing = RunIdentity()
     assert (nothing.shards, nothing.lanes, nothing.is_streamed, nothing.fingerprint) == ([], None, None, None)
 

@@ -16,14 +16,19 @@ from argonne.parallel import Precision
 from argonne.training.config import DataFlags, RunConfig, TrainingFlags
 
 # Layout, device, and where and when to save may change freely.
-_SCHEDULE = ("total_steps", "learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "gradient_clip")
-_LATER = ("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing", "z_loss")
-
-# What every run was before there were flags for it, by the group of the identity.
-_BEFORE_FLAGS: Mapping[str, dict[str, Any]] = {
-    "data": {"text_column": DataFlags().text_column},
-    "schedule": {name: getattr(TrainingFlags(), name) for name in _LATER},
-}
+_SCHEDULE = (
+    "total_steps",
+    "learning_rate",
+    "min_learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "gradient_clip",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "label_smoothing",
+    "z_loss",
+)
 
 DATA = ("data.shards", "data.fingerprint", "data.weights", "data.text_column", "data.filters", "tokenizer.")
 """What --accept-data-change accepts: so begin the lines of ``differences`` about it."""
@@ -33,6 +38,16 @@ PRECISION_FLAGS = {"float32": "fp32", "float64": "fp64"}
 
 # What identities of earlier versions lack, or what depends on a condition: no difference where one side has none.
 _NOT_ALWAYS_KNOWN = (("precision",), ("initial_loss_scale",), ("tokenizer", "boundary"))
+
+
+_BEFORE_FLAGS: Mapping[str, dict[str, Any]] = {
+    "data": {"text_column": DataFlags().text_column},
+    "schedule": {
+        name: getattr(TrainingFlags(), name)
+        for name in ("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing", "z_loss")
+    },
+}
+"""What every run was before there were flags for it, by the group of the identity."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +78,7 @@ class RunIdentity:
         return cls(
             data=data,
             seed=training.seed,
-            schedule={name: getattr(training, name) for name in (*_SCHEDULE, *_LATER)},
+            schedule={name: getattr(training, name) for name in _SCHEDULE},
             precision={"state": dtype_name(precision.parameters)},
             initial_loss_scale=training.initial_loss_scale if precision.compute is torch.float16 else None,
         )
@@ -96,16 +111,15 @@ class RunIdentity:
     def of_saved(cls, saved: Mapping[str, Any]) -> RunIdentity:
         """The identity in ``run.json`` or ``trainer.json``.
 
-        Of older ones the flags tell the precision, and what had no flag yet was as a flag left out.
+        Of older ones the flags give the precision, and what had no flag yet was as a flag left out.
 
         Raises:
             ValueError: what in there is of another kind.
         """
-        entries = saved["identity"]
+        identity = cls.from_json(saved["identity"])
         for group, before in _BEFORE_FLAGS.items():
-            if isinstance(entries, dict) and isinstance(kept := entries.get(group), dict):
-                entries = entries | {group: before | kept}
-        identity = cls.from_json(entries)
+            if (kept := getattr(identity, group)) is not None:
+                identity = dataclasses.replace(identity, **{group: before | kept})
         flags = saved.get("flags")
         training = flags.get("training") if isinstance(flags, Mapping) else None
         name = training.get("precision") if isinstance(training, Mapping) else None
@@ -145,7 +159,7 @@ class RunIdentity:
 
     @property
     def tokens(self) -> tuple[Any, ...]:
-        """What decides which tokens a document has: the tokenizer's fingerprint, the column and the filters."""
+        """What decides which documents there are and which tokens they have."""
         return self.fingerprint, *((self.data or {}).get(name) for name in ("text_column", "filters"))
 
     @property

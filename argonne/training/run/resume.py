@@ -79,8 +79,8 @@ def resume(config: ResumeConfig) -> int:
             config = collectively(lambda: _as_saved(config, checkpoint, saved_flags(checkpoint)), groups.world)
             collectively(lambda: check(config, groups.world.size), groups.world)
         saved, identity, global_batch = collectively(lambda: _saved_run(checkpoint), groups.world)
-        batch = batch_of_resume(config, groups.data.size, global_batch)
-        config.parallel.plan(groups.layout).check_micro_batches(batch.accumulation)
+        shape = batch_of_resume(config, groups.data.size, global_batch)
+        config.parallel.plan(groups.layout).check_micro_batches(shape.accumulation)
         if "initial_loss_scale" in config.given and "loss_scale" in saved and not flags.force_from_scratch:
             raise ArgonneError(
                 f"initial_loss_scale={config.training.initial_loss_scale} has no effect: the checkpoint has the scale "
@@ -88,7 +88,7 @@ def resume(config: ResumeConfig) -> int:
             )
         workload = prepare(config, groups, identity, _FIXED, lambda: checkpoint)
         became = changed_since(saved, workload.identity, workload.conditions, config)
-        became += differences({"global_batch": global_batch}, {"global_batch": batch.global_batch})
+        became += differences({"global_batch": global_batch}, {"global_batch": shape.global_batch})
         if flags.reset_optimizer:
             became.append(f"optimizer: reset, with {flags.rewarmup_steps} steps of warm-up")
 
@@ -99,9 +99,9 @@ def resume(config: ResumeConfig) -> int:
         if flags.force_from_scratch:
             log(groups, *announced(became))
             state.initialise(config.training.seed)
-            return train(config, workload, state, batch, None)
+            return train(config, workload, state, shape, None)
         restore(state, checkpoint, workload, became, flags.reset_optimizer, flags.rewarmup_steps)
-        return train(config, workload, state, batch, checkpoint)
+        return train(config, workload, state, shape, checkpoint)
 
 
 def _check_repeatable(config: ResumeConfig, elsewhere: bool) -> None:

@@ -33,8 +33,8 @@ def pretrain(config: RunConfig) -> int:
     directory = config.run.output_dir
     with joined(config) as groups:
         saved = collectively(lambda: read_run(directory), groups.world)
-        batch = batch_of(config, groups.data.size, saved)
-        config.parallel.plan(groups.layout).check_micro_batches(batch.accumulation)
+        shape = batch_of(config, groups.data.size, saved)
+        config.parallel.plan(groups.layout).check_micro_batches(shape.accumulation)
         newest = functools.cache(lambda: _newest(directory, groups))
         workload = prepare(config, groups, saved.identity if saved else None, kept_tokenizer=newest)
         checkpoint, became = newest(), []
@@ -49,7 +49,7 @@ def pretrain(config: RunConfig) -> int:
             state.initialise(config.training.seed)
         else:
             restore(state, checkpoint, workload, became)
-        return train(config, workload, state, batch, checkpoint)
+        return train(config, workload, state, shape, checkpoint)
 
 
 def is_done(config: RunConfig, checkpoint: Path, groups: ProcessGroups) -> bool:
@@ -112,55 +112,67 @@ def restore(
 
 
 def train(
-    config: RunConfig, workload: Workload, state: TrainingState, batch: BatchShape, checkpoint: Path | None
+    config: RunConfig, workload: Workload, state: TrainingState, shape: BatchShape, checkpoint: Path | None
 ) -> int:
     """Record what the run is, make its directory say what was true at the state's step, and go on from there.
 
     Returns the status that this process is to end with.
     """
-    groups, directory = state.model.groups, config.run.output_dir
+    groups = state.model.groups
     check_declarations(state.parameters, groups, values=True)
-    trainer = Trainer(config, workload, state, batch)
+    trainer = Trainer(config, workload, state, shape)
+    # One rank writes; what it cannot write, all refuse.
+    collectively(lambda: _begin(config, workload, state, shape, trainer) if groups.is_first else None, groups.world)
+    log(
+        groups, _summary(workload, state, shape, checkpoint), *in_vain(config, groups.layout), *_notes(config, workload)
+    )
+    return trainer.run()
 
-    def begin() -> None:
-        if groups.is_first:
-            before = read_run(directory)
-            layout = dataclasses.asdict(groups.layout)
-            run = {
-                "identity": workload.identity.to_json(),
-                "conditions": workload.conditions,
-                "changes": state.changes,
-                "global_batch": batch.global_batch,
-                "layout": layout,
-                "first_layout": before.first_layout if before else layout,
-                "flags": flags_to_json(config),
-                "versions": versions(),
-            }
-            if config.data.tokenizer_path is None:
-                assert workload.tokenizer is not None
-                if keep(workload.tokenizer, directory / "tokenizer") and before:
-                    log(groups, f"{directory / 'tokenizer'} was missing or damaged, and was restored")
-            log(groups, *mended_run(directory))
-            write_run(directory, run)
-            log(groups, *continue_at(directory, state.step, trainer.reports))
 
-    collectively(begin, groups.world)
-    count = len(workload.data.shards)
-    mixed = f" of {len(workload.data.parts)} corpora" if len(workload.data.parts) > 1 else ""
-    shards = f"{count} shard{'s' if count > 1 else ''}{mixed}, {workload.data.lanes} lanes"
+def _begin(config: RunConfig, workload: Workload, state: TrainingState, shape: BatchShape, trainer: Trainer) -> None:
+    """Write ``run.json``, keep the tokenizer, and tidy the run's directory, all on one rank."""
+    groups, directory = state.model.groups, config.run.output_dir
+    before, layout = read_run(directory), dataclasses.asdict(groups.layout)
+    run = {
+        "identity": workload.identity.to_json(),
+        "conditions": workload.conditions,
+        "changes": state.changes,
+        "global_batch": shape.global_batch,
+        "layout": layout,
+        "first_layout": before.first_layout if before else layout,
+        "flags": flags_to_json(config),
+        "versions": versions(),
+    }
+    if config.data.tokenizer_path is None:
+        assert workload.tokenizer is not None
+        if keep(workload.tokenizer, directory / "tokenizer") and before:
+            log(groups, f"{directory / 'tokenizer'} was missing or damaged, and was restored")
+    log(groups, *mended_run(directory))
+    write_run(directory, run)
+    log(groups, *continue_at(directory, state.step, trainer.reports))
+
+
+def _summary(workload: Workload, state: TrainingState, shape: BatchShape, checkpoint: Path | None) -> str:
+    """The line that training begins with."""
+    data, groups = workload.data, state.model.groups
+    mixed = f" of {len(data.parts)} corpora" if len(data.parts) > 1 else ""
     facts = [
         f"{workload.model.parameter_count:,} parameters",
         f"{groups.layout} on {groups.device.type}",
-        f"{batch.global_batch} x {batch.block_size} tokens a step",
-        shards,
-        *state.model.facts(batch.accumulation, batch.micro_batch, batch.block_size),
+        f"{shape.global_batch} x {shape.block_size} tokens a step",
+        f"{len(data.shards)} shard{'s' if len(data.shards) > 1 else ''}{mixed}, {data.lanes} lanes",
+        *state.model.facts(shape.accumulation, shape.micro_batch, shape.block_size),
         f"continuing from {checkpoint}" if checkpoint else "from scratch",
     ]
-    log(groups, " | ".join(facts))
-    log(groups, *in_vain(config, groups.layout))
+    return " | ".join(facts)
+
+
+def _notes(config: RunConfig, workload: Workload) -> list[str]:
+    """What may surprise whoever asked for this run, though it is legal."""
+    notes = []
     if workload.model.hidden_size % workload.model.num_attention_heads:
-        log(groups, "note: transformers opens no Llama whose hidden_size is not divisible by num_attention_heads")
+        notes.append("note: transformers opens no Llama whose hidden_size is not divisible by num_attention_heads")
     total, stop = config.training.total_steps, config.run.stop_at_step
     if stop is not None and stop > total:
-        log(groups, f"note: --stop-at-step {stop} lies past the end of the run, which is at step {total}")
-    return trainer.run()
+        notes.append(f"note: --stop-at-step {stop} lies past the end of the run, which is at step {total}")
+    return notes
