@@ -1,12 +1,14 @@
-"""Figures in the README and in docs are those that the code gives, and the tests that they name are there."""
+"""Figures in the README and in docs are those that the code gives, or that a benchmark has kept."""
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +21,14 @@ from tests.models.test_every_layout import FAST, SLOW
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LAYOUTS = (ROOT / "docs" / "layouts.md").read_text(encoding="utf-8")
+PROOFS = (ROOT / "docs" / "proofs.md").read_text(encoding="utf-8")
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven")
 PAGES = [ROOT / "README.md", *(path for path in (ROOT / "docs").glob("*.md") if path.name != "log.md")]
+
+
+def result(name: str) -> dict[str, Any]:
+    """The figures that a benchmark has kept."""
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def example(name: str) -> ModuleType:
@@ -81,8 +90,9 @@ def test_the_demos_log_in_the_readme_has_the_rates_tokens_and_samples_of_its_fla
 
 def test_the_numbers_of_layouts_are_those_that_the_tests_have() -> None:
     every, ours = len(list(every_case())), len(FAST) + len(SLOW)
-    assert f"all {every} on request, `make matrix`" in README
-    assert f"{ours} in CI" in README
+    assert f"in each of {every} layouts" in README
+    assert f"to 1e-9, weights to 1e-8 in float64: {ours} layouts" in PROOFS
+    assert f"| the same for all {every} layouts | `make matrix` | on request |" in PROOFS
     assert f"trains 20 steps in each of {every} layouts" in LAYOUTS
     assert f"`make test` takes {ours} of them" in LAYOUTS
 
@@ -105,12 +115,32 @@ def test_the_head_costs_as_many_blocks_as_is_said() -> None:
     assert f"(a vocabulary of {config.vocab_size:,}\ncosts a 2B model as much as {blocks:.1f} blocks)" in LAYOUTS
 
 
-def test_every_test_that_is_named_is_there() -> None:
-    named = {
-        name for page in PAGES for name in re.findall(r"`((?:tests|benchmarks)/[\w/.]*)`", page.read_text("utf-8"))
-    }
-    assert len(named) > 20
-    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+def test_the_speeds_in_the_readme_are_those_that_were_measured() -> None:
+    peers = result("tp_peers_cpu")["contestants"]["argonne TP 2"]
+    assert f"{peers['ratio_to_dtensor']:.2f} times as fast as DTensor" in README
+    assert f"{peers['ratio_to_dense']:.2f} times as fast as dense torch" in README
+    assert (
+        f"losses equal to {result('tp_peers_cpu')['largest_relative_loss_difference']:.0e}" == "losses equal to 3e-06"
+    )
+    assert "losses equal to 3e-6" in README
+
+
+def test_the_moved_run_in_the_readme_is_the_one_that_was_measured() -> None:
+    moved = result("moved_run_cpu")
+    words = " ".join(README.replace("*", "").split())
+    layouts = f"{', '.join(moved['layouts'][:-1])} and {moved['layouts'][-1]}"
+    assert f"killed (SIGKILL) {NUMBERS[len(moved['killed'])]} times and continued as {layouts}" in words
+    assert f"{moved['steps']} steps in float32" in words
+    assert f"the first {moved['equal_bits_until']} steps" in words
+    assert f"the largest difference of any loss is {moved['largest_difference']:.1e} nats" in words
+    assert (ROOT / "docs" / "moved-run.png").is_file()
+
+
+def test_the_data_pipelines_figures_in_the_readme_are_those_of_the_log() -> None:
+    log = (ROOT / "docs" / "log.md").read_text(encoding="utf-8")
+    assert "0.91 of the tokenizer alone" in log
+    assert "15.6 times Hugging Face `datasets`" in log
+    assert "data at 0.91 of the bare tokenizer's rate, 15.6 times `datasets` with `map`" in README
 
 
 def test_no_test_draws_without_a_seed() -> None:

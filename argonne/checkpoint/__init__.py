@@ -11,12 +11,14 @@ from argonne.checkpoint.format import (
     step_directory,
     step_of,
 )
-from argonne.checkpoint.load import load_pieces, load_trainer, weight_pieces
+from argonne.checkpoint.load import load_pieces, load_tensors, load_trainer
+from argonne.checkpoint.pieces import MOMENTS, Piece, moment_pieces, reset_moments, weight_pieces
 from argonne.checkpoint.retention import checkpoints, newest_valid, prune, resolve, trusted
-from argonne.checkpoint.save import Piece, save_checkpoint
+from argonne.checkpoint.save import save_checkpoint
 
 __all__ = [
     "MANIFEST",
+    "MOMENTS",
     "CheckpointError",
     "Piece",
     "checkpoints",
@@ -24,11 +26,14 @@ __all__ = [
     "is_checkpoint",
     "is_small",
     "load_pieces",
+    "load_tensors",
     "load_trainer",
+    "moment_pieces",
     "newest_valid",
     "prune",
     "read_manifest",
     "require_intact",
+    "reset_moments",
     "resolve",
     "save_checkpoint",
     "step_directory",

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from argonne.checkpoint.format import INDEX, MANIFEST, TRAINER, CheckpointError, read_manifest, require_intact
-from argonne.checkpoint.save import Piece
+from argonne.checkpoint.pieces import Piece
 from argonne.files import read_object
-from argonne.parallel import ShardedParameter, regions_of
 
 
 def load_pieces(directory: Path, pieces: Iterable[Piece], verify: bool = True) -> None:
@@ -41,19 +42,25 @@ def load_pieces(directory: Path, pieces: Iterable[Piece], verify: bool = True) -
                 if file not in opened:
                     opened[file] = stack.enter_context(safe_open(directory / file, framework="pt"))
                 stored = opened[file].get_slice(piece.name)
-                if tuple(stored.get_shape()) != piece.region.whole_shape:
-                    raise CheckpointError(
-                        f"{piece.name!r} in {str(directory)!r} has shape {tuple(stored.get_shape())}; "
-                        f"this model's is {piece.region.whole_shape}"
-                    )
+                _require_shape(piece, tuple(stored.get_shape()), repr(str(directory)))
                 piece.part.copy_(stored[piece.region.whole_index])
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{str(directory / file)!r} cannot be read: {error}") from error
 
 
-def weight_pieces(parameters: Iterable[ShardedParameter]) -> list[Piece]:
-    """This rank's parts of the weights, named as the whole tensors are."""
-    return [Piece(region.name, region, part) for region, part in regions_of(list(parameters))]
+@torch.no_grad()
+def load_tensors(tensors: Mapping[str, Tensor], pieces: Iterable[Piece]) -> None:
+    """As ``load_pieces``, from whole tensors in memory: a ``state_dict``, say. What no piece asks for is left alone.
+
+    Raises:
+        CheckpointError: a tensor is missing, or has another shape.
+    """
+    for piece in pieces:
+        if piece.name not in tensors:
+            raise CheckpointError(f"the tensors in memory have no {piece.name!r}")
+        whole = tensors[piece.name]
+        _require_shape(piece, tuple(whole.shape), "memory")
+        piece.part.copy_(whole[piece.region.whole_index])
 
 
 def load_trainer(directory: Path) -> dict[str, Any]:
@@ -64,6 +71,13 @@ def load_trainer(directory: Path) -> dict[str, Any]:
         return read_object(directory / TRAINER)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{str(directory / TRAINER)!r} cannot be read: {error}") from error
+
+
+def _require_shape(piece: Piece, shape: tuple[int, ...], place: str) -> None:
+    if shape != piece.region.whole_shape:
+        raise CheckpointError(
+            f"{piece.name!r} in {place} has shape {shape}; this model's is {piece.region.whole_shape}"
+        )
 
 
 def _tensor_files(directory: Path) -> dict[str, str]:

@@ -27,6 +27,7 @@ from argonne.checkpoint.format import (
     record_tensor,
     step_directory,
 )
+from argonne.checkpoint.pieces import Piece
 from argonne.files import TEMPORARY, make_directory, sync, write_json
 from argonne.parallel import ProcessGroups, Region
 from argonne.parallel.communication.collectives import gather_objects, transfer
@@ -34,15 +35,6 @@ from argonne.parallel.sharding.check import check_pieces
 
 MAX_FILE_BYTES = 1 << 30
 """Whole tensors are collected into files of about this size: the host memory that a writer needs."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """This rank's part of a whole tensor that is to be saved under ``name``."""
-
-    name: str
-    region: Region
-    part: Tensor
 
 
 @dataclass

@@ -144,6 +144,16 @@ class ArgonneConfig:
         attention = self.hidden_size * (2 * query + 2 * key_value)
         return attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
 
+    def flops_per_token(self, sequence: int) -> float:
+        """Forward and backward of one token: 6 a parameter of a matrix product, and causal attention.
+
+        Attention: 2 products (scores, values) of 2 FLOP x heads x head_dim x sequence / 2 each, times 3 for
+        forward and backward.
+        """
+        embedding = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
+        attention = 6 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * sequence
+        return 6 * (self.parameter_count - embedding) + attention
+
 
 def feed_forward_size(hidden_size: int) -> int:
     """The 2.x rule: 8/3 of the hidden size, rounded up to a multiple of 256."""

@@ -13,7 +13,14 @@ import torch
 import transformers
 
 import argonne
-from argonne.checkpoint import CheckpointError, load_pieces, load_trainer, save_checkpoint, weight_pieces
+from argonne.checkpoint import (
+    CheckpointError,
+    load_pieces,
+    load_trainer,
+    moment_pieces,
+    save_checkpoint,
+    weight_pieces,
+)
 from argonne.checkpoint.format import TRAINER
 from argonne.data import LaneState, special_tokens, write_tokenizer
 from argonne.files import write_json
@@ -22,7 +29,7 @@ from argonne.parallel import ProcessGroups
 from argonne.parallel.communication.collectives import gather_objects
 from argonne.training.config import RunConfig
 from argonne.training.loss_scale import LossScale
-from argonne.training.optimizer import build_optimizer, moment_pieces
+from argonne.training.optimizer import build_optimizer
 from argonne.training.run.conditions import dtype_name
 from argonne.training.run.flags_json import flags_to_json
 from argonne.training.run.setup import Workload

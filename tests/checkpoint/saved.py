@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from argonne.checkpoint import Piece, load_pieces, save_checkpoint, weight_pieces
+from argonne.checkpoint import Piece, load_pieces, moment_pieces, save_checkpoint, weight_pieces
 from argonne.checkpoint import save as module
 from argonne.files import write_json
 from argonne.models import ArgonneConfig, ArgonneModel, Execution, to_huggingface
 from argonne.parallel import Layout, Normal, ProcessGroups, Region
-from argonne.training.optimizer import build_optimizer, moment_pieces
+from argonne.training.optimizer import build_optimizer
 from tests.whole import Parts
 
 # 4 query heads on 2 key-value heads: at tensor=4 these are shared; 29 tokens: uneven, and padded.

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from argonne.checkpoint import load_pieces, weight_pieces
+from argonne.checkpoint import load_pieces, moment_pieces, weight_pieces
 from argonne.models import ArgonneModel, Execution, from_huggingface
 from argonne.parallel import Layout, ProcessGroups
-from argonne.training.optimizer import build_optimizer, moment_pieces
+from argonne.training.optimizer import build_optimizer
 from tests.integration.runs import metrics, succeed
 from tests.pool import RankPool
 from tests.whole import Parts, assemble, parts_of

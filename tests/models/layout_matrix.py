@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from argonne.checkpoint import load_pieces, save_checkpoint, weight_pieces
+from argonne.checkpoint import load_pieces, moment_pieces, save_checkpoint, weight_pieces
 from argonne.checkpoint.format import step_directory
 from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas
 from argonne.parallel import (
@@ -23,7 +23,7 @@ from argonne.parallel import (
     regions_of,
 )
 from argonne.parallel.pipeline_parallel.plan import SCHEDULES, PipelinePlan
-from argonne.training.optimizer import build_optimizer, moment_pieces
+from argonne.training.optimizer import build_optimizer
 from argonne.training.step import Learner, train_step
 from tests.whole import Parts
 

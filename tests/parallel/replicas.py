@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from argonne.checkpoint import MOMENTS
 from argonne.models import ArgonneConfig, ArgonneModel, Execution
 from argonne.parallel import (
     DataParallel,
@@ -22,7 +23,7 @@ from argonne.parallel import (
     regions_of,
 )
 from argonne.parallel.communication.collectives import all_reduce
-from argonne.training.optimizer import MOMENTS, build_optimizer, set_learning_rate
+from argonne.training.optimizer import build_optimizer, set_learning_rate
 from tests.losses import summed_loss
 from tests.parallel.operands import values
 from tests.pool import RankPool

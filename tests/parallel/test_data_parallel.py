@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from argonne.checkpoint import MOMENTS
 from argonne.models import ArgonneConfig, ArgonneModel, Execution
 from argonne.parallel import Layout, Precision, ProcessGroups, regions_of
-from argonne.training.optimizer import MOMENTS, build_optimizer
+from argonne.training.optimizer import build_optimizer
 from tests.losses import losses
 from tests.parallel.operands import values
 from tests.parallel.replicas import (

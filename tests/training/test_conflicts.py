@@ -70,6 +70,10 @@ IN_VAIN = {
     "--local_rank 0": "--local_rank has no effect: LOCAL_RANK",
     "--sequence-parallel": "--sequence-parallel has no effect: the layout has tensor_parallel=1",
     "--uneven-shards": "--uneven-shards has no effect: the layout has tensor_parallel=1",
+    "--pipeline-schedule zb": "--pipeline-schedule has no effect: the layout has pipeline_parallel=1",
+    "--pipeline-interleave 3": "--pipeline-interleave has no effect: the layout has pipeline_parallel=1",
+    "--fsdp": "--fsdp has no effect: there is one replica",
+    "--zero1": "--zero1 has no effect: there is one replica",
 }
 
 
@@ -87,6 +91,8 @@ def test_a_flag_that_is_taken_and_does_nothing_is_said_to(words: str) -> None:
 def test_a_flag_that_does_what_it_says_is_not_said_to_do_nothing() -> None:
     words = "--no-streaming --num-proc 8 --tokenizer-path x --trust-remote-code --sequence-parallel --uneven-shards"
     assert in_vain(parse(RunConfig, words.split()), Layout(tensor=2)) == []
+    words = "--pipeline-schedule interleaved --pipeline-interleave 3 --fsdp"
+    assert in_vain(parse(RunConfig, words.split()), Layout(pipeline=2, context=2)) == []
 
 
 @pytest.mark.parametrize("words", RESUMED)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from argonne.checkpoint import reset_moments
 from argonne.models import ArgonneConfig, ArgonneModel, Execution
 from argonne.parallel import (
     Precision,
@@ -16,7 +17,7 @@ from argonne.parallel import (
     clip_gradients,
     global_gradient_norm,
 )
-from argonne.training.optimizer import BETAS, EPSILON, build_optimizer, reset_moments, set_learning_rate
+from argonne.training.optimizer import BETAS, EPSILON, build_optimizer, set_learning_rate
 from tests import dense
 from tests.whole import assert_close, parts_of
 

@@ -50,7 +50,8 @@ def check_meaning(config: RunConfig, saved: Mapping[str, Any] | None = None) -> 
 def in_vain(config: RunConfig, layout: Layout) -> list[str]:
     """A line for each flag that this command names, that is taken, and that does nothing as things are."""
     data = config.data
-    alone = "the layout has tensor_parallel=1"
+    alone, unstaged = "the layout has tensor_parallel=1", "the layout has pipeline_parallel=1"
+    one, single = layout.data * layout.context == 1, "there is one replica"
     idle = (
         ("--min-batch-size", True, "the search for a batch that fits into memory is not built yet"),
         ("--disable-compile", True, "compilation is not built yet, and every run is eager"),
@@ -59,6 +60,10 @@ def in_vain(config: RunConfig, layout: Layout) -> list[str]:
         ("--local_rank", True, "LOCAL_RANK in the environment is what counts"),
         ("--sequence-parallel", layout.tensor == 1, alone),
         ("--uneven-shards", layout.tensor == 1, alone),
+        ("--pipeline-schedule", layout.pipeline == 1, unstaged),
+        ("--pipeline-interleave", layout.pipeline == 1, unstaged),
+        ("--fsdp", one, single),
+        ("--zero1", one, single),
     )
     named = {flag: flag.removeprefix("--").replace("-", "_") for flag, *_ in idle}
     return [f"note: {flag} has no effect: {why}" for flag, now, why in idle if now and named[flag] in config.given]
