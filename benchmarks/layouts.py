@@ -30,6 +30,7 @@ from argonne.parallel import (
     choose_device,
     process_groups,
 )
+from argonne.parallel.communication.collectives import barrier
 from argonne.parallel.pipeline_parallel.plan import SCHEDULES, PipelinePlan
 from argonne.training.layout_flags import ParallelFlags
 from argonne.training.optimizer import build_optimizer
@@ -167,11 +168,11 @@ def run(flags: Flags) -> None:
         rates: dict[str, list[float]] = {name: [] for name in steps}
         for number in range(flags.rounds):
             for name, step in steps.items():
-                everyone.barrier()
+                barrier(everyone.world)
                 began = time.perf_counter()
                 for _ in range(flags.steps):
                     step()
-                everyone.barrier()
+                barrier(everyone.world)
                 rates[name].append(flags.steps * flags.batch * flags.sequence / (time.perf_counter() - began))
             if everyone.is_first:
                 print(f"round {number + 1} of {flags.rounds} done", flush=True)

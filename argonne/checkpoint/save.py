@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,7 +30,7 @@ from argonne.checkpoint.format import (
 from argonne.checkpoint.pieces import Piece
 from argonne.files import TEMPORARY, make_directory, sync, write_json
 from argonne.parallel import ProcessGroups, Region
-from argonne.parallel.communication.collectives import gather_objects
+from argonne.parallel.communication.collectives import gather_objects, transfer
 
 MAX_FILE_BYTES = 1 << 30
 """Whole tensors are collected into files of about this size: the host memory that a writer needs."""
@@ -177,13 +176,13 @@ def _assemble(
     for source, region in whole.sources:
         if me == source:
             part = parts[name, region.start].detach().cpu().contiguous()
-            if result is not None:
-                result[region.whole_index] = part
-            else:
-                dist.send(part, writer)
         elif result is not None:
             part = torch.empty(region.shape, dtype=whole.dtype)
-            dist.recv(part, source)
+        else:
+            continue
+        if source != writer:
+            transfer(part, groups.world, source, writer)
+        if result is not None:
             result[region.whole_index] = part
     return result
 

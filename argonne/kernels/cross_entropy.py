@@ -8,7 +8,7 @@ from torch import Tensor
 
 from argonne.kernels.dispatch import Backend, refuse, uses_triton
 from argonne.parallel.communication.groups import Axis
-from argonne.parallel.tensor_parallel.cross_entropy import Objective, Targets, vocab_parallel_cross_entropy
+from argonne.parallel.tensor_parallel.cross_entropy import Objective, ShardedSoftmax, vocab_parallel_cross_entropy
 from argonne.parallel.tensor_parallel.embedding import VocabParallelEmbedding, VocabParallelHead, VocabularyRange
 from argonne.parallel.tensor_parallel.linear_cross_entropy import vocab_parallel_linear_cross_entropy
 
@@ -66,10 +66,10 @@ def linear_cross_entropy(
     return vocab_parallel_linear_cross_entropy(x, holder, targets, objective, reduction, arithmetic_of(backend, x=x))
 
 
-def arithmetic_of(backend: Backend, **tensors: Tensor) -> type[Targets]:
+def arithmetic_of(backend: Backend, **tensors: Tensor) -> type[ShardedSoftmax]:
     """How a backend computes with a rank's logits."""
     if not uses_triton(backend, **tensors):
-        return Targets
-    from argonne.kernels.gpu.cross_entropy import TritonTargets
+        return ShardedSoftmax
+    from argonne.kernels.gpu.cross_entropy import TritonSoftmax
 
-    return TritonTargets
+    return TritonSoftmax

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from argonne.kernels.dispatch import Backend
 from argonne.kernels.rms_norm import rms_norm
-from argonne.kernels.rope import apply_rope, rope_tables
+from argonne.kernels.rope import apply_rope
+from argonne.kernels.rotation import rope_tables
 from argonne.kernels.swiglu import swiglu
 
 

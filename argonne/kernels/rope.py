@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from argonne.kernels.dispatch import Backend, refuse, uses_triton
-
-
-def rope_tables(
-    positions: int, head_dim: int, theta: float, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every angle, each ``[positions, head_dim / 2]``.
-
-    The angle of pair *i* at position *p* is ``p * theta^(-2i / head_dim)``. Computed in float64: in float32
-    the product is off by up to ``p * 6e-8`` radians.
-    """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    angle = torch.outer(torch.arange(positions, dtype=torch.float64), theta**-exponent)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+from argonne.kernels.rotation import rotated
 
 
 def apply_rope(
@@ -86,15 +73,6 @@ def apply_rope_packed(
     turned = rotated(qkv[..., :-key_value_heads, :], cos, sin, positions)
     query, key = turned.split(parts[:2], dim=-2)
     return query, key, qkv[..., -key_value_heads:, :]
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> Tensor:
-    """The reference of ``apply_rope``."""
-    half, where = cos.shape[1], slice(x.shape[-3]) if positions is None else positions
-    c, s = cos[where].unsqueeze(-2), sin[where].unsqueeze(-2)
-    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
-    first, second, rest = wide.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    return torch.cat((first * c - second * s, second * c + first * s, rest), dim=-1).to(x.dtype)
 
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:

@@ -26,11 +26,11 @@ from argonne.parallel import (
     VocabParallelHead,
     initialise,
     pipeline_forward,
+    shard_sequence,
     sharded_parameters,
-    share_sequence,
     vocab_parallel_logits,
 )
-from argonne.parallel.pipeline_parallel.stages import share_from_last
+from argonne.parallel.pipeline_parallel.stages import broadcast_from_last_stage
 
 if TYPE_CHECKING:
     from argonne.parallel.pipeline_parallel.schedule import Pipeline
@@ -145,7 +145,9 @@ class ArgonneModel(BaseModel):
 
     def sharded_parameters(self) -> list[ShardedParameter]:
         """Every parameter of this rank, stage after stage, under the names of the whole model."""
-        order = {id(p): place for place, p in enumerate(p for s in self._stages.values() for p in s.parameters())}
+        order: dict[int, int] = {}
+        for parameter in (p for stage in self._stages.values() for p in stage.parameters()):
+            order.setdefault(id(parameter), len(order))  # a tied weight has its place in the first of its stages
         found = sorted(sharded_parameters(self, self.groups), key=lambda sharded: order[id(sharded.parameter)])
         ends = (self.plan.rank_of(0), self.plan.rank_of(self.plan.stages - 1))
         if self.model.embed_tokens is None or not self.config.tie_word_embeddings or ends[0] == ends[1]:
@@ -162,7 +164,7 @@ class ArgonneModel(BaseModel):
 
         Without a pipeline only.
         """
-        local = share_sequence(batch.ids, self.groups.context)
+        local = shard_sequence(batch.ids, self.groups.context)
         return self._stages[0](local, batch.ids.shape[1], batch.documents)
 
     def logits(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
@@ -252,7 +254,7 @@ class ArgonneModel(BaseModel):
             assert value is not None
             return value
         like = torch.zeros(shape, dtype=dtype or self.execution.precision.statistics, device=self.groups.device)
-        return share_from_last(value, like, self.plan, self.groups.pipeline)
+        return broadcast_from_last_stage(value, like, self.plan, self.groups.pipeline)
 
     def _activation(self, batch: int, positions: int) -> Activation:
         share = self.groups.tensor.size if self.groups.sequence_parallel else 1

@@ -20,7 +20,7 @@ from argonne.parallel import (
     ShardedParameter,
     VocabParallelEmbedding,
     VocabParallelHead,
-    share_sequence,
+    shard_sequence,
 )
 
 Head = VocabParallelEmbedding | VocabParallelHead
@@ -62,8 +62,8 @@ class Batch:
         """This rank's positions of it, but of ``documents``, which say what attention sees of whole sequences."""
         if axis.size == 1:
             return self
-        weights = None if self.weights is None else share_sequence(self.weights, axis, -1)
-        ids, targets = (share_sequence(x, axis, -1) for x in (self.ids, self.targets))
+        weights = None if self.weights is None else shard_sequence(self.weights, axis, -1)
+        ids, targets = (shard_sequence(x, axis, -1) for x in (self.ids, self.targets))
         return replace(self, ids=ids, targets=targets, weights=weights)
 
 

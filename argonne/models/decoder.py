@@ -25,7 +25,7 @@ from argonne.parallel import (
     ShardSpec,
     context_parallel_attention,
     replicated,
-    share_sequence,
+    shard_sequence,
 )
 from argonne.parallel.communication.groups import Axis
 from argonne.parallel.context_parallel.variable_length import DocumentBounds, can_vary_length, document_bounds
@@ -67,7 +67,7 @@ class RotaryTables(nn.Module):
     def inputs(self, sequence: int, whole: bool = False, documents: Tensor | None = None) -> AttentionInputs:
         """For sequences of that length: this context-parallel rank's share of them, or all."""
         axis = Axis("context") if whole else self.context
-        cos, sin = (share_sequence(table[:sequence], axis, 0) for table in (self.cos, self.sin))
+        cos, sin = (shard_sequence(table[:sequence], axis, 0) for table in (self.cos, self.sin))
         bounds = None
         if documents is not None and axis.size == 1 and self.varies_length:
             bounds = document_bounds(documents)

@@ -3,7 +3,8 @@
 Needs torch, numpy and einops, and nothing else of argonne.
 """
 
-from argonne.parallel.communication.groups import Axis, ProcessGroups, choose_device, process_groups
+from argonne.parallel.communication.groups import Axis, ProcessGroups
+from argonne.parallel.communication.job import choose_device, process_groups
 from argonne.parallel.communication.layout import AXES, Layout
 from argonne.parallel.communication.recording import Collective, Log, record
 from argonne.parallel.communication.regions import (
@@ -14,7 +15,7 @@ from argonne.parallel.communication.regions import (
     reduce_scatter_to_sequence_region,
     scatter_to_region,
 )
-from argonne.parallel.context_parallel.attention import context_parallel_attention, context_positions, share_sequence
+from argonne.parallel.context_parallel.attention import context_parallel_attention, context_positions, shard_sequence
 from argonne.parallel.data_parallel.kinds import data_parallel
 from argonne.parallel.data_parallel.strategy import DataParallel
 from argonne.parallel.errors import ArgonneError, CollectiveMismatch, LayoutError
@@ -46,6 +47,8 @@ from argonne.parallel.tensor_parallel.linear import ColumnParallelLinear, RowPar
 from argonne.parallel.tensor_parallel.linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from argonne.parallel.tensor_parallel.precision import Precision
 from argonne.parallel.tensor_parallel.products import column_parallel_linear
+
+share_sequence = shard_sequence  # its name before
 
 __all__ = [
     "AXES",
@@ -100,6 +103,7 @@ __all__ = [
     "require_number",
     "require_whole",
     "scatter_to_region",
+    "shard_sequence",
     "sharded_parameters",
     "share",
     "share_sequence",

@@ -12,7 +12,8 @@ from argonne.data import DataError, SequenceStream, Shard, naming
 from argonne.inference import Sampling, generate
 from argonne.models import Batch, LanguageModel, LossFunction
 from argonne.parallel import ProcessGroups
-from argonne.parallel.communication.collectives import all_reduce, broadcast, collectively, gather_objects
+from argonne.parallel.communication.collectives import broadcast, collectively, gather_objects
+from argonne.parallel.communication.reduction import sum_over
 
 PROMPT = "Long long time ago, "
 
@@ -91,7 +92,7 @@ def held_out_loss(
         found = model.evaluate(Batch(ids[:, :-1], ids[:, 1:], apart), loss)
         if own.shape[1]:
             total += found.double()
-    all_reduce(total, model.groups.replicas)
+    sum_over(total, model.groups.replicas)
     return total.item() / sequences[0, :, 1:].numel()
 
 

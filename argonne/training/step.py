@@ -17,7 +17,7 @@ from argonne.parallel import (
     global_gradient_norm,
     initialise,
 )
-from argonne.parallel.communication.collectives import all_reduce
+from argonne.parallel.communication.reduction import sum_over
 from argonne.training.loss_scale import LossScale
 from argonne.training.optimizer import set_learning_rate
 
@@ -79,7 +79,7 @@ def _forward_backward(learner: Learner, batch: Batch, loss: LossFunction) -> flo
     model, scale = learner.model, learner.loss_scale.scale
     learner.replicas.begin(len(batch.ids), deferred=model.defers_weight_gradients)
     own = model.forward_backward(replace(batch, divisor=batch.divisor / scale), loss)
-    total = all_reduce(own, model.groups.replicas).item() / scale
+    total = sum_over(own, model.groups.replicas).item() / scale
     _require_finite(learner, "loss", total)
     return total
 

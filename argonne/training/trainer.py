@@ -17,9 +17,9 @@ from argonne.data import BatchStream, served_lanes
 from argonne.launch.refusal import NOTHING_GAINED, STOPPING, say, stopped_status
 from argonne.launch.signals import STOP
 from argonne.models import Batch, CrossEntropyLoss
-from argonne.parallel.communication.collectives import all_reduce
 from argonne.parallel.communication.environment import seconds_since_start
-from argonne.parallel.communication.groups import TRAINING_TIMEOUT
+from argonne.parallel.communication.job import TRAINING_TIMEOUT
+from argonne.parallel.communication.reduction import sum_over
 from argonne.training.batch_shape import BatchShape
 from argonne.training.config import RunConfig
 from argonne.training.evaluation import held_out_loss, sample_text
@@ -168,7 +168,7 @@ class Trainer:
         late = limit is not None and self.groups.is_first and seconds_since_start() + self._time_to_leave(limit) > limit
         told = torch.tensor([*(STOP.number == number for number in STOPPING), late], dtype=torch.int32)
         reasons = (*(number.name for number in STOPPING), WALL_TIME)
-        asked = all_reduce(told, self.groups.world).tolist()
+        asked = sum_over(told, self.groups.world).tolist()
         return next((reason for reason, count in zip(reasons, asked, strict=True) if count), "")
 
     def _time_to_leave(self, limit: float) -> float:

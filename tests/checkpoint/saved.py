@@ -11,7 +11,7 @@ from torch import Tensor
 from argonne.checkpoint import Piece, load_pieces, moment_pieces, save_checkpoint, weight_pieces
 from argonne.checkpoint import save as module
 from argonne.files import write_json
-from argonne.models import ArgonneConfig, ArgonneModel, to_huggingface
+from argonne.models import ArgonneConfig, ArgonneModel, Execution, to_huggingface
 from argonne.parallel import Layout, Normal, ProcessGroups, Region
 from argonne.training.optimizer import build_optimizer
 from tests.whole import Parts
@@ -23,7 +23,7 @@ LAYOUTS = [Layout(), Layout(tensor=2), Layout(tensor=4), Layout(data=2, tensor=2
 
 def pieces_of(groups: ProcessGroups) -> tuple[list[Piece], list[Piece]]:
     """The weights and the moments of an empty model on this rank."""
-    model = ArgonneModel(CONFIG, groups)
+    model = ArgonneModel(CONFIG, Execution(groups))
     parameters = model.sharded_parameters()
     return weight_pieces(parameters), moment_pieces(build_optimizer(parameters, 0.1), parameters)
 

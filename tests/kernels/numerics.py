@@ -233,7 +233,7 @@ def cross_entropy_errors(
     rows: int, columns: int, dtype: torch.dtype, strided: bool, objective: Objective, ranks: int, shift: float = 0.0
 ) -> tuple[float, Error]:
     """The largest error of a loss over max(1, loss), and that of the gradient, with the vocabulary in ``ranks``."""
-    from argonne.kernels.gpu.cross_entropy import TritonTargets
+    from argonne.kernels.gpu.cross_entropy import TritonSoftmax
 
     logits = draw(rows, columns, seed=1, dtype=dtype, strided=strided, scale=4)
     if shift:
@@ -255,12 +255,12 @@ def cross_entropy_errors(
         gradient = x.grad
     else:
         parts = [VocabularyRange.of_rank(columns, ranks, rank) for rank in range(ranks)]
-        local = [TritonTargets(targets, part, objective) for part in parts]
+        local = [TritonSoftmax(targets, part, objective) for part in parts]
         values = [logits[:, part.start : part.stop] for part in parts]
-        said = torch.stack([one.statistics(x)[0] for one, x in zip(local, values, strict=True)])
-        losses, sums = local[0].losses(said)
+        statistics = torch.stack([one.statistics(x)[0] for one, x in zip(local, values, strict=True)])
+        losses, sums = local[0].losses(statistics)
         made = [
-            one.gradient(one.keep(x, sums), sums, scale, out=torch.empty_like(x, memory_format=torch.contiguous_format))
+            one.gradient(one.save(x, sums), sums, scale, out=torch.empty_like(x, memory_format=torch.contiguous_format))
             for one, x in zip(local, values, strict=True)
         ]
         gradient = torch.cat(made, 1)

@@ -91,14 +91,14 @@ def gates(columns: int, dtype: torch.dtype) -> list[Shipped]:
 
 def losses(vocabulary: int, ranks: int, dtype: torch.dtype, objective: Objective) -> list[Shipped]:
     part = VocabularyRange.of_rank(vocabulary, ranks, 0)
-    targets = cross_entropy.TritonTargets(empty(TOKENS, dtype=torch.int64), part, objective)
+    targets = cross_entropy.TritonSoftmax(empty(TOKENS, dtype=torch.int64), part, objective)
     width = -(-part.tokens // 16) * 16  # as the head makes them on a GPU: rows begin at multiples of 16 elements
     logits = empty(TOKENS, width, dtype=dtype)[:, : part.tokens]
 
     def all_three() -> None:
-        said, kept = targets.statistics(logits)
-        _, sums = targets.losses(said.expand(ranks, -1, -1))
-        targets.gradient(kept, sums, None)
+        statistics, saved = targets.statistics(logits)
+        _, sums = targets.losses(statistics.expand(ranks, -1, -1))
+        targets.gradient(saved, sums, None)
 
     return [Shipped(f"cross_entropy {vocabulary}/{ranks} {dtype}", cross_entropy, all_three)]
 

@@ -89,13 +89,12 @@ class Step:
     def sent_by_head_and_loss(self) -> Sent:
         """The head's input and its gradient, and 3 statistics of each token (4 with label smoothing) from each rank.
 
-        They belong to no module: the loss is a method of the model, not its call.
+        They belong to no module: logits and loss are functions of what the model's call returns.
         """
         apart, n = self.reduction == "logits", self.activation
-        head = "forward" if apart else "outside"
         sent: Sent = Counter()
         if self.layout.sequence_parallel:
-            sent["", head, "all_gather", "tensor", False, n] += 1
+            sent["", "outside", "all_gather", "tensor", False, n] += 1
             sent["", "backward", "reduce_scatter", "tensor", apart, n] += 1
             if apart:
                 sent["", "backward", "all_gather", "tensor", True, n] += 1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from argonne.checkpoint import MOMENTS
-from argonne.models import ArgonneConfig, ArgonneModel
+from argonne.models import ArgonneConfig, ArgonneModel, Execution
 from argonne.parallel import (
     DataParallel,
     Layout,
@@ -24,6 +24,7 @@ from argonne.parallel import (
 )
 from argonne.parallel.communication.collectives import all_reduce
 from argonne.training.optimizer import build_optimizer, set_learning_rate
+from tests.losses import summed_loss
 from tests.parallel.operands import values
 from tests.pool import RankPool
 from tests.whole import Parts, assemble, assert_close
@@ -74,15 +75,14 @@ class Outcome:
 
 def build(groups: ProcessGroups, plan: Plan) -> tuple[ArgonneModel, DataParallel]:
     """A model that begins at values away from any symmetry, set through ``strategy.parameters``."""
-    model = ArgonneModel(plan.config, groups, plan.precision)
-    model.model.recompute = plan.recompute
+    model = ArgonneModel(plan.config, Execution(groups, plan.precision, recompute=plan.recompute))
     strategy = data_parallel(
         model,
         groups,
         plan.kind,
         precision=plan.precision,
-        blocks=model.model.layers,
-        forward_methods=("loss", "next_token_logits"),
+        blocks=model.blocks,
+        forward_methods=("next_token_logits",),
         shard=plan.shard,
         bucket_bytes=plan.bucket_bytes,
     )
@@ -101,7 +101,7 @@ def batches(groups: ProcessGroups, accumulation: int, step: int) -> list[Tensor]
 
 
 def backward(model: ArgonneModel, batch: Tensor) -> Tensor:
-    loss = model.loss(batch[:, :-1], batch[:, 1:], reduction="sum") / (SEQUENCES * LENGTH)
+    loss = summed_loss(model, batch[:, :-1], batch[:, 1:]) / (SEQUENCES * LENGTH)
     loss.backward()
     return loss.detach()
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from argonne.parallel import CollectiveMismatch, Layout, ProcessGroups, record
 from argonne.parallel.communication import recording
-from argonne.parallel.communication.collectives import all_reduce, broadcast
+from argonne.parallel.communication.collectives import all_reduce, barrier, broadcast
 from tests.parallel.agreeing import FOUR, TWO, Report, attempt, the_one_report, usable
 from tests.pool import RankPool
 
@@ -156,9 +156,9 @@ def test_a_cycle_of_ranks_that_wait_for_each_other_is_reported(ranks: RankPool) 
 
 def keys_at_rest(groups: ProcessGroups) -> int:
     """The number of keys in the job's store while no rank is in a block."""
-    groups.barrier()
+    barrier(groups.world)
     found = dist.distributed_c10d._get_default_store().num_keys()
-    groups.barrier()
+    barrier(groups.world)
     return found
 
 
@@ -180,7 +180,7 @@ def many(groups: ProcessGroups, count: int) -> tuple[float, int, int, int, int]:
     for _ in range(10):
         with record(check=groups):
             all_reduce(torch.ones(2), groups.data)
-            groups.barrier()
+            barrier(groups.world)
     return elapsed, before, highest, after, keys_at_rest(groups)
 
 

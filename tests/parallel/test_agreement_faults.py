@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from argonne.models import ArgonneConfig, ArgonneModel
+from argonne.models import ArgonneConfig, ArgonneModel, Execution
 from argonne.parallel import (
     Axis,
     Collective,
@@ -26,8 +26,8 @@ from argonne.parallel import (
     record,
 )
 from argonne.parallel.communication import collectives
-from argonne.parallel.communication.collectives import Pending, all_reduce, start_all_reduce
-from argonne.parallel.tensor_parallel import products
+from argonne.parallel.communication.collectives import Pending, all_reduce, barrier, start_all_reduce
+from tests.losses import summed_loss
 from tests.parallel.agreeing import FOUR, TWO, Report, the_one_report, usable
 from tests.pool import RankPool
 
@@ -47,7 +47,7 @@ class Step:
 
     def __init__(self, groups: ProcessGroups) -> None:
         self.groups = groups
-        self.model = ArgonneModel(CONFIG, groups)
+        self.model = ArgonneModel(CONFIG, Execution(groups))
         self.model.initialise(seed=1)
         self.parameters = self.model.sharded_parameters()
         generator = torch.Generator().manual_seed(groups.data.rank)
@@ -55,7 +55,7 @@ class Step:
 
     def __call__(self) -> list[Tensor]:
         """The loss, the norm, its sum over the tensor group (the last call of the block) and every gradient."""
-        loss = self.model.loss(self.ids, self.ids.flip(0), "sum")
+        loss = summed_loss(self.model, self.ids, self.ids.flip(0))
         loss.backward()
         complete_gradients(self.parameters, self.groups)
         norm = global_gradient_norm(self.parameters, self.groups)
@@ -74,10 +74,10 @@ def planted(fault: str, groups: ProcessGroups, at: int, faulty: bool) -> Iterato
             return real(tensor, axis, site, wait=wait)
         if fault == "swapped order":  # with a barrier
             if faulty:
-                groups.barrier()
+                barrier(groups.world)
             pending = real(tensor, axis, site, wait=wait)
             if not faulty:
-                groups.barrier()
+                barrier(groups.world)
             return pending
         if faulty:
             if fault == "missing call":
@@ -90,10 +90,7 @@ def planted(fault: str, groups: ProcessGroups, at: int, faulty: bool) -> Iterato
                 axis = groups.data if groups.data.size > 1 else groups.world
         return real(tensor, axis, site, wait=wait)
 
-    with (
-        mock.patch.object(collectives, "start_all_reduce", start),
-        mock.patch.object(products, "start_all_reduce", start),
-    ):
+    with mock.patch.object(collectives, "start_all_reduce", start):
         yield
 
 

@@ -10,7 +10,7 @@ import torch
 
 from argonne.parallel import CollectiveMismatch, ProcessGroups, record
 from argonne.parallel.communication import agreement
-from argonne.parallel.communication.collectives import all_reduce
+from argonne.parallel.communication.collectives import all_reduce, barrier
 from tests.parallel.agreeing import TWO, Report, attempt, the_one_report
 from tests.pool import RankPool
 
@@ -48,7 +48,7 @@ def on_the_brink(groups: ProcessGroups, patience: float, delays: list[float]) ->
     """Whether this rank raised, for each delay of rank 1."""
     raised = []
     for delay in delays:
-        groups.barrier()
+        barrier(groups.world)
         try:
             with record(check=groups, patience=patience):
                 if groups.world.rank == 1:

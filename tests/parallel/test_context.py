@@ -23,7 +23,7 @@ from argonne.parallel import (
     context_parallel_attention,
     context_positions,
     record,
-    share_sequence,
+    shard_sequence,
 )
 from tests.pool import RankPool
 from tests.whole import assert_close
@@ -231,8 +231,8 @@ def test_a_tensor_is_shared_as_the_positions_say(dim: int) -> None:
     x = torch.arange(12 * 12 * 12).view(12, 12, 12)
     for rank in range(3):
         axis = Axis("context", 3, rank)
-        assert torch.equal(share_sequence(x, axis, dim), x.index_select(dim, context_positions(12, axis)))
-    assert torch.equal(share_sequence(x, Axis("context"), dim), x)
+        assert torch.equal(shard_sequence(x, axis, dim), x.index_select(dim, context_positions(12, axis)))
+    assert torch.equal(shard_sequence(x, Axis("context"), dim), x)
 
 
 def test_a_sequence_that_cannot_be_shared_out_is_refused_in_one_line() -> None:
@@ -240,7 +240,7 @@ def test_a_sequence_that_cannot_be_shared_out_is_refused_in_one_line() -> None:
     heads = torch.ones(1, 2, 5, 4)
     for refuse in (
         lambda: context_positions(10, axis),
-        lambda: share_sequence(torch.ones(1, 10), axis),
+        lambda: shard_sequence(torch.ones(1, 10), axis),
         lambda: context_parallel_attention(heads, heads, heads, axis),
     ):
         with pytest.raises(LayoutError) as refusal:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from argonne.checkpoint import MOMENTS
-from argonne.models import ArgonneConfig, ArgonneModel
+from argonne.models import ArgonneConfig, ArgonneModel, Execution
 from argonne.parallel import Layout, Precision, ProcessGroups, regions_of
 from argonne.training.optimizer import build_optimizer
+from tests.losses import losses
 from tests.parallel.operands import values
 from tests.parallel.replicas import (
     CONFIG,
@@ -113,7 +114,7 @@ def state_bytes(groups: ProcessGroups, plan: Plan) -> dict[str, int]:
 def test_bytes_of_parameters_gradients_and_moments_are_their_closed_forms(
     ranks: RankPool, kind: str, size: int
 ) -> None:
-    shapes = [p.shape for p in ArgonneModel(CONFIG, ProcessGroups.single(), DOUBLE).parameters()]
+    shapes = [p.shape for p in ArgonneModel(CONFIG, Execution(ProcessGroups.single(), DOUBLE)).parameters()]
     whole = sum(8 * shape.numel() for shape in shapes)
     for rank, found in enumerate(ranks.run(Layout(data=size), state_bytes, Plan(kind, accumulation=3))):
         rows = [max(0, min(-(-s[0] // size), s[0] - rank * -(-s[0] // size))) for s in shapes]
@@ -130,8 +131,8 @@ def step_gradients(groups: ProcessGroups, plan: Plan, forwards_first: bool = Fal
     """The gradients of the first step."""
     model, strategy = build(groups, plan)
     strategy.begin(plan.accumulation)
-    losses = (model.loss(batch[:, :-1], batch[:, 1:]).sum() for batch in batches(groups, plan.accumulation, 0))
-    for loss in list(losses) if forwards_first else losses:
+    sums = (losses(model, batch[:, :-1], batch[:, 1:]).sum() for batch in batches(groups, plan.accumulation, 0))
+    for loss in list(sums) if forwards_first else sums:
         loss.backward()
     strategy.complete()
     return [

@@ -97,7 +97,7 @@ def test_where_nobody_listens_is_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(rendezvous, "_NEIGHBOUR_ANSWERS_WITHIN", 0.5)
-    monkeypatch.setattr(rendezvous, "_TELLS_AFTER", 0.1)
+    monkeypatch.setattr(rendezvous, "_LOGS_AFTER", 0.1)
     nowhere = Meeting("127.0.0.1", free_port())
     with pytest.raises(LauncherError, match=f"nobody answers at MASTER_ADDR=127.0.0.1, MASTER_PORT={nowhere.port}"):
         meet(Place(1, 2, launched=True), nowhere, timedelta(seconds=60))

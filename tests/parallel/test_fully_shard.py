@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -43,24 +44,30 @@ def gradients_alive(groups: ProcessGroups, plan: Plan) -> list[tuple[int, int]]:
     return found
 
 
-def whole_gradients(model: torch.nn.Module) -> int:
-    """Elements of every gradient that FSDP keeps of a whole parameter, added up."""
-    whole = 0
-    for module in model.modules():
+def shared_out(model: ArgonneModel) -> Iterator[Any]:
+    """What FSDP keeps of each parameter."""
+    for module in {*model.modules(), *model.stages.values()}:
         state: Any = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
         for group in getattr(state, "_fsdp_param_groups", [getattr(state, "_fsdp_param_group", None)]):
-            for held in group.fsdp_params if group else []:
-                gradient = getattr(held, "_unsharded_param", held.sharded_param).grad if held else None
-                if not isinstance(gradient, DTensor) and gradient is not None:
-                    whole += gradient.numel()
-                if held.unsharded_accumulated_grad is not None:
-                    whole += held.unsharded_accumulated_grad.numel()
+            yield from group.fsdp_params if group else []
+
+
+def whole_gradients(model: ArgonneModel) -> int:
+    """Elements of every gradient that FSDP keeps of a whole parameter, added up."""
+    whole = 0
+    for held in shared_out(model):
+        gradient = getattr(held, "_unsharded_param", held.sharded_param).grad
+        if not isinstance(gradient, DTensor) and gradient is not None:
+            whole += gradient.numel()
+        if held.unsharded_accumulated_grad is not None:
+            whole += held.unsharded_accumulated_grad.numel()
     return whole
 
 
-def sharded_gradients(model: torch.nn.Module) -> int:
+def sharded_gradients(model: ArgonneModel) -> int:
     """Elements of this rank's rows of all gradients."""
-    return sum(p.grad.to_local().numel() for p in model.parameters() if p.grad is not None)
+    gradients = [held.sharded_param.grad for held in shared_out(model)]
+    return sum(gradient.to_local().numel() for gradient in gradients if gradient is not None)
 
 
 @pytest.mark.parametrize("plan", [Plan("fsdp", accumulation=3), Plan("fsdp", accumulation=3, shard=2, recompute=True)])

@@ -25,7 +25,8 @@ from argonne.parallel import (
     regions_of,
     sharded_parameters,
 )
-from argonne.parallel.communication.groups import TRAINING_TIMEOUT
+from argonne.parallel.communication.collectives import barrier
+from argonne.parallel.communication.job import TRAINING_TIMEOUT
 from tests.parallel.operands import attention_parts, under, values
 from tests.pool import RankPool
 from tests.whole import Parts, assemble, parts_of
@@ -202,7 +203,7 @@ def complete_uneven(groups: ProcessGroups) -> Parts:
     groups.set_timeout(timedelta(seconds=3))
     try:
         complete_gradients(sharded_parameters(layer, groups), groups)
-        groups.barrier()
+        barrier(groups.world)
     finally:
         groups.set_timeout(TRAINING_TIMEOUT)
     return parts_of(layer, groups, lambda p: p.grad)

@@ -10,7 +10,7 @@ from argonne.parallel import ColumnParallelLinear, Layout, Precision, ProcessGro
 from argonne.parallel.communication.collectives import all_reduce
 from argonne.parallel.pipeline_parallel.plan import SCHEDULES, PipelinePlan
 from argonne.parallel.pipeline_parallel.schedule import Pipeline
-from argonne.parallel.pipeline_parallel.stages import Activation, pipeline_forward, share_from_last
+from argonne.parallel.pipeline_parallel.stages import Activation, broadcast_from_last_stage, pipeline_forward
 from argonne.parallel.sharding.spec import sharded_parameters
 from argonne.parallel.tensor_parallel.deferral import deferring
 from tests.pool import RankPool
@@ -60,12 +60,12 @@ def run(
         for stage in stages.values():
             stage.zero_grad()
         loss = pipeline.forward_backward(inputs, targets, squares)
-        losses.append(share_from_last(loss, torch.zeros((), dtype=torch.float64), plan, axis))
+        losses.append(broadcast_from_last_stage(loss, torch.zeros((), dtype=torch.float64), plan, axis))
         assert pipeline.has_last == (loss is not None)
     gradients = {n: parts_of(stage, groups, lambda parameter: parameter.grad) for n, stage in stages.items()}
     output = pipeline_forward(stages, plan, axis, inputs[:BATCH], activation)
     like = torch.zeros(BATCH, HIDDEN, dtype=torch.float64)
-    return losses, gradients, share_from_last(output, like, plan, axis), pipeline.bubble([1.0] * plan.stages)
+    return losses, gradients, broadcast_from_last_stage(output, like, plan, axis), pipeline.bubble([1.0] * plan.stages)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -155,4 +155,4 @@ def _rank_of_last(groups: ProcessGroups) -> float:
     value = torch.tensor(float(groups.pipeline.rank)) if groups.pipeline.rank == 1 else None
     plan = PipelinePlan(2)
     assert all_reduce(torch.ones(()), groups.pipeline) == 2
-    return share_from_last(value, torch.zeros(()), plan, groups.pipeline).item()
+    return broadcast_from_last_stage(value, torch.zeros(()), plan, groups.pipeline).item()

@@ -15,6 +15,7 @@ from argonne.parallel.communication import recording
 from argonne.parallel.communication.collectives import (
     all_gather,
     all_reduce,
+    barrier,
     broadcast,
     gather_objects,
     reduce_scatter,
@@ -74,23 +75,23 @@ def spans(groups: ProcessGroups) -> tuple[list[Collective], float, tuple[float, 
     with record() as log:
         pending = start_all_reduce(torch.ones(4), groups.tensor)
         unfinished = log.collectives[0].finished
-        groups.barrier()
+        barrier(groups.world)
         pending.wait()
     return log.collectives, unfinished, (before, time.perf_counter())
 
 
 def test_a_collective_spans_from_its_start_to_its_wait(ranks: RankPool) -> None:
-    for (in_flight, barrier), unfinished, (before, after) in ranks.run(Layout(tensor=2), spans):
+    for (in_flight, meeting), unfinished, (before, after) in ranks.run(Layout(tensor=2), spans):
         assert unfinished == float("inf")
-        assert before < in_flight.started < barrier.started < barrier.finished < in_flight.finished < after
-        assert (barrier.op, barrier.axis, barrier.shape, barrier.dtype, barrier.bytes) == (
+        assert before < in_flight.started < meeting.started < meeting.finished < in_flight.finished < after
+        assert (meeting.op, meeting.axis, meeting.shape, meeting.dtype, meeting.bytes) == (
             "barrier",
             "world",
             (),
             None,
             0,
         )
-        assert (in_flight.is_async, barrier.is_async) == (True, False)
+        assert (in_flight.is_async, meeting.is_async) == (True, False)
 
 
 def is_off() -> bool:
@@ -167,7 +168,7 @@ def test_an_axis_of_one_process_has_no_collectives(ranks: RankPool) -> None:
     with record(model, check=groups) as log:  # nothing to agree on either
         model(torch.ones(2, 4, requires_grad=True)).sum().backward()
         complete_gradients(sharded_parameters(model, groups), groups)
-        groups.barrier()
+        barrier(groups.world)
     assert log.collectives == each_once(groups, "tensor") == []
     assert str(log) == "no collectives"
     for found in ranks.run(Layout(tensor=2), each_once, "data"):
@@ -178,7 +179,7 @@ def written(groups: ProcessGroups) -> tuple[str, list[int], list[int]]:
     model = nn.ModuleDict({"block": FeedForward(groups), "block2": FeedForward(groups)})
     with record(model) as log:
         model["block2"](model["block"](torch.ones(2, 4, requires_grad=True))).sum().backward()
-        groups.barrier()
+        barrier(groups.world)
         start_all_reduce(torch.ones(300, 1), groups.world)
     counts = [len(log.select("block")), len(log.select("block", phase="forward")), len(log.select(op="all_reduce"))]
     return str(log), counts, [log.bytes("block"), log.bytes(phase="outside"), log.bytes()]

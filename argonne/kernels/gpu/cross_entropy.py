@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from argonne.kernels.gpu.launch import as_rows, cdiv, power_of_2, warps
-from argonne.parallel.tensor_parallel.cross_entropy import Kept, Targets
+from argonne.parallel.tensor_parallel.cross_entropy import SavedLogits, ShardedSoftmax
 
 STATISTICS_BLOCK, GRADIENT_BLOCK = 8192, 2048
 """Columns at a time."""
@@ -36,7 +36,7 @@ def _own_column(target, first, columns):
 
 @triton.jit
 def statistics_kernel(
-    logits, targets, said, stride, tokens, first, columns, WANTS_SUM: tl.constexpr, BLOCK: tl.constexpr
+    logits, targets, statistics, stride, tokens, first, columns, WANTS_SUM: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """A row's maximum, the sum of exponentials above it, the target's logit and (if wanted) the sum, in one read.
 
@@ -61,27 +61,27 @@ def statistics_kernel(
         top, exponentials = _add(values, top, exponentials)
         if WANTS_SUM:
             total += tl.sum(tl.where(mask, values, 0.0), 0)
-    tl.store(said + row, top)
-    tl.store(said + tokens + row, tl.sum(exponentials, 0))
+    tl.store(statistics + row, top)
+    tl.store(statistics + tokens + row, tl.sum(exponentials, 0))
     own = _own_column(tl.load(targets + row), first, columns)
-    tl.store(said + 2 * tokens + row, tl.load(start_of_row + own, own >= 0, other=-float("inf")).to(tl.float32))
+    tl.store(statistics + 2 * tokens + row, tl.load(start_of_row + own, own >= 0, other=-float("inf")).to(tl.float32))
     if WANTS_SUM:
-        tl.store(said + 3 * tokens + row, total)
+        tl.store(statistics + 3 * tokens + row, total)
 
 
 @triton.jit
 def losses_kernel(
-    said, targets, losses, sums, ranks, tokens, ignored,
+    statistics, targets, losses, sums, ranks, tokens, ignored,
     SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The loss of each position, and the softmax's ``sums``, from what every rank said of it."""
+    """The loss of each position, and the softmax's ``sums``, from every rank's statistics of it."""
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = token < tokens
     top = tl.full([BLOCK], LOWEST, tl.float32)
     own = tl.full([BLOCK], -float("inf"), tl.float32)
     exponentials = tl.zeros([BLOCK], tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    one = said + token
+    one = statistics + token
     for _ in range(0, ranks):
         highest = tl.load(one, mask, other=LOWEST)
         higher = tl.maximum(top, highest)
@@ -142,47 +142,47 @@ def gradient_kernel(
 
 
 @dataclass
-class TritonTargets(Targets):
-    """``Targets`` whose arithmetic is these kernels; nothing as wide as the vocabulary is allocated in float32."""
+class TritonSoftmax(ShardedSoftmax):
+    """``ShardedSoftmax`` by these kernels; nothing as wide as the vocabulary is allocated in float32."""
 
     def __post_init__(self) -> None:
         self.ids = self.ids.contiguous()  # the kernels take one after the other
 
-    def statistics(self, logits: Tensor) -> tuple[Tensor, Kept]:
-        """As ``Targets.statistics``; what is kept are the logits themselves."""
+    def statistics(self, logits: Tensor) -> tuple[Tensor, SavedLogits]:
+        """As ``ShardedSoftmax.statistics``; what is saved are the logits themselves."""
         logits = as_rows(logits)
         tokens, columns = logits.shape
         wants_sum = self.objective.label_smoothing > 0
         block = min(STATISTICS_BLOCK, power_of_2(columns))
-        said = torch.empty(4 if wants_sum else 3, tokens, dtype=torch.float32, device=logits.device)
+        statistics = torch.empty(4 if wants_sum else 3, tokens, dtype=torch.float32, device=logits.device)
         if tokens:
             statistics_kernel[(tokens,)](
-                logits, self.ids, said, logits.stride(0), tokens, self.vocabulary.start, columns, WANTS_SUM=wants_sum,
-                BLOCK=block, num_warps=warps(block),
+                logits, self.ids, statistics, logits.stride(0), tokens, self.vocabulary.start, columns,
+                WANTS_SUM=wants_sum, BLOCK=block, num_warps=warps(block),
             )  # fmt: skip
-        return said, Kept(logits)
+        return statistics, SavedLogits(logits)
 
-    def losses(self, said: Tensor) -> tuple[Tensor, Tensor]:
-        """As ``Targets.losses``."""
-        said, objective = said.contiguous(), self.objective
-        ranks, _, tokens = said.shape
-        losses = torch.empty(tokens, dtype=torch.float32, device=said.device)
-        sums = torch.empty(2, tokens, dtype=torch.float32, device=said.device)
+    def losses(self, statistics: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``ShardedSoftmax.losses``."""
+        statistics, objective = statistics.contiguous(), self.objective
+        ranks, _, tokens = statistics.shape
+        losses = torch.empty(tokens, dtype=torch.float32, device=statistics.device)
+        sums = torch.empty(2, tokens, dtype=torch.float32, device=statistics.device)
         if tokens:
             losses_kernel[(cdiv(tokens, LOSSES_BLOCK),)](
-                said, self.ids, losses, sums, ranks, tokens, objective.ignore_index,
+                statistics, self.ids, losses, sums, ranks, tokens, objective.ignore_index,
                 SMOOTHING=objective.label_smoothing, Z_LOSS=objective.z_loss, VOCABULARY=self.vocabulary.vocabulary,
                 BLOCK=LOSSES_BLOCK, num_warps=FEW_WARPS,
             )  # fmt: skip
         return losses, sums
 
-    def keep(self, logits: Tensor, sums: Tensor) -> Kept:
-        """As ``Targets.keep``: the logits, which are not written to."""
-        return Kept(as_rows(logits))
+    def save(self, logits: Tensor, sums: Tensor) -> SavedLogits:
+        """As ``ShardedSoftmax.save``: the logits, which are not written to."""
+        return SavedLogits(as_rows(logits))
 
-    def gradient(self, kept: Kept, sums: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tensor:
-        """As ``Targets.gradient``."""
-        logits, objective = kept.values, self.objective
+    def gradient(self, saved: SavedLogits, sums: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """As ``ShardedSoftmax.gradient``."""
+        logits, objective = saved.values, self.objective
         out = logits if out is None else out
         if not logits.numel():
             return out

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.library import triton_op
 
 from argonne.kernels.gpu.launch import Wrap, cdiv, differentiable, direct, within_op
-from argonne.kernels.rope import rotated
+from argonne.kernels.rotation import rotated
 
 BLOCK = 1024
 """Elements of a row that a program turns: heads lie behind each other, so that a width such as 170 does not matter."""

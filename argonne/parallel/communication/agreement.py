@@ -1,7 +1,7 @@
 """The checking mode of ``record``: do all ranks issue the same collectives, in the same order?
 
-Before a collective starts, its ranks tell each other through the job's key-value store what they are about to
-issue, and go on only when all say the same. Nothing is ever sent to a rank that is stuck or has gone another
+Before a collective starts, its ranks write to each other through the job's key-value store what they are about to
+issue, and go on only when all have written the same. Nothing is ever sent to a rank that is stuck or has gone another
 way, so that no one is left hanging.
 """
 
@@ -10,22 +10,17 @@ from __future__ import annotations
 import time
 from collections import Counter
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from argonne.parallel.errors import CollectiveMismatch
-
-if TYPE_CHECKING:
-    from argonne.parallel.communication.groups import ProcessGroups
-    from argonne.parallel.communication.recording import Collective
 
 _OUTSIDE = "not yet in the block"
 _START = "the start of the block"
 _END = "the end of the block"
 _GONE = "left the block"
 _AGREED = "agreed"
-_POLL = 0.002  # seconds between two looks for what the others said
+_POLL = 0.002  # seconds between two looks for the messages of the others
 _LOOK = 0.05  # seconds between two looks at what keeps them
 _EDGE_PATIENCE = 60.0  # seconds: a rank may have much to do before its first and after its last collective
 
@@ -33,13 +28,13 @@ _EDGE_PATIENCE = 60.0  # seconds: a rank may have much to do before its first an
 class Agreement:
     """One rank's side of the comparison, inside its ``with`` block; entering and leaving it are collective.
 
-    Keys: ``said/<ranks>/<n>/<rank>`` is what a rank issues as the n-th collective of those ranks;
+    Keys: ``message/<ranks>/<n>/<rank>`` is what a rank issues as the n-th collective of those ranks;
     ``verdict/<ranks>/<n>`` that they agree, or why they do not; ``report`` the first such reason of all ranks;
-    ``at/<rank>`` the latest thing a rank said; ``left`` the number of ranks that are through.
+    ``at/<rank>`` the latest message of a rank; ``left`` the number of ranks that are through.
     """
 
-    def __init__(self, groups: ProcessGroups, patience: float) -> None:
-        self.rank, self.everyone, self.patience = groups.world.rank, groups.world.ranks, patience
+    def __init__(self, rank: int, everyone: tuple[int, ...], patience: float) -> None:
+        self.rank, self.everyone, self.patience = rank, everyone, patience
         store = dist.distributed_c10d._get_default_store()  # every call here is answered at once
         # Counted in the store: processes may have been in other jobs before, but all enter the same blocks of one.
         block = store.add(f"argonne/agreement/entered/{self.rank}", 1)
@@ -62,34 +57,34 @@ class Agreement:
             self._forget(ranks, number)
         if self.store.add("left", 1) == len(self.everyone):  # nobody reads any more
             for rank in self.everyone:
-                self.store.delete_key(f"said/{self.everyone}/{last}/{rank}")
+                self.store.delete_key(f"message/{self.everyone}/{last}/{rank}")
                 self.store.delete_key(f"at/{rank}")
             self.store.delete_key(f"verdict/{self.everyone}/{last}")
             self.store.delete_key("left")
 
-    def check(self, entry: Collective) -> None:
-        """Return when every rank of ``entry`` is about to issue the same; otherwise raise the report."""
-        self._agree(entry.ranks, str(entry), self.patience)
+    def check(self, ranks: tuple[int, ...], text: str) -> None:
+        """Return when every one of ``ranks`` is about to issue what ``text`` describes; otherwise raise the report."""
+        self._agree(ranks, text, self.patience)
 
     def _agree(self, ranks: tuple[int, ...], text: str, patience: float) -> None:
         self.counts[ranks] += 1
         number = self.counts[ranks]
-        keys = {rank: f"said/{ranks}/{number}/{rank}" for rank in ranks}
+        keys = {rank: f"message/{ranks}/{number}/{rank}" for rank in ranks}
         self.store.set(keys[self.rank], text)
         self.store.set(f"at/{self.rank}", text)
         problem = self._wait(keys, patience)
         if not problem:
-            said = dict(zip(ranks, map(bytes.decode, self.store.multi_get(list(keys.values()))), strict=True))
-            problem = _who_says_what(said) if len(set(said.values())) > 1 else None
+            messages = dict(zip(ranks, map(bytes.decode, self.store.multi_get(list(keys.values()))), strict=True))
+            problem = _by_message(messages) if len(set(messages.values())) > 1 else None
         # One verdict for all: a rank may give up at the very moment at which the last one comes.
         name = f"collective {number} of rank{_listed(ranks)}"
-        verdict = self._first_said(f"verdict/{ranks}/{number}", f"{name}: {problem}" if problem else _AGREED)
+        verdict = self._first_message(f"verdict/{ranks}/{number}", f"{name}: {problem}" if problem else _AGREED)
         if verdict != _AGREED:
-            raise CollectiveMismatch(self._first_said("report", f"the ranks are out of step at {verdict}"))
+            raise CollectiveMismatch(self._first_message("report", f"the ranks are out of step at {verdict}"))
         self._forget(ranks, number - 1)
 
     def _wait(self, keys: dict[int, str], patience: float) -> str | None:
-        """Wait until every rank has said its key, or return why it is in vain."""
+        """Wait until every rank has set its key, or return why it is in vain."""
         began = looked = time.monotonic()
         while not self.store.check(list(keys.values())):
             time.sleep(_POLL)
@@ -97,14 +92,14 @@ class Agreement:
             if now - looked < _LOOK:
                 continue
             looked = now
-            # In this order: a rank that has left and has not said its key will never say it.
+            # In this order: a rank that has left and has not set its key will never set it.
             places = self._places()
             missing = [rank for rank, key in keys.items() if not self.store.check([key])]
             gone = [rank for rank in missing if places[rank].startswith((_END, _GONE))]
             if gone:
-                return f"rank{_listed(gone)} will not come: {_who_says_what(places)}"
+                return f"rank{_listed(gone)} will not come: {_by_message(places)}"
             if missing and now - began > patience:
-                return f"rank{_listed(missing)} did not come within {patience:g} s: {_who_says_what(places)}"
+                return f"rank{_listed(missing)} did not come within {patience:g} s: {_by_message(places)}"
         return None
 
     def _places(self) -> dict[int, str]:
@@ -112,21 +107,21 @@ class Agreement:
         keys = {rank: f"at/{rank}" for rank in self.everyone}
         return {r: self.store.get(key).decode() if self.store.check([key]) else _OUTSIDE for r, key in keys.items()}
 
-    def _first_said(self, key: str, text: str) -> str:
-        """Say ``text`` under ``key`` unless another rank was first; what was said."""
+    def _first_message(self, key: str, text: str) -> str:
+        """Set ``key`` to ``text`` unless another rank was first; what it is set to."""
         return self.store.compare_set(key, "", text).decode()
 
     def _forget(self, ranks: tuple[int, ...], number: int) -> None:
-        """Delete this rank's keys of a collective that all its ranks are through with: they have said a later one."""
-        self.store.delete_key(f"said/{ranks}/{number}/{self.rank}")
+        """Delete this rank's keys of a collective that all its ranks are through with: they have set a later one."""
+        self.store.delete_key(f"message/{ranks}/{number}/{self.rank}")
         if self.rank == ranks[0]:
             self.store.delete_key(f"verdict/{ranks}/{number}")
 
 
-def _who_says_what(said: dict[int, str]) -> str:
+def _by_message(messages: dict[int, str]) -> str:
     """``ranks 0, 2: this; rank 1: that``."""
     groups: dict[str, list[int]] = {}
-    for rank, text in said.items():
+    for rank, text in messages.items():
         groups.setdefault(text, []).append(rank)
     return "; ".join(f"rank{_listed(ranks)}: {text}" for text, ranks in groups.items())
 

@@ -149,6 +149,14 @@ def transfer(tensor: Tensor, axis: Axis, source: int, target: int) -> Tensor:
     return tensor
 
 
+def barrier(axis: Axis) -> None:
+    """Wait for every process of ``axis``."""
+    if axis.group is not None:
+        entry = recording.announce("barrier", axis)
+        dist.barrier(axis.group)
+        recording.complete(entry)
+
+
 def gather_objects(value: T, axis: Axis) -> list[T]:
     """Every rank's small Python ``value``, in rank order. For set-up and saves, not for training steps."""
     if axis.group is None:

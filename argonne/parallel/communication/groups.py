@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from argonne.parallel.communication import recording
-from argonne.parallel.communication.environment import meeting, place
 from argonne.parallel.communication.layout import AXES, Layout
-from argonne.parallel.communication.rendezvous import meet
-from argonne.parallel.communication.shutdown import let_threads_rest
-from argonne.parallel.errors import LayoutError
 
-STARTUP_TIMEOUT = timedelta(minutes=10)
-"""Rendezvous, loading and the first batch: machines start at different times and disks are slow."""
-TRAINING_TIMEOUT = timedelta(minutes=5)
-"""Once every rank is running, a collective that takes longer has lost a peer."""
+Summation = Literal["fast"]
+"""How numbers of several ranks are added. ``fast``: in whatever order the library of collectives takes."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +28,8 @@ class Axis:
     """``None`` when the axis has one process: every collective over it is then skipped."""
     ranks: tuple[int, ...] = (0,)
     """The global rank of each member."""
+    summation: Summation = "fast"
+    """In what order ``reduction.py`` adds what the members have."""
 
 
 JOINT_AXES = {
@@ -113,7 +106,7 @@ class ProcessGroups:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process speaks for the job: prints, and writes what is written once."""
+        """Whether this process is the one that prints, and writes what is written once."""
         return self.world.rank == 0
 
     @property
@@ -131,13 +124,6 @@ class ProcessGroups:
         axes = [self.world, *(getattr(self, axis) for axis in (*AXES, *JOINT_AXES))]
         for group in {id(axis.group): axis.group for axis in axes if axis.group is not None}.values():
             dist.distributed_c10d._set_pg_timeout(timeout, group)
-
-    def barrier(self) -> None:
-        """Wait for every process of the job."""
-        if self.world.group is not None:
-            entry = recording.announce("barrier", self.world)
-            dist.barrier(self.world.group)
-            recording.complete(entry)
 
 
 def _axis(mesh: DeviceMesh, name: str, line: DeviceMesh | None = None) -> Axis:
@@ -157,54 +143,3 @@ def _joint(mesh: DeviceMesh, name: str, parts: list[Axis], world: Axis) -> Axis:
     if size == world.size:
         return replace(world, name=name)
     return _axis(mesh, name, mesh[tuple(part.name for part in parts)]._flatten(name))
-
-
-def choose_device(kind: str) -> torch.device:
-    """The device of this process for ``kind`` in ``cpu | cuda | auto``, bound by LOCAL_RANK.
-
-    Raises:
-        LayoutError: ``cuda`` is asked for and not there, or LOCAL_RANK has no GPU of its own.
-    """
-    if kind not in ("cpu", "cuda", "auto"):
-        raise LayoutError(f"device={kind!r} is not known; legal: cpu, cuda, auto")
-    available = torch.cuda.is_available()
-    if kind == "cpu" or (kind == "auto" and not available):
-        return torch.device("cpu")
-    if not available:
-        raise LayoutError("device='cuda' was asked for, but this machine has no CUDA device; legal: cpu, auto")
-    here = place()
-    # Ranks that were started by hand may not be told which of their node's they are.
-    local_rank = here.rank % torch.cuda.device_count() if here.local_rank is None else here.local_rank
-    if local_rank >= torch.cuda.device_count():
-        raise LayoutError(
-            f"LOCAL_RANK={local_rank} has no GPU of its own; this machine has {torch.cuda.device_count()}"
-        )
-    return torch.device("cuda", local_rank)
-
-
-@contextmanager
-def process_groups(layout: Layout, device: torch.device) -> Iterator[ProcessGroups]:
-    """Join the job that the launcher's environment describes; leave it cleanly at the end.
-
-    Reads RANK, WORLD_SIZE, MASTER_ADDR [127.0.0.1] and MASTER_PORT [29500] (set by ``torchrun``, a scheduler
-    or by hand); without them this process is the whole job. Gloo serves CPU tensors, NCCL those on GPUs.
-    On an exception the groups are left as they are: a peer may be gone, and waiting for it would hang.
-    """
-    here = place()
-    layout.require_world_size(here.world_size)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if here.world_size == 1:
-        yield ProcessGroups.single(device, layout)
-        return
-    options: dict[str, Any] = {"timeout": STARTUP_TIMEOUT, "rank": here.rank, "world_size": here.world_size}
-    options["store"] = meet(here, meeting(), STARTUP_TIMEOUT)
-    if device.type == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **options)
-    else:
-        dist.init_process_group("gloo", **options)
-    groups = ProcessGroups.from_world(layout, device)
-    yield groups
-    groups.barrier()
-    let_threads_rest()
-    dist.destroy_process_group()

@@ -14,14 +14,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from argonne.parallel.communication.agreement import Agreement
-    from argonne.parallel.communication.groups import Axis, ProcessGroups
+from argonne.parallel.communication.agreement import Agreement
+from argonne.parallel.communication.groups import Axis, ProcessGroups
 
 
 @dataclass
@@ -137,7 +136,7 @@ def announce(
         op, axis.name, axis.ranks, shape, dtype, size, module, phase, is_async, started=time.perf_counter()
     )
     if _recorder.agreement is not None:
-        _recorder.agreement.check(entry)
+        _recorder.agreement.check(entry.ranks, str(entry))
         entry.started = time.perf_counter()
     _recorder.log.collectives.append(entry)
     return entry
@@ -167,11 +166,11 @@ def record(model: nn.Module | None = None, check: ProcessGroups | None = None, p
         RuntimeError: another ``record`` block is active.
     """
     global _recorder
-    from argonne.parallel.communication.agreement import Agreement
-
     if _recorder is not None:
         raise RuntimeError("record() is active already; its blocks do not nest")
-    agreement = Agreement(check, patience) if check is not None and check.world.size > 1 else None
+    agreement = None
+    if check is not None and check.world.size > 1:
+        agreement = Agreement(check.world.rank, check.world.ranks, patience)
     recorder = _Recorder(model, agreement)
     hooks: Sequence[Any] = (
         nn.modules.module.register_module_forward_pre_hook(recorder.enter),

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from argonne.parallel.communication.collectives import all_gather, all_reduce, reduce_scatter
+from argonne.parallel.communication.collectives import all_gather
 from argonne.parallel.communication.groups import Axis
 from argonne.parallel.communication.recording import site
+from argonne.parallel.communication.reduction import sum_and_scatter, sum_over
 from argonne.parallel.errors import ArgonneError
 
 
@@ -27,13 +28,13 @@ class _CopyToRegion(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return all_reduce(_copy(gradient), ctx.axis, ctx.site), None
+        return sum_over(_copy(gradient), ctx.axis, ctx.site), None
 
 
 class _ReduceFromRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
-        return all_reduce(_copy(tensor), axis)
+        return sum_over(_copy(tensor), axis)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -70,14 +71,14 @@ class _GatherFromSequenceRegion(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return reduce_scatter(gradient, ctx.axis, ctx.site), None
+        return sum_and_scatter(gradient, ctx.axis, ctx.site), None
 
 
 class _ReduceScatterToSequenceRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
         ctx.axis, ctx.site = axis, site()
-        return reduce_scatter(tensor, axis)
+        return sum_and_scatter(tensor, axis)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -133,7 +134,7 @@ def reduce_scatter_to_sequence_region(tensor: Tensor, axis: Axis) -> Tensor:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """The all-reduce works in place, on memory that is nobody else's."""
+    """The sum is made in place, on memory that is nobody else's."""
     return tensor.clone(memory_format=torch.contiguous_format)
 
 

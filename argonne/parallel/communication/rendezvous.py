@@ -2,7 +2,7 @@
 
 torchrun keeps one store for as long as it lives and hands it to every attempt (PyTorch 2.13), so a restarted rank may
 find the address of a rank that is dead. The number of restarts tells the attempts apart on one machine only: an agent
-that joins the restart of another does not count it. So the first rank makes up a name, and tells it to processes that
+that joins the restart of another does not count it. So the first rank makes up a name, and sends it to processes that
 have proven to be alive.
 """
 
@@ -20,8 +20,8 @@ from argonne.parallel.communication.environment import Meeting, Place
 from argonne.parallel.errors import LauncherError
 
 _LOOKS_EVERY = 0.05  # seconds
-_TELLS_AFTER = 5.0  # seconds without an answer
-_TELLS_OF_MISSING_AFTER = 20.0  # seconds: what the others import takes as long as here, or a little longer
+_LOGS_AFTER = 5.0  # seconds without an answer
+_LOGS_MISSING_AFTER = 20.0  # seconds: what the others import takes as long as here, or a little longer
 _AGENT_ANSWERS_WITHIN = 15.0  # seconds: it has a store before it has ranks
 _NEIGHBOUR_ANSWERS_WITHIN = 60.0  # seconds: ranks on one machine are started together
 
@@ -70,10 +70,10 @@ def _await_answer(place: Place, meeting: Meeting, timeout: timedelta) -> None:
         patience = _AGENT_ANSWERS_WITHIN
     elif meeting.is_here:
         patience = _NEIGHBOUR_ANSWERS_WITHIN
-    began, told = time.monotonic(), False
+    began, logged = time.monotonic(), False
     while True:
         try:
-            socket.create_connection((meeting.address, meeting.port), timeout=_TELLS_AFTER).close()
+            socket.create_connection((meeting.address, meeting.port), timeout=_LOGS_AFTER).close()
             return
         except OSError as error:
             waited, reason = time.monotonic() - began, error.strerror or error
@@ -81,13 +81,13 @@ def _await_answer(place: Place, meeting: Meeting, timeout: timedelta) -> None:
             raise LauncherError(
                 f"nobody answers at {meeting} ({reason}), for {patience:.0f} s; legal: where rank 0 is started too"
             )
-        if waited > _TELLS_AFTER and place.is_first_here and not told:
-            told = True
-            _tell(f"rank {place.rank} waits up to {patience:.0f} s for rank 0: nobody answers at {meeting} ({reason})")
+        if waited > _LOGS_AFTER and place.is_first_here and not logged:
+            logged = True
+            _log(f"rank {place.rank} waits up to {patience:.0f} s for rank 0: nobody answers at {meeting} ({reason})")
         time.sleep(_LOOKS_EVERY)
 
 
-def _tell(line: str) -> None:
+def _log(line: str) -> None:
     print(f"argonne: {line}", file=sys.stderr, flush=True)
 
 
@@ -111,16 +111,16 @@ def fresh_store(store: dist.Store, rank: int, world_size: int, timeout: timedelt
     name = f"argonne/{uuid.uuid4().hex}"
     deadline = time.monotonic() + timeout.total_seconds()
     missing = list(range(1, world_size))
-    tells_at = time.monotonic() + _TELLS_OF_MISSING_AFTER
+    logs_at = time.monotonic() + _LOGS_MISSING_AFTER
     while missing:
         for other in missing:
             if store.check([f"argonne/asks/{other}"]):
                 store.set(store.get(f"argonne/asks/{other}").decode(), name)
         time.sleep(_LOOKS_EVERY)
         missing = [other for other in missing if not store.check([f"{name}/heard/{other}"])]
-        if missing and time.monotonic() > tells_at:
-            tells_at = deadline
-            _tell(
+        if missing and time.monotonic() > logs_at:
+            logs_at = deadline
+            _log(
                 f"rank 0 of {world_size} waits up to {timeout.total_seconds():.0f} s for {len(missing)} more, of which "
                 f"rank {missing[0]} is the first"
             )

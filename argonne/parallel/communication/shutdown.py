@@ -16,7 +16,7 @@ _LOOKS, _APART = 3, 0.002  # seconds
 _AT_MOST = 10.0  # seconds
 
 
-def let_threads_rest() -> None:
+def wait_for_gloo() -> None:
     """Wait until no thread of Gloo's has anything in hand; to be called when every collective has completed.
 
     One that waits for the interpreter's lock gets it here, between two looks. Where threads cannot be looked at, as
@@ -35,10 +35,10 @@ def _busy() -> bool:
     """Whether a thread of Gloo's is doing anything but wait."""
     for task in _TASKS.iterdir():
         try:
-            told = (task / "stat").read_text(encoding="utf-8", errors="replace")
+            status = (task / "stat").read_text(encoding="utf-8", errors="replace")
         except OSError:  # it has just ended
             continue
-        name, state = told.partition("(")[2].rpartition(") ")[::2]
+        name, state = status.partition("(")[2].rpartition(") ")[::2]
         if name == _THREADS and not state.startswith("S"):
             return True
     return False

@@ -31,7 +31,7 @@ def context_positions(sequence: int, axis: Axis) -> Tensor:
     return torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in _held_chunks(sequence, axis)])
 
 
-def share_sequence(x: Tensor, axis: Axis, dim: int = 1) -> Tensor:
+def shard_sequence(x: Tensor, axis: Axis, dim: int = 1) -> Tensor:
     """This rank's positions of a tensor that every rank has whole: ids, targets, rotary tables.
 
     Its backward, if there is one, does not sum over the ranks.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -12,8 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from argonne.parallel.communication.collectives import Pending, start_all_reduce
+from argonne.parallel.communication.collectives import Pending
 from argonne.parallel.communication.groups import Axis, ProcessGroups
+from argonne.parallel.communication.reduction import start_sum
 from argonne.parallel.data_parallel.buckets import LateGradient, OverlappedReduction, plan_buckets
 from argonne.parallel.data_parallel.strategy import DataParallel, rows_of_rank
 from argonne.parallel.errors import ArgonneError
@@ -22,7 +23,7 @@ from argonne.parallel.tensor_parallel.precision import Precision
 
 
 @dataclass(frozen=True)
-class _Place:
+class _ShardingAxes:
     """Where a rank stands among its replicas: in a group that shares out rows, of several that have all of them."""
 
     within: Axis
@@ -33,7 +34,7 @@ class _Place:
     """Those as ranks of ``groups.replicas``."""
 
     @classmethod
-    def of(cls, replicas: Axis, shard: int | None) -> _Place:
+    def of(cls, replicas: Axis, shard: int | None) -> _ShardingAxes:
         """This rank's, where each ``shard`` neighbours are a group (collective over the replicas)."""
         if shard is None or shard == replicas.size:
             return cls(replicas, Axis("across", ranks=(replicas.ranks[replicas.rank],)), (replicas.rank,))
@@ -48,7 +49,7 @@ class FullyShard(DataParallel):
 
     The parameters of a block are gathered just before it computes, in forward and again in backward, where its
     gradients are then reduce-scattered and added to this rank's rows, in every micro-batch: no rank ever has the whole
-    gradient. Parameters outside the blocks stay gathered from forward to backward.
+    gradient. Parameters outside the blocks stay gathered from the first forward to the last backward of a step.
 
     With ``shard`` the rows are shared out within groups of so many neighbouring replicas, and the groups are replicas
     of each other: their rows are summed once a step, in all-reduces that run beside the last backward.
@@ -90,23 +91,27 @@ class FullyShard(DataParallel):
         homes = {
             id(p): (module, name) for module in model.modules() for name, p in module.named_parameters(recurse=False)
         }
-        place = _Place.of(groups.replicas, shard)
-        assert place.within.group is not None, "there is one replica only"
-        mesh = DeviceMesh.from_group(place.within.group, groups.device.type, mesh_dim_names=("replicas",))
+        axes = _ShardingAxes.of(groups.replicas, shard)
+        assert axes.within.group is not None, "there is one replica only"
+        mesh = DeviceMesh.from_group(axes.within.group, groups.device.type, mesh_dim_names=("replicas",))
         for module in self._modules:
             _materialise(module, groups.device)
             fully_shard(module, mesh=mesh, mp_policy=_policy(precision))
             assert isinstance(module, FSDPModule)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # Gloo knows no other
+        for root in stages or [model]:
+            assert isinstance(root, FSDPModule)
+            # A loss that is computed outside its call may need the head in the backward of another micro-batch too.
+            root.set_reshard_after_backward(False, recurse=False)
         for name in forward_methods:
             register_fsdp_forward_method(model, name)
         self._dtensors = [getattr(*homes[id(sharded.parameter)]) for sharded in declared]
         pairs = zip(declared, self._dtensors, strict=True)
-        super().__init__([_own_rows(sharded, dtensor, place) for sharded, dtensor in pairs], groups)
-        self._across = place.across
-        trained = [dtensor for dtensor in self._dtensors if dtensor.requires_grad and place.across.size > 1]
-        self._buckets = plan_buckets(trained, bucket_bytes * place.within.size)
+        super().__init__([_own_rows(sharded, dtensor, axes) for sharded, dtensor in pairs], groups)
+        self._across = axes.across
+        trained = [dtensor for dtensor in self._dtensors if dtensor.requires_grad and axes.across.size > 1]
+        self._buckets = plan_buckets(trained, bucket_bytes * axes.within.size)
         self._reduction = OverlappedReduction(self._buckets, self._start)
 
     def begin(self, micro_batches: int, deferred: bool = False) -> None:
@@ -118,6 +123,7 @@ class FullyShard(DataParallel):
         self._reduction.begin(micro_batches, deferred)
 
     def complete(self) -> None:
+        self.publish()
         self._sum_over_groups()
         for sharded, dtensor in zip(self.parameters, self._dtensors, strict=True):
             if not dtensor.requires_grad:
@@ -130,7 +136,7 @@ class FullyShard(DataParallel):
         super().complete()
 
     def publish(self) -> None:
-        """The memory is shared; only whole parameters that an evaluation has left gathered are dropped."""
+        """The memory is shared; only whole parameters that a pass has left gathered are dropped."""
         for module in self._modules:
             assert isinstance(module, FSDPModule)
             module.reshard()
@@ -139,7 +145,7 @@ class FullyShard(DataParallel):
         """Begin to sum a bucket of this rank's rows over the groups."""
         bucket = self._buckets[number]
         rows = [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in bucket]
-        return start_all_reduce(torch.cat([part.flatten() for part in rows]), self._across)
+        return start_sum(torch.cat([part.flatten() for part in rows]), self._across)
 
     def _sum_over_groups(self) -> None:
         totals = self._reduction.finish()
@@ -155,7 +161,8 @@ def _axis(name: str, replicas: Axis, members: Sequence[int]) -> Axis:
     """Some of the replicas, this rank among them, with a process group that only they make."""
     ranks = tuple(replicas.ranks[member] for member in members)
     group = dist.new_group(list(ranks), use_local_synchronization=True)
-    return Axis(name, len(ranks), list(members).index(replicas.rank), group, ranks)
+    rank = list(members).index(replicas.rank)
+    return replace(replicas, name=name, size=len(ranks), rank=rank, group=group, ranks=ranks)
 
 
 def _materialise(module: nn.Module, device: torch.device) -> None:
@@ -174,11 +181,11 @@ def _policy(precision: Precision) -> MixedPrecisionPolicy:
     )
 
 
-def _own_rows(sharded: ShardedParameter, dtensor: Tensor, place: _Place) -> ShardedParameter:
-    rows = rows_of_rank(len(dtensor), place.within)
+def _own_rows(sharded: ShardedParameter, dtensor: Tensor, axes: _ShardingAxes) -> ShardedParameter:
+    rows = rows_of_rank(len(dtensor), axes.within)
     local = _local(dtensor)
     assert len(local) == len(rows), f"FSDP2 cuts {sharded.name} into other rows: {len(local)} here, not {len(rows)}"
-    return narrow_rows(sharded, rows, nn.Parameter(local, requires_grad=dtensor.requires_grad), place.holders)
+    return narrow_rows(sharded, rows, nn.Parameter(local, requires_grad=dtensor.requires_grad), axes.holders)
 
 
 @torch.no_grad()

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from argonne.parallel.communication.collectives import Pending, start_all_reduce
+from argonne.parallel.communication.collectives import Pending
 from argonne.parallel.communication.groups import ProcessGroups
+from argonne.parallel.communication.reduction import start_sum
 from argonne.parallel.data_parallel.buckets import LateGradient, OverlappedReduction, gradient_dtype, plan_buckets
 from argonne.parallel.data_parallel.strategy import DataParallel
 from argonne.parallel.sharding.spec import ShardedParameter
@@ -26,7 +27,7 @@ class Replicate(DataParallel):
         self._buckets = plan_buckets(trained, bucket_bytes)
         self._buffers: list[Tensor] = []
         self._sent: list[int] = []  # the version of each buffer when it was sent
-        self._places: list[list[Tensor]] = []
+        self._views: list[list[Tensor]] = []
         self._reduction = OverlappedReduction(self._buckets, self._start)
 
     def begin(self, micro_batches: int, deferred: bool = False) -> None:
@@ -38,11 +39,11 @@ class Replicate(DataParallel):
                 pieces = buffer.split([parameter.numel() for parameter in bucket])
                 self._buffers.append(buffer)
                 self._sent.append(0)
-                self._places.append([piece.view(p.shape) for p, piece in zip(bucket, pieces, strict=True)])
-        for bucket, buffer, places in zip(self._buckets, self._buffers, self._places, strict=True):
+                self._views.append([piece.view(p.shape) for p, piece in zip(bucket, pieces, strict=True)])
+        for bucket, buffer, views in zip(self._buckets, self._buffers, self._views, strict=True):
             buffer.zero_()
-            for parameter, place in zip(bucket, places, strict=True):
-                parameter.grad = place
+            for parameter, view in zip(bucket, views, strict=True):
+                parameter.grad = view
 
     def complete(self) -> None:
         self._reduction.finish()
@@ -51,10 +52,10 @@ class Replicate(DataParallel):
         super().complete()
 
     def _start(self, number: int) -> Pending:
-        for parameter, place in zip(self._buckets[number], self._places[number], strict=True):
-            if parameter.grad is not place:  # someone has replaced or cleared it
-                place.zero_() if parameter.grad is None else place.copy_(parameter.grad)
-                parameter.grad = place
-        pending = start_all_reduce(self._buffers[number], self.groups.replicas)
+        for parameter, view in zip(self._buckets[number], self._views[number], strict=True):
+            if parameter.grad is not view:  # someone has replaced or cleared it
+                view.zero_() if parameter.grad is None else view.copy_(parameter.grad)
+                parameter.grad = view
+        pending = start_sum(self._buffers[number], self.groups.replicas)
         self._sent[number] = self._buffers[number]._version
         return pending

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from argonne.parallel.communication.collectives import Pending, start_all_gather, start_reduce_scatter
+from argonne.parallel.communication.collectives import Pending, start_all_gather
 from argonne.parallel.communication.groups import ProcessGroups
+from argonne.parallel.communication.reduction import start_sum_and_scatter
 from argonne.parallel.data_parallel.buckets import LateGradient, OverlappedReduction, gradient_dtype, plan_buckets
 from argonne.parallel.data_parallel.strategy import DataParallel, rows_of_a_full_rank, rows_of_rank
 from argonne.parallel.errors import ArgonneError
@@ -18,7 +19,7 @@ from argonne.parallel.sharding.spec import ShardedParameter, narrow_rows
 
 
 @dataclass(frozen=True)
-class _Place:
+class _BucketSlot:
     """Where a parameter lies in the buffer ``[replicas, width]`` of its bucket: row r is what rank r has of it."""
 
     whole: nn.Parameter
@@ -59,32 +60,32 @@ class ShardedOptimizer(DataParallel):
         trained = [s.parameter for s in parameters if s.parameter.requires_grad]
         own = {id(s.parameter): o.parameter for s, o in zip(parameters, self.parameters, strict=True)}
         buckets = plan_buckets(trained, bucket_bytes)
-        self._buckets = [list(_places(bucket, own, groups)) for bucket in buckets]
-        self._widths = [sum(place.width for place in bucket) for bucket in self._buckets]
+        self._buckets = [list(_slots(bucket, own, groups)) for bucket in buckets]
+        self._widths = [sum(slot.width for slot in bucket) for bucket in self._buckets]
         self._reduction = OverlappedReduction(buckets, self._start)
 
     def begin(self, micro_batches: int, deferred: bool = False) -> None:
         super().begin(micro_batches, deferred)
         self._reduction.begin(micro_batches, deferred)
         for bucket in self._buckets:
-            for place in bucket:
-                place.whole.grad = None
+            for slot in bucket:
+                slot.whole.grad = None
 
     def complete(self) -> None:
         for bucket, summed in zip(self._buckets, self._reduction.finish(), strict=True):
-            for place in bucket:
-                if place.whole.grad is not None:
+            for slot in bucket:
+                if slot.whole.grad is not None:
                     raise LateGradient
-                place.own.grad = summed[0, place.own_columns].view(place.own.shape)
+                slot.own.grad = summed[0, slot.own_columns].view(slot.own.shape)
         super().complete()
 
     @torch.no_grad()
     def publish(self) -> None:
-        gathering: tuple[list[_Place], Pending] | None = None
+        gathering: tuple[list[_BucketSlot], Pending] | None = None
         for bucket, width in zip(reversed(self._buckets), reversed(self._widths), strict=True):
             values = bucket[0].own.new_zeros(1, width)
-            for place in bucket:
-                values[0, place.own_columns] = place.own.view(-1)
+            for slot in bucket:
+                values[0, slot.own_columns] = slot.own.view(-1)
             started = (bucket, start_all_gather(values, self.groups.replicas))
             if gathering is not None:
                 _spread(*gathering)
@@ -97,12 +98,12 @@ class ShardedOptimizer(DataParallel):
         whole = bucket[0].whole
         dtype = gradient_dtype(whole)
         buffer = torch.zeros(self.groups.replicas.size, self._widths[number], dtype=dtype, device=whole.device)
-        for place in bucket:
-            if place.whole.grad is not None:
-                for there, part in place.pairs(buffer, place.whole.grad.contiguous()):
+        for slot in bucket:
+            if slot.whole.grad is not None:
+                for there, part in slot.pairs(buffer, slot.whole.grad.contiguous()):
                     there.copy_(part)
-                place.whole.grad = None
-        return start_reduce_scatter(buffer, self.groups.replicas)
+                slot.whole.grad = None
+        return start_sum_and_scatter(buffer, self.groups.replicas)
 
 
 def _own_rows(sharded: ShardedParameter, groups: ProcessGroups) -> ShardedParameter:
@@ -122,17 +123,19 @@ def _own_rows(sharded: ShardedParameter, groups: ProcessGroups) -> ShardedParame
     return narrow_rows(sharded, rows, own, (groups.replicas.rank,))
 
 
-def _places(bucket: Sequence[nn.Parameter], own: dict[int, nn.Parameter], groups: ProcessGroups) -> Iterator[_Place]:
+def _slots(
+    bucket: Sequence[nn.Parameter], own: dict[int, nn.Parameter], groups: ProcessGroups
+) -> Iterator[_BucketSlot]:
     start = 0
     for whole in bucket:
         width = rows_of_a_full_rank(len(whole), groups.replicas) * math.prod(whole.shape[1:])
-        yield _Place(whole, own[id(whole)], start, width)
+        yield _BucketSlot(whole, own[id(whole)], start, width)
         start += width
 
 
-def _spread(bucket: list[_Place], gathered: Pending) -> None:
+def _spread(bucket: list[_BucketSlot], gathered: Pending) -> None:
     """Copy what all replicas have updated into the whole parameters."""
     values = gathered.wait()
-    for place in bucket:
-        for there, part in place.pairs(values, place.whole.data):
+    for slot in bucket:
+        for there, part in slot.pairs(values, slot.whole.data):
             part.copy_(there)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from argonne.parallel.communication.collectives import all_reduce, transfer
+from argonne.parallel.communication.collectives import broadcast, transfer
 from argonne.parallel.communication.groups import Axis
 from argonne.parallel.pipeline_parallel.plan import PipelinePlan
 
@@ -50,9 +50,9 @@ def pipeline_forward(
     return x if plan.rank_of(plan.stages - 1) == axis.rank else None
 
 
-def share_from_last(value: Tensor | None, like: Tensor, plan: PipelinePlan, axis: Axis) -> Tensor:
+def broadcast_from_last_stage(value: Tensor | None, like: Tensor, plan: PipelinePlan, axis: Axis) -> Tensor:
     """What the rank of the last stage has, on every rank of the pipeline; ``like`` has its shape and dtype."""
     if value is None:
-        return all_reduce(torch.zeros_like(like), axis)
+        value = torch.empty_like(like, memory_format=torch.contiguous_format)
     assert (value.shape, value.dtype) == (like.shape, like.dtype), f"{value.dtype} would become {like.dtype}"
-    return all_reduce(value.clone(), axis)
+    return broadcast(value.contiguous(), axis, plan.rank_of(plan.stages - 1))

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from argonne.parallel.communication.collectives import all_reduce, exchange
 from argonne.parallel.communication.groups import ProcessGroups
+from argonne.parallel.communication.reduction import sum_of_two, sum_over
 from argonne.parallel.sharding.spec import ShardedParameter
 
 
@@ -21,7 +21,7 @@ def complete_gradients(parameters: Sequence[ShardedParameter], groups: ProcessGr
     """
     for sharded in parameters:
         if sharded.parameter.grad is not None:
-            all_reduce(sharded.parameter.grad, groups.replicas)
+            sum_over(sharded.parameter.grad, groups.replicas)
     sum_partial_gradients(parameters, groups)
 
 
@@ -56,7 +56,7 @@ def _sum_over_holders(parameters: Sequence[ShardedParameter], groups: ProcessGro
         # Replicas that hold the same rows have the same sum over all replicas already: one of them adds it.
         if sharded.parameter.grad is not None and (not rows_are_shared_out or region.speaks_for_replicas(groups)):
             wholes[region.name][region.whole_index] = sharded.parameter.grad[region.local_index]
-    all_reduce(buffer, axis)
+    sum_over(buffer, axis)
     for sharded, region in shared:
         if sharded.parameter.grad is not None:
             sharded.parameter.grad[region.local_index] = wholes[region.name][region.whole_index]
@@ -69,7 +69,7 @@ def _sum_over_stages(parameters: Sequence[ShardedParameter], groups: ProcessGrou
             continue
         gradient = sharded.parameter.grad
         assert gradient is not None, f"{sharded.name} is held by two stages but used by one only"
-        gradient.add_(exchange(gradient, groups.pipeline, *sharded.spec.regions[0].stages))
+        sum_of_two(gradient, groups.pipeline, *sharded.spec.regions[0].stages)
 
 
 def global_gradient_norm(parameters: Sequence[ShardedParameter], groups: ProcessGroups) -> Tensor:
@@ -85,7 +85,7 @@ def global_gradient_norm(parameters: Sequence[ShardedParameter], groups: Process
         for region in sharded.spec.regions:
             if region.speaks(groups):
                 total += torch.linalg.vector_norm(gradient[region.local_index], dtype=torch.float64) ** 2
-    return all_reduce(total, groups.world).sqrt()
+    return sum_over(total, groups.world).sqrt()
 
 
 def clip_gradients(parameters: Sequence[ShardedParameter], norm: Tensor, limit: float, loss_scale: float = 1.0) -> None:

@@ -46,7 +46,7 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class Kept:
+class SavedLogits:
     """What is left of a rank's logits ``[tokens, its vocabulary]`` for the gradient, which may overwrite it."""
 
     values: Tensor
@@ -56,19 +56,19 @@ class Kept:
 
 
 @dataclass
-class Targets:
-    """Targets ``[tokens]`` as one rank of the vocabulary sees them, and the arithmetic on its logits.
+class ShardedSoftmax:
+    """The softmax of logits whose vocabulary is shared out, against its targets: one rank's part of the arithmetic.
 
     A subclass may compute in another way (``argonne.kernels`` does, on a GPU).
     """
 
     ids: Tensor
-    """Tokens of the whole vocabulary, or ``ignore_index``."""
+    """The targets ``[tokens]``: of the whole vocabulary, or ``ignore_index``."""
     vocabulary: VocabularyRange
     """The rank's."""
     objective: Objective
 
-    def __getitem__(self, chunk: slice) -> Targets:
+    def __getitem__(self, chunk: slice) -> ShardedSoftmax:
         return replace(self, ids=self.ids[chunk])
 
     @property
@@ -76,8 +76,8 @@ class Targets:
         """Which positions have a loss."""
         return self.ids != self.objective.ignore_index
 
-    def statistics(self, logits: Tensor) -> tuple[Tensor, Kept]:
-        """What this rank says of its logits ``[tokens, its vocabulary]``, and what it keeps of them.
+    def statistics(self, logits: Tensor) -> tuple[Tensor, SavedLogits]:
+        """What the loss needs of this rank's logits ``[tokens, its vocabulary]``, and what is left of them.
 
         Returns:
             ``[3 or 4, tokens]``: the maximum (made finite), the sum of exponentials above it, the target's logit,
@@ -85,48 +85,48 @@ class Targets:
         """
         values = logits.to(torch.promote_types(logits.dtype, torch.float32))
         wants_sum = self.objective.label_smoothing > 0
-        said = values.new_zeros(4 if wants_sum else 3, len(values))
-        said[0] = said[2] = -torch.inf
+        found = values.new_zeros(4 if wants_sum else 3, len(values))
+        found[0] = found[2] = -torch.inf
         if not self.vocabulary.tokens:
-            return said, Kept(values, said[1])
+            return found, SavedLogits(values, found[1])
         column, mine = self.vocabulary.localise(self.ids)
-        said[2] = torch.where(mine, values.gather(1, column[:, None])[:, 0], -torch.inf)
+        found[2] = torch.where(mine, values.gather(1, column[:, None])[:, 0], -torch.inf)
         if wants_sum:
-            torch.sum(values, 1, out=said[3])
+            torch.sum(values, 1, out=found[3])
         shift = values.amax(1).clamp_(min=torch.finfo(values.dtype).min)  # a rank's logits may all be -inf
         exponentials = (values - shift[:, None]).exp_()
-        said[0] = shift
-        torch.sum(exponentials, 1, out=said[1])
-        return said, Kept(exponentials, shift)
+        found[0] = shift
+        torch.sum(exponentials, 1, out=found[1])
+        return found, SavedLogits(exponentials, shift)
 
-    def losses(self, said: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(self, statistics: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of each position, from every rank's ``[ranks, 3 or 4, tokens]``, and the softmax's ``sums``.
 
         Those are ``[2, tokens]``: the highest logit, and the log of the sum of exponentials above it. They are kept
         apart, and the loss is a difference of logits first: so it does not suffer when all logits are large.
         """
-        highest, total, target_logit = said[:, 0], said[:, 1], said[:, 2].amax(0)
+        highest, total, target_logit = statistics[:, 0], statistics[:, 1], statistics[:, 2].amax(0)
         top = highest.amax(0)
         log_total = ((highest - top).exp() * total).sum(0).log()
         smoothing, z_loss = self.objective.label_smoothing, self.objective.z_loss
         losses = (top - target_logit) + log_total  # of a target that is no token: infinite
         if smoothing:
-            mean = said[:, 3].sum(0) / self.vocabulary.vocabulary
+            mean = statistics[:, 3].sum(0) / self.vocabulary.vocabulary
             losses = (1 - smoothing) * losses + smoothing * ((top - mean) + log_total)
         if z_loss:
             losses = losses + z_loss * (top + log_total).square()
         return torch.where(self.counted, losses, 0.0), torch.stack((top, log_total))
 
-    def keep(self, logits: Tensor, sums: Tensor) -> Kept:
-        """As ``statistics`` keeps it, when the ``sums`` are known."""
-        return Kept((logits.to(sums.dtype) - sums[0, :, None]).exp_(), sums[0])
+    def save(self, logits: Tensor, sums: Tensor) -> SavedLogits:
+        """As ``statistics`` saves it, when the ``sums`` are known."""
+        return SavedLogits((logits.to(sums.dtype) - sums[0, :, None]).exp_(), sums[0])
 
-    def gradient(self, kept: Kept, sums: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tensor:
-        """The gradient of the logits, in ``out`` or in place of what was kept; ``scale`` is the losses'."""
-        assert kept.shift is not None
-        smoothing, exponentials = self.objective.label_smoothing, kept.values
+    def gradient(self, saved: SavedLogits, sums: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """The gradient of the logits, in ``out`` or in place of what was saved; ``scale`` is the losses'."""
+        assert saved.shift is not None
+        smoothing, exponentials = self.objective.label_smoothing, saved.values
         scale, factor = self.factors(sums, scale)
-        exponentials.mul_(((kept.shift - sums[0] - sums[1]).exp() * factor)[:, None])
+        exponentials.mul_(((saved.shift - sums[0] - sums[1]).exp() * factor)[:, None])
         if smoothing:
             exponentials.sub_((scale * (smoothing / self.vocabulary.vocabulary))[:, None])
         if self.vocabulary.tokens:
@@ -151,12 +151,12 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         vocabulary: VocabularyRange,
         axis: Axis,
         objective: Objective,
-        arithmetic: type[Targets],
+        arithmetic: type[ShardedSoftmax],
     ) -> Any:
         local = arithmetic(targets, vocabulary, objective)
         pieces = [local[chunk].statistics(logits[chunk])[0] for chunk in _chunks(logits)]
-        said = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
-        losses, sums = local.losses(all_gather(said, axis))
+        statistics = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+        losses, sums = local.losses(all_gather(statistics, axis))
         ctx.save_for_backward(logits, targets, sums)
         ctx.vocabulary, ctx.objective, ctx.arithmetic = vocabulary, objective, arithmetic
         return losses
@@ -169,8 +169,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         logits_gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
         for chunk in _chunks(logits):
             here = local[chunk]
-            kept = here.keep(logits[chunk], sums[:, chunk])
-            here.gradient(kept, sums[:, chunk], gradient[chunk], out=logits_gradient[chunk])
+            saved = here.save(logits[chunk], sums[:, chunk])
+            here.gradient(saved, sums[:, chunk], gradient[chunk], out=logits_gradient[chunk])
         return logits_gradient, None, None, None, None, None
 
 
@@ -180,7 +180,7 @@ def vocab_parallel_cross_entropy(
     vocabulary: VocabularyRange,
     axis: Axis,
     objective: Objective = Objective(),
-    arithmetic: type[Targets] = Targets,
+    arithmetic: type[ShardedSoftmax] = ShardedSoftmax,
 ) -> Tensor:
     """The loss of each position, from this rank's part of the logits; the logits are left as they are.
 

@@ -18,7 +18,7 @@ from argonne.parallel.communication.groups import Axis
 from argonne.parallel.communication.recording import site
 from argonne.parallel.communication.regions import copy_to_region, gather_from_sequence_region
 from argonne.parallel.errors import ArgonneError
-from argonne.parallel.tensor_parallel.cross_entropy import Objective, Targets
+from argonne.parallel.tensor_parallel.cross_entropy import Objective, ShardedSoftmax
 from argonne.parallel.tensor_parallel.embedding import VocabParallelEmbedding, VocabParallelHead, VocabularyRange
 from argonne.parallel.tensor_parallel.gemm import product
 from argonne.parallel.tensor_parallel.products import add_product
@@ -44,7 +44,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         objective: Objective,
         reduction: str,
         trains: bool,
-        arithmetic: type[Targets],
+        arithmetic: type[ShardedSoftmax],
     ) -> Tensor:
         ctx.vocabulary, ctx.axis, ctx.objective, ctx.reduction = vocabulary, axis, objective, reduction
         ctx.site, ctx.weight_dtype, ctx.arithmetic = site(), weight.dtype, arithmetic
@@ -55,10 +55,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients = _Gradients(ctx, x, weight, accurate) if trains and reduction == "sum" else None
         for chunk in _chunks(x, vocabulary):
             here = local[chunk]
-            said, kept = here.statistics(_logits(x[chunk], used))
-            losses[chunk], sums[:, chunk] = here.losses(all_gather(said, axis))
+            statistics, saved = here.statistics(_logits(x[chunk], used))
+            losses[chunk], sums[:, chunk] = here.losses(all_gather(statistics, axis))
             if gradients is not None:
-                gradients.add(chunk, here.gradient(kept, sums[:, chunk], None), x, used)
+                gradients.add(chunk, here.gradient(saved, sums[:, chunk], None), x, used)
         if reduction == "none":
             ctx.save_for_backward(x, used, targets, sums)
             return losses
@@ -77,8 +77,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients = _Gradients(ctx, x, used, sums.dtype, rows=ctx.vocabulary.rows)
         for chunk in _chunks(x, ctx.vocabulary):
             here = local[chunk]
-            kept = here.keep(_logits(x[chunk], used), sums[:, chunk])
-            gradients.add(chunk, here.gradient(kept, sums[:, chunk], gradient[chunk]), x, used)
+            saved = here.save(_logits(x[chunk], used), sums[:, chunk])
+            gradients.add(chunk, here.gradient(saved, sums[:, chunk], gradient[chunk]), x, used)
         return *gradients.result(), *(None,) * 7
 
 
@@ -110,7 +110,7 @@ def vocab_parallel_linear_cross_entropy(
     targets: Tensor,
     objective: Objective = Objective(),
     reduction: Literal["sum", "none"] = "sum",
-    arithmetic: type[Targets] = Targets,
+    arithmetic: type[ShardedSoftmax] = ShardedSoftmax,
 ) -> Tensor:
     """``vocab_parallel_cross_entropy`` of ``vocab_parallel_logits``, without ever holding all logits.
 

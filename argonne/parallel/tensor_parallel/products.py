@@ -9,14 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from argonne.parallel.communication.collectives import (
-    all_gather,
-    start_all_gather,
-    start_all_reduce,
-    start_reduce_scatter,
-)
+from argonne.parallel.communication.collectives import all_gather, start_all_gather
 from argonne.parallel.communication.groups import Axis
 from argonne.parallel.communication.recording import site
+from argonne.parallel.communication.reduction import start_sum, start_sum_and_scatter
 from argonne.parallel.tensor_parallel.deferral import accumulate, current_queue
 from argonne.parallel.tensor_parallel.gemm import as_matrix, product, suits_onednn
 from argonne.parallel.tensor_parallel.precision import Precision
@@ -55,7 +51,7 @@ class _Product(torch.autograd.Function):
         if gathering is not None:
             x = gathering.wait()
         if x_gradient is not None:
-            start = start_reduce_scatter if ctx.shares_tokens else start_all_reduce
+            start = start_sum_and_scatter if ctx.shares_tokens else start_sum
             summing = start(x_gradient.contiguous(), ctx.axis, ctx.site)
         queue = current_queue() if ctx.parameters is not None else None
         if queue is not None:
