@@ -61,7 +61,7 @@ def all_names() -> frozenset[str]:
 def unknown(name: str) -> bool:
     """Whether code that a page names in backticks is nowhere: a flag, a path, or a name of the library."""
     if name.startswith("--"):
-        return name.split()[0][2:].replace("-", "_") not in all_names()
+        return name.split()[0][2:].removeprefix("no-").replace("-", "_") not in all_names()
     if "::" in name:
         path, _, inside = name.partition("::")
         return not (ROOT / path).is_file() or inside not in defined(ROOT / path)
@@ -118,7 +118,7 @@ def test_the_tour_names_every_room_and_every_file_in_it() -> None:
     tour = text("docs/tour.md")
     rooms = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "argonne").rglob("__init__.py")}
     assert [room for room in sorted(rooms) if f"`{room}/`" not in tour] == []
-    parts = re.split(r"`(argonne/[\w/]*)/`|^## ", tour, flags=re.M)
+    parts = re.split(r"`(argonne(?:/\w+)*)/`|^## ", tour, flags=re.M)
     described = {room: told for room, told in zip(parts[1::2], parts[2::2], strict=True) if room}
     missing = [
         f"{room}/{path.name}"
@@ -133,5 +133,6 @@ def test_the_tour_names_nothing_that_is_not_there() -> None:
     tour = text("docs/tour.md")
     named = set(re.findall(r"`([^`\n]+)`", tour))
     stems = {path.stem for path in (ROOT / "argonne").rglob("*.py")}
-    assert [name for name in sorted(named) if name not in stems and unknown(name)] == []
+    written = {"run.json", "config.json", "metrics.jsonl", "model.layers.0.self_attn.q_proj.weight"}
+    assert [name for name in sorted(named - written) if name not in stems and unknown(name)] == []
     assert len([name for name in named if "::" in name]) > 40
