@@ -83,8 +83,14 @@ def test_every_link_leads_somewhere(page: str) -> None:
 
 @pytest.mark.parametrize("page", OF_NOW)
 def test_every_file_that_is_named_is_there(page: str) -> None:
-    named = set(re.findall(r"`((?:argonne|tests|benchmarks|examples|docs)/[\w/.-]*)`", text(page)))
-    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+    told = text(page)
+    if page == "docs/architecture.md":  # the first column is the plan's
+        told = re.sub(r"^\| .*? \|", "|", told, flags=re.M)
+    named = set(re.findall(r"`((?:argonne|tests|benchmarks|examples|docs)/[\w/.-]*|[\w/]+\.py)`", told))
+    folders = ("argonne", "examples", "benchmarks")
+    files = [f"/{path.relative_to(ROOT)}" for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    known = {name for name in named if (ROOT / name).exists() or any(file.endswith(f"/{name}") for file in files)}
+    assert sorted(named - known) == []
 
 
 def test_the_readme_is_short_and_each_reason_for_it_has_a_link() -> None:
