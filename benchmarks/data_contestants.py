@@ -32,7 +32,7 @@ from argonne.data import (
 from argonne.data.lanes.plan import cut_units
 from argonne.data.lanes.reader import batch_rows, cut_batches
 from argonne.data.tokens.encoder import shared_encoder
-from argonne.data.tokens.filters import MIN_TOKENS
+from argonne.data.tokens.filters import FILTERS
 
 MAP_ROWS = 1000
 """Rows that `datasets` maps at a time: its default, and that of the recipe."""
@@ -134,7 +134,7 @@ def datasets_map(job: Job) -> Ready:
     def tokenise(rows: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
         kept = [text for text in rows["text"] if rejection(text) is None]
         ids = tokenizer(kept, add_special_tokens=False, return_attention_mask=False)["input_ids"] if kept else []
-        return {"input_ids": [each for each in ids if len(each) >= MIN_TOKENS]}
+        return {"input_ids": [each for each in ids if len(each) >= FILTERS.min_tokens]}
 
     def group(rows: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
         joined = list(itertools.chain.from_iterable(rows["input_ids"]))
@@ -163,7 +163,7 @@ def plain_loop(job: Job) -> Ready:
         for texts in _row_lists(job.shards):
             kept = [text for text in texts if rejection(text) is None]
             for ids in tokenizer(kept, add_special_tokens=False)["input_ids"] if kept else []:
-                if len(ids) >= MIN_TOKENS:
+                if len(ids) >= FILTERS.min_tokens:
                     joined.extend(ids)
             while len(joined) >= job.length:
                 sequences.append(joined[: job.length])

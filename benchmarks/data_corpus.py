@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script
 
-from argonne.launch.drive import guarded, parse
+from argonne.launch import guarded, parse
 from argonne.parallel import ArgonneError
 from benchmarks.corpus_text import dictionary, text_files, web_pages
 from benchmarks.report import table

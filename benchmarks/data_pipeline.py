@@ -29,8 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script, in this process and in its own
 
 from argonne.data import find_shards, open_shard, open_shards, read_texts, tokenizer_fingerprint
-from argonne.launch.drive import guarded, parse
-from argonne.launch.flags import HomeText
+from argonne.launch import HomeText, guarded, parse
 from argonne.parallel import ArgonneError
 from benchmarks.data_contestants import CONTESTANTS, DATASETS, FAST, FAST_ALONE, Contestant, Job
 from benchmarks.data_corpus import DEFAULT_FOLDER, build

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script
 
 from argonne.kernels import Backend
 from argonne.kernels.dispatch import interprets
-from argonne.launch.drive import guarded, parse
+from argonne.launch import guarded, parse
 from argonne.parallel import ArgonneError, choose_device
 from benchmarks import interpreter
 from benchmarks.kernel_accuracy import SIZES, observe

@@ -10,10 +10,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script, i
 
 from functools import partial
 
-from argonne.launch.drive import drive, guarded, parse, world_size
+from argonne.launch import drive, guarded, parse, world_size
 from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas
 from argonne.parallel import (
     ArgonneError,
@@ -32,11 +32,11 @@ from argonne.parallel import (
 )
 from argonne.parallel.communication.collectives import barrier
 from argonne.parallel.pipeline_parallel.plan import SCHEDULES, PipelinePlan
-from argonne.training.layout_flags import ParallelFlags
 from argonne.training.optimizer import build_optimizer
 from argonne.training.run.setup import resolve_precision
 from argonne.training.step import Learner, train_step
 from benchmarks.report import environment, table, write_json
+from benchmarks.two import TwoOnCpu
 
 TOLERANCE = 2e-3
 """Of the first losses, relative; in bfloat16 they differ by about 1e-3, in float32 by 1e-6."""
@@ -46,10 +46,7 @@ TOLERANCE = 2e-3
 class Flags:
     """What to train, and how often."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run [CUDA when there is one]."""
-    nproc: int | None = None
-    """Processes to start when not under torchrun [every GPU, or 2 on CPU]."""
+    launch: TwoOnCpu = field(default_factory=TwoOnCpu)
     layers: int = 8
     """Transformer blocks."""
     hidden: int = 256
@@ -68,12 +65,6 @@ class Flags:
     """Timed steps in a turn."""
     output: Path | None = None
     """The JSON to write [benchmarks/results/layouts_<device>.json]."""
-
-    @property
-    def parallel(self) -> ParallelFlags:
-        """What to start, as a driver of the toolkit is told."""
-        gpus = 0 if self.device == "cpu" else torch.cuda.device_count()
-        return ParallelFlags(device=self.device, nproc=self.nproc if self.nproc is not None else gpus or 2)
 
     @property
     def config(self) -> ArgonneConfig:
@@ -155,7 +146,7 @@ def build(contestant: Contestant, flags: Flags, everyone: ProcessGroups) -> tupl
 
 def run(flags: Flags) -> None:
     """Measure, print the table, write the JSON."""
-    device = choose_device(flags.device)
+    device = choose_device(flags.launch.device)
     with process_groups(Layout(data=world_size()), device) as everyone:
         found = {}
         steps = {}

@@ -13,7 +13,7 @@ are of each contestant's median round.
 
 - step: the wall time of a turn, synchronised at both ends, over its steps. Forward, backward and optimizer are measured
   inside it, between CUDA events on a GPU. The head makes its gradients in forward, as the loss is fused with it.
-- MFU = tokens/s x FLOPs of a token / peak. FLOPs of a token are ``argonne.training.metrics.flops_per_token``: 6N +
+- MFU = tokens/s x FLOPs of a token / peak. FLOPs of a token are ``ArgonneConfig.flops_per_token``: 6N +
   6 x layers x heads x head_dim x sequence, N being every parameter but an embedding that is not also the head, and
   attention causal. What checkpointing computes again is not counted. The peak is the device's dense bfloat16 peak
   from its data sheet; without one (a CPU), or in float32, MFU is not known.
@@ -36,11 +36,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script
 
-from argonne.launch.drive import guarded, parse, world_size
+from argonne.launch import guarded, parse, world_size
 from argonne.models import PRESETS, ArgonneConfig
 from argonne.models.config import preset
 from argonne.parallel import ArgonneError, choose_device
-from argonne.training.metrics import flops_per_token, peak_flops
+from argonne.training.metrics import peak_flops
 from benchmarks.memory import USABLE, available_memory
 from benchmarks.report import environment, table, write_json
 from benchmarks.step_contestants import (
@@ -137,7 +137,7 @@ def figures(contestant: Contestant, record: Record, base: Record, flags: Flags, 
         found |= {"tokens_per_second": rate, "peak_memory_bytes": record.peak_memory}
         found["ratio"] = median(a["step"] / b["step"] for a, b in zip(base.turns, record.turns, strict=True))
         if peak is not None:
-            found["mfu"] = rate * flops_per_token(flags.config, flags.sequence) / peak
+            found["mfu"] = rate * flags.config.flops_per_token(flags.sequence) / peak
     seen = record.profile
     found["profile"] = seen and {
         "attention_backend": seen.attention_backend,
@@ -170,7 +170,7 @@ def report(flags: Flags, device: torch.device, records: dict[Contestant, Record]
         **{name: getattr(flags, name) for name in ("rounds", "steps", "warmup")},
         "config": asdict(flags.config),
         "parameters": flags.config.parameter_count,
-        "flops_per_token": flops_per_token(flags.config, flags.sequence),
+        "flops_per_token": flags.config.flops_per_token(flags.sequence),
         "peak_flops": peak,
         "loss_tolerance": LOSS_TOLERANCE[flags.precision],
         "gradient_norm_tolerance": NORM_TOLERANCE[flags.precision],

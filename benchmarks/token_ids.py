@@ -24,8 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script
 from argonne.data import Encoder, Shard, find_shards, open_shards, read_texts, tokenizer_fingerprint
 from argonne.data.lanes.reader import batch_rows, cut_batches
 from argonne.data.tokens.filters import TokenIds
-from argonne.launch.drive import guarded, parse
-from argonne.launch.flags import HomeText
+from argonne.launch import HomeText, guarded, parse
 from argonne.parallel import ArgonneError
 from benchmarks.data_corpus import DEFAULT_FOLDER, build
 from benchmarks.data_tokenizer import choose_tokenizer

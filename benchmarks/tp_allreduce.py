@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +19,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script, in this process and in its ranks
 
-from argonne.launch.drive import drive, guarded, parse, world_size
+from argonne.launch import drive, guarded, parse, world_size
 from argonne.models.config import PRESETS, ArgonneConfig, preset
 from argonne.parallel import ArgonneError, Layout, ProcessGroups, choose_device, process_groups
 from argonne.parallel.communication.collectives import collectively, gather_objects
-from argonne.training.layout_flags import ParallelFlags
 from benchmarks.bandwidth_report import against_peak, plot_bandwidths, show, wrong_elements
 from benchmarks.collective_timing import ALL_REDUCE, OPERATIONS, Budget, exact_period, time_collective
 from benchmarks.memory import Need, available_memory, parse_size, ranks_sharing, require_memory, size_text
@@ -31,6 +30,7 @@ from benchmarks.overlap import overlap_bytes, time_overlap
 from benchmarks.report import environment, write_json
 from benchmarks.symmetric_memory import VARIANTS, time_symmetric_memory, unfinished
 from benchmarks.topology import nvlink_peak
+from benchmarks.two import TwoOnCpu
 
 _REPORTED_VARIABLES = ("OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_ALGO", "NCCL_PROTO", "NCCL_NVLS_ENABLE")
 
@@ -39,10 +39,7 @@ _REPORTED_VARIABLES = ("OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_A
 class Flags:
     """What to measure; a default in brackets depends on the device."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run [CUDA when there is one]."""
-    nproc: int | None = None
-    """Processes to start when not under torchrun [every GPU, or 2 on CPU]."""
+    launch: TwoOnCpu = field(default_factory=TwoOnCpu)
     min_bytes: str = "1K"
     """The smallest message; K, M, G and T are powers of 1024."""
     max_bytes: str | None = None
@@ -66,12 +63,6 @@ class Flags:
     output: Path | None = None
     """The JSON to write, and the plot beside it [benchmarks/results/tp_allreduce_<device>.json]."""
 
-    @property
-    def parallel(self) -> ParallelFlags:
-        """What to start, as a driver of the toolkit is told."""
-        gpus = 0 if self.device == "cpu" else torch.cuda.device_count()
-        return ParallelFlags(device=self.device, nproc=self.nproc if self.nproc is not None else gpus or 2)
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -90,10 +81,10 @@ class Recipe:
 def resolve(flags: Flags, device: str, ranks: int) -> Recipe:
     """The recipe of ``ranks`` ranks on ``device`` (its type). Raises ``ArgonneError`` for what is not legal."""
     on_gpu = device == "cuda"
-    for field, least in (("factor", 2), ("iterations", 1), ("warmup", 0), ("tokens", 1), ("overlap_tokens", 1)):
-        value = getattr(flags, field)
+    for name, least in (("factor", 2), ("iterations", 1), ("warmup", 0), ("tokens", 1), ("overlap_tokens", 1)):
+        value = getattr(flags, name)
         if value is not None and value < least:
-            raise ArgonneError(f"{field}={value} is not legal; legal: {least} or more")
+            raise ArgonneError(f"{name}={value} is not legal; legal: {least} or more")
     if not 0 < flags.seconds < float("inf"):
         raise ArgonneError(f"seconds={flags.seconds} is not legal; legal: more than 0")
     if ranks < 2:
@@ -147,7 +138,7 @@ def needs(recipe: Recipe, ranks: int) -> Iterator[Need]:
 
 def check(flags: Flags, ranks: int) -> None:
     """Refuse what can be refused before any rank starts."""
-    recipe = resolve(flags, choose_device(flags.device).type, ranks)
+    recipe = resolve(flags, choose_device(flags.launch.device).type, ranks)
     try:
         recipe.output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -156,7 +147,7 @@ def check(flags: Flags, ranks: int) -> None:
 
 def run(flags: Flags) -> None:
     """Every rank's benchmark; the first rank prints and writes."""
-    device = choose_device(flags.device)
+    device = choose_device(flags.launch.device)
     recipe = resolve(flags, device.type, world_size())
     with process_groups(Layout(tensor=world_size()), device) as groups:
         collectively(lambda: _require_memory(recipe, groups), groups.world)

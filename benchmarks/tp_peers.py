@@ -28,7 +28,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script, in this process and in its ranks
 
-from argonne.launch.drive import guarded, parse
+from argonne.launch import guarded, parse
 from argonne.models import ArgonneConfig
 from argonne.parallel import ArgonneError, Layout
 from benchmarks.peers_megatron import is_installed as megatron_is_installed

@@ -5,7 +5,7 @@ One process and several print the same losses; with ``--dtype float64`` they agr
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -15,14 +15,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from argonne import parallel
-from argonne.launch.drive import drive, guarded, parse, world_size
+from argonne.launch import LaunchFlags, drive, guarded, parse, world_size
 
 BATCH, SEQUENCE, VOCABULARY = 4, 64, 256
 
 
 @dataclass(frozen=True)
 class Config:
-    """What is trained, and how it runs: no loss depends on the last three."""
+    """What is trained, and how it runs: no loss depends on the last two."""
 
     steps: int = 40  # Optimizer steps.
     layers: int = 2  # Transformer blocks.
@@ -30,10 +30,7 @@ class Config:
     heads: int = 4  # Attention heads.
     dtype: Literal["float32", "float64"] = "float32"  # Of the parameters and of the arithmetic.
     sequence_parallel: bool = False  # Share out the tokens between the tensor-parallel layers.
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # Where to run [CUDA when there is one].
-    nproc: int | None = None  # Processes to start when not under torchrun [every GPU, or 1 on CPU].
-
-    parallel = property(lambda self: self)  # where ``drive`` looks for nproc and device
+    launch: LaunchFlags = field(default_factory=LaunchFlags)  # --nproc and --device, for ``drive``
 
 
 class Attention(nn.Module):
@@ -101,7 +98,7 @@ def check(config: Config, processes: int) -> None:
 
 
 def main(config: Config) -> None:
-    device, dtype = parallel.choose_device(config.device), getattr(torch, config.dtype)
+    device, dtype = parallel.choose_device(config.launch.device), getattr(torch, config.dtype)
     layout = parallel.Layout(tensor=world_size(), sequence_parallel=config.sequence_parallel)
     text = torch.tensor(list(Path(__file__).read_bytes()))
     with parallel.process_groups(layout, device) as groups:

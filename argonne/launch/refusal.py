@@ -25,11 +25,11 @@ FINAL = (USAGE, NOTHING_GAINED, *(128 + number for number in STOPPING))
 
 _REFUSED = "argonne/refused"
 """Is in the store of a job that a rank has refused."""
-_FIRST_RANK_SPEAKS_WITHIN = 20.0  # seconds
+_FIRST_RANK_REPORTS_WITHIN = 20.0  # seconds
 LAUNCHER_LOOKS_WITHIN = 2.0  # seconds; a launcher has then acted on the rank that failed first
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """One line for people, on standard error."""
     print(f"argonne: {line}", file=sys.stderr, flush=True)
 
@@ -60,19 +60,19 @@ def stopped_status(number: int) -> int:
 
 
 def refuse(error: ArgonneError) -> NoReturn:
-    """Say what is wrong from the first rank only, then end with status 2.
+    """Report what is wrong from the first rank only, then end with status 2.
 
     Every rank refuses the same input by itself. The others wait for the launcher to end them, so that it
-    does not end the first rank before it has spoken; if it never does, the fault was this rank's alone, or
-    its node's, whose launcher hears nothing from the first: then the node's first rank speaks for it.
+    does not end the first rank before it has reported; if it never does, the fault was this rank's alone, or
+    its node's, whose launcher hears nothing from the first: then the node's first rank reports it.
     """
     here, message = _place(), str(error)
     if here.rank != 0:
-        # What somebody has set by hand for this very process nobody else will speak of.
+        # What somebody has set by hand for this very process no other one will report.
         if under_torchrun() or not isinstance(error, LauncherError):
-            time.sleep(_FIRST_RANK_SPEAKS_WITHIN + (0.0 if here.is_first_here else LAUNCHER_LOOKS_WITHIN))
+            time.sleep(_FIRST_RANK_REPORTS_WITHIN + (0.0 if here.is_first_here else LAUNCHER_LOOKS_WITHIN))
         message = f"rank {here.rank}: {message}"
-    say(f"error: {message}")
+    log(f"error: {message}")
     if dist.is_initialized():
         with contextlib.suppress(RuntimeError):
             dist.distributed_c10d._get_default_store().set(_REFUSED, "")
@@ -92,5 +92,5 @@ def was_refused() -> bool:
 def _place() -> Place:
     try:
         return place()
-    except LauncherError:  # then this process is no rank of anything, and speaks for itself
+    except LauncherError:  # then this process is no rank of anything, and reports for itself
         return Place()

@@ -221,15 +221,8 @@ class ArgonneModel(BaseModel):
         return self._from_last(logits, (len(ids), self.config.vocab_size), self.execution.precision.compute)
 
     def flops_per_token(self, sequence: int) -> float:
-        """Forward and backward of one token: 6 a parameter of a matrix product, and causal attention.
-
-        Attention: 2 products (scores, values) of 2 FLOP x heads x head_dim x sequence / 2 each, times 3 for
-        forward and backward.
-        """
-        config = self.config
-        embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-        attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * sequence
-        return 6 * (config.parameter_count - embedding) + attention
+        """Of a forward and a backward pass, with causal attention (closed form)."""
+        return self.config.flops_per_token(sequence)
 
     def facts(self, micro_batches: int, batch: int, sequence: int) -> list[str]:
         """Of a pipeline, its schedule and how long its ranks wait."""

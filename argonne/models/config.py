@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from argonne.parallel.communication.layout import Layout, divisors, require_divisible
 from argonne.parallel.errors import ArgonneError, LayoutError
@@ -11,10 +12,37 @@ from argonne.parallel.legal import require_number, require_whole
 MOST_LAYERS = 1 << 16
 """More blocks than any model has; what asks for more is a mistake."""
 
+_LEFT_OUT: Any = None
+"""The default of a field that is derived from others: to whoever reads it, it is a number."""
+
+
+class DerivedInt(int):
+    """A whole number that ``ArgonneConfig`` has derived. It says so, and a config that is given one derives its own.
+
+    In ``dataclasses.asdict``, which copies, it is a plain number.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> int:
+        return int(self)
+
+
+class DerivedFloat(float):
+    """The same for a number that is not whole."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> float:
+        return float(self)
+
 
 @dataclass(frozen=True)
 class ArgonneConfig:
-    """A Llama-type decoder: pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases."""
+    """A Llama-type decoder: pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases.
+
+    What is left out (or None) is derived from other fields, and derived anew by ``dataclasses.replace`` when these
+    change. To keep a derived number while they do, give it as one of its own: ``head_dim=int(config.head_dim)``.
+
+    Raises:
+        ArgonneError: a field is out of range, or two do not go together.
+    """
 
     hidden_size: int
     """Width of the residual stream."""
@@ -26,10 +54,10 @@ class ArgonneConfig:
     """Key-value heads; query head i uses key-value head i // (query heads / key-value heads)."""
     vocab_size: int
     """Tokens in the embedding and the head."""
-    intermediate_size: int = 0
-    """Width of the feed-forward layer; 0 takes ``feed_forward_size(hidden_size)``."""
-    head_dim: int = 0
-    """Width of a head; 0 takes hidden_size / num_attention_heads."""
+    intermediate_size: int = _LEFT_OUT
+    """Width of the feed-forward layer; left out: ``feed_forward_size(hidden_size)``."""
+    head_dim: int = _LEFT_OUT
+    """Width of a head; left out: hidden_size / num_attention_heads."""
     max_position_embeddings: int = 4096
     """The longest sequence."""
     rms_norm_eps: float = 1e-6
@@ -38,8 +66,8 @@ class ArgonneConfig:
     """Base of the rotary frequencies."""
     tie_word_embeddings: bool = True
     """Whether the output head is the embedding."""
-    initializer_range: float = 0.0
-    """Standard deviation of the initial weights; 0 takes hidden_size ** -0.5. Projections into the
+    initializer_range: float = _LEFT_OUT
+    """Standard deviation of the initial weights; left out: hidden_size ** -0.5. Projections into the
     residual stream begin smaller by sqrt(2 * num_hidden_layers)."""
 
     def __post_init__(self) -> None:
@@ -47,25 +75,40 @@ class ArgonneConfig:
             require_whole(field, getattr(self, field), 1)
         require_whole("num_hidden_layers", self.num_hidden_layers, 1, MOST_LAYERS)
         require_whole("max_position_embeddings", self.max_position_embeddings, 1)
-        for field in ("intermediate_size", "head_dim"):
-            require_whole(field, getattr(self, field), 0)
-        for field in ("rms_norm_eps", "rope_theta", "initializer_range"):
-            require_number(field, getattr(self, field), zero=field == "initializer_range")
+        for field in ("rms_norm_eps", "rope_theta"):
+            require_number(field, getattr(self, field))
             object.__setattr__(self, field, float(getattr(self, field)))
         if not isinstance(self.tie_word_embeddings, bool):
             raise ArgonneError(f"tie_word_embeddings={self.tie_word_embeddings!r} is not legal; legal: True, False")
         require_divisible(
             "num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads
         )
-        if not self.head_dim:
-            require_divisible("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        self._derive()
         if self.head_dim % 2:
             raise ArgonneError(f"head_dim={self.head_dim} is odd; rotary positions rotate pairs, legal: even numbers")
-        if not self.intermediate_size:
-            object.__setattr__(self, "intermediate_size", feed_forward_size(self.hidden_size))
-        if not self.initializer_range:
-            object.__setattr__(self, "initializer_range", self.hidden_size**-0.5)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ArgonneConfig:
+        return self  # frozen; and what it derives stays derived
+
+    def _derive(self) -> None:
+        """Fill in what is left out, and check what is given in its place."""
+        if self._is_left_out("head_dim"):
+            require_divisible("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+            object.__setattr__(self, "head_dim", DerivedInt(self.hidden_size // self.num_attention_heads))
+        if self._is_left_out("intermediate_size"):
+            object.__setattr__(self, "intermediate_size", DerivedInt(feed_forward_size(self.hidden_size)))
+        for field in ("head_dim", "intermediate_size"):
+            require_whole(field, getattr(self, field), 1)
+        if self._is_left_out("initializer_range"):
+            object.__setattr__(self, "initializer_range", DerivedFloat(self.hidden_size**-0.5))
+            return
+        require_number("initializer_range", self.initializer_range)
+        object.__setattr__(self, "initializer_range", float(self.initializer_range))
+
+    def _is_left_out(self, field: str) -> bool:
+        """Whether ``field`` follows from others: not given, or handed on as ``replace`` found it derived."""
+        value = getattr(self, field)
+        return value is None or isinstance(value, DerivedInt | DerivedFloat)
 
     def check_layout(self, layout: Layout) -> None:
         """Raise ``LayoutError`` unless every part of the model can be shared out as ``layout`` asks."""
@@ -100,6 +143,16 @@ class ArgonneConfig:
         key_value = self.num_key_value_heads * self.head_dim
         attention = self.hidden_size * (2 * query + 2 * key_value)
         return attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+
+    def flops_per_token(self, sequence: int) -> float:
+        """Forward and backward of one token: 6 a parameter of a matrix product, and causal attention.
+
+        Attention: 2 products (scores, values) of 2 FLOP x heads x head_dim x sequence / 2 each, times 3 for
+        forward and backward.
+        """
+        embedding = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
+        attention = 6 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * sequence
+        return 6 * (self.parameter_count - embedding) + attention
 
 
 def feed_forward_size(hidden_size: int) -> int:

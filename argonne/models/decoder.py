@@ -83,7 +83,7 @@ class RMSNorm(kernels.RMSNorm):
         self.groups = execution.groups
 
     def shard_specs(self) -> dict[str, ShardSpec]:
-        return {"weight": replicated("weight", self.weight.shape, self.groups, Constant(1.0))}
+        return {"weight": replicated("weight", self.weight.shape, self.groups, Constant(1.0), used="between")}
 
 
 class Attention(nn.Module):

@@ -100,8 +100,7 @@ def from_huggingface(path: Path) -> ArgonneConfig:
         known.pop(field, None)  # null means that it follows from others
     known.setdefault("num_key_value_heads", known["num_attention_heads"])
     try:
-        for field in ("intermediate_size", "head_dim"):  # where 0 would ask for a rule of ours
-            require_whole(field, known.get(field, 1), 1)
+        require_whole("intermediate_size", known["intermediate_size"], 1)  # null would ask for a rule of ours
         require_number("initializer_range", known["initializer_range"])
         return ArgonneConfig(**known, rope_theta=theta)
     except ArgonneError as error:

@@ -22,18 +22,18 @@ from argonne.parallel.errors import ArgonneError, CollectiveMismatch, LayoutErro
 from argonne.parallel.legal import require_number, require_whole
 from argonne.parallel.pipeline_parallel.plan import PipelinePlan, balance
 from argonne.parallel.pipeline_parallel.stages import Activation, pipeline_forward
+from argonne.parallel.sharding.check import check_declarations, check_gradients
+from argonne.parallel.sharding.declare import Use, replicated, sharded, transposed
 from argonne.parallel.sharding.gradients import clip_gradients, complete_gradients, global_gradient_norm
 from argonne.parallel.sharding.initialisation import Constant, Initialiser, Normal
 from argonne.parallel.sharding.partition import Partition, share
+from argonne.parallel.sharding.region import Holders, Region, ShardSpec
 from argonne.parallel.sharding.spec import (
-    Region,
     Sharded,
     ShardedParameter,
-    ShardSpec,
     initialise,
     narrow_rows,
     regions_of,
-    replicated,
     sharded_parameters,
 )
 from argonne.parallel.tensor_parallel.cross_entropy import IGNORE_INDEX, Objective, vocab_parallel_cross_entropy
@@ -61,6 +61,7 @@ __all__ = [
     "ColumnParallelLinear",
     "Constant",
     "DataParallel",
+    "Holders",
     "Initialiser",
     "Layout",
     "LayoutError",
@@ -76,10 +77,13 @@ __all__ = [
     "ShardSpec",
     "Sharded",
     "ShardedParameter",
+    "Use",
     "VocabParallelEmbedding",
     "VocabParallelHead",
     "VocabularyRange",
     "balance",
+    "check_declarations",
+    "check_gradients",
     "choose_device",
     "clip_gradients",
     "column_parallel_linear",
@@ -104,9 +108,11 @@ __all__ = [
     "require_whole",
     "scatter_to_region",
     "shard_sequence",
+    "sharded",
     "sharded_parameters",
     "share",
     "share_sequence",
+    "transposed",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_linear_cross_entropy",
     "vocab_parallel_logits",

@@ -32,3 +32,9 @@ def require_number(name: str, value: Any, zero: bool = False, legal: str = "") -
         raise ArgonneError(f"{name}={value} is not legal; legal: {legal}")
     if value > LARGEST:
         raise ArgonneError(f"{name}={value} is not legal; legal: {legal}, at most {LARGEST}")
+
+
+def require_share(name: str, value: Any) -> None:
+    """Raise ``ArgonneError`` unless ``value`` is a number (no ``bool``) from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:  # nan too
+        raise ArgonneError(f"{name}={value!r} is not legal; legal: a number, 0 to 1")

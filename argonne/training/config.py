@@ -5,25 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
-
-import tyro
+from typing import Any, ClassVar, Literal
 
 from argonne.checkpoint import require_intact
+from argonne.data.corpus.formats import TEXT
+from argonne.data.tokens.filters import FILTERS, NO_FILTERS, Filters
 from argonne.kernels import Backend
-from argonne.launch.flags import HomeText, at_home
+from argonne.launch.flags import Given, HomeText, RestartFlags, at_home
 from argonne.models.config import ArgonneConfig, preset
 from argonne.models.huggingface import from_huggingface
+from argonne.parallel import Objective
 from argonne.parallel.errors import ArgonneError
-from argonne.parallel.legal import require_number, require_whole
+from argonne.parallel.legal import require_number, require_share, require_whole
 from argonne.training.layout_flags import ParallelFlags
+from argonne.training.optimizer import BETAS, EPSILON
 
 DEFAULT_PRESET = "argonne-2.0-4.9b"
 
-_flag = tyro.conf.arg
-
-Given = Annotated[frozenset[str], tyro.conf.Suppress]
-"""The names of the flags that a command line has: filled in by ``parse``, and no flag itself."""
 MOST_STEPS = 2**63 - 1
 MOST_SEED = 2**64 - 1
 """The largest seed of PyTorch's generators; that of a sample is the run's plus the step."""
@@ -71,18 +69,12 @@ class ModelFlags:
             directory = self.model_config if self.model_config.is_dir() else self.model_config.parent
             require_intact(directory, lambda name: name == "config.json")
         base = from_huggingface(self.model_config) if self.model_config else preset(self.preset or DEFAULT_PRESET)
-        changed = {name: value for name, value in vars(self).items() if value is not None}
-        changed = {name: value for name, value in changed.items() if name not in ("preset", "model_config")}
-        for name in ("head_dim", "intermediate_size", "initializer_range"):
-            if changed.get(name) == 0:  # for ArgonneConfig that means: derive it
-                raise ArgonneError(f"{name}={changed[name]} is not legal; legal: more than 0, or leave the flag out")
-        # What a preset derives from another field is derived again when that field is changed.
-        if "hidden_size" in changed:
-            changed = {"head_dim": 0, "intermediate_size": 0, **changed}
-        elif "num_attention_heads" in changed:
-            changed = {"head_dim": 0, **changed}
-        if "hidden_size" in changed and not self.model_config and self.preset != "demo":
-            changed = {"initializer_range": 0.0, **changed}
+        changed: dict[str, Any] = {name: value for name, value in vars(self).items() if value is not None}
+        for name in ("preset", "model_config"):
+            changed.pop(name, None)
+        if self.model_config is not None:  # a file gives what a preset derives, which is to follow a changed width too
+            follows = {"hidden_size": ("head_dim", "intermediate_size"), "num_attention_heads": ("head_dim",)}
+            changed = {name: None for given in follows if given in changed for name in follows[given]} | changed
         changed["max_position_embeddings"] = max(block_size, base.max_position_embeddings)
         return replace(base, **changed)
 
@@ -109,6 +101,19 @@ class DataFlags:
     """Put BOS before and EOS after every document."""
     document_mask: bool = False
     """Keep attention within documents: what else is packed into a sequence is not seen."""
+    text_column: str = TEXT
+    """The column of every shard, held-out ones too, that holds the texts."""
+    filters: bool = True
+    """--no-filters: drop no text, of the training or the held-out data, for its characters or its length
+    [the thresholds below decide, on both]."""
+    filter_long_characters: int = FILTERS.long_characters
+    """Only texts of more characters than this are judged by them."""
+    filter_max_digits: float = FILTERS.max_digits
+    """Drop a long text of which a larger share of the characters are digits; 1 drops none."""
+    filter_min_readable: float = FILTERS.min_readable
+    """Drop a long text of which a smaller share of the characters are letters or white space; 0 drops none."""
+    filter_min_tokens: int = FILTERS.min_tokens
+    """Drop a document of fewer tokens, BOS and EOS not counted; 1 drops none."""
     data_lanes: int | None = None
     """Virtual streams that the data is dealt to, best a multiple of --data-parallel [64; fewer for tiny data]."""
     on_bad_shard: Literal["raise", "skip"] = "raise"
@@ -124,6 +129,12 @@ class DataFlags:
     """Where the caches of --no-streaming lie, which several runs may share [token_cache in the output directory]."""
     prefetch_batches: int = 2
     """Batches that are read and tokenised ahead of training."""
+
+    @property
+    def document_filters(self) -> Filters:
+        """Which rows become documents, of the held-out text too. Raises ``ArgonneError`` naming a bad threshold."""
+        own = Filters(**{f.name: getattr(self, f"filter_{f.name}") for f in fields(Filters)})
+        return own if self.filters else NO_FILTERS
 
 
 @dataclass(frozen=True)
@@ -146,6 +157,18 @@ class TrainingFlags:
     """Steps of linear warm-up."""
     weight_decay: float = 0.1
     """AdamW weight decay, on matrices only."""
+    adam_beta1: float = BETAS[0]
+    """AdamW: how much of the mean of gradients a step keeps, 0 up to less than 1."""
+    adam_beta2: float = BETAS[1]
+    """AdamW: how much of the mean of their squares a step keeps, 0 up to less than 1."""
+    adam_epsilon: float = EPSILON
+    """AdamW: added to the root of that mean, by which a step divides."""
+    label_smoothing: float = 0.0
+    """How much of the target's probability the training loss spreads over all tokens, 0 to 1; the held-out loss
+    has none."""
+    z_loss: float = 0.0
+    """Weight in the training loss of the squared log of the softmax's sum (PaLM: 1e-4); the held-out loss has
+    none."""
     gradient_clip: float = 1.0
     """Largest global gradient norm."""
     seed: int = 0
@@ -160,6 +183,16 @@ class TrainingFlags:
     """Keep every activation instead of recomputing each block in backward: faster, more memory."""
     disable_compile: bool = False
     """Run without torch.compile. Compilation is not built yet: every run is eager, with or without this."""
+
+    @property
+    def objective(self) -> Objective:
+        """What the training loss is. Raises ``ArgonneError`` naming a weight that is not legal."""
+        return Objective(self.label_smoothing, self.z_loss)
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """Of AdamW."""
+        return self.adam_beta1, self.adam_beta2
 
 
 @dataclass(frozen=True)
@@ -190,6 +223,7 @@ class RunConfig:
     data: DataFlags = field(default_factory=DataFlags)
     training: TrainingFlags = field(default_factory=TrainingFlags)
     parallel: ParallelFlags = field(default_factory=ParallelFlags)
+    launch: RestartFlags = field(default_factory=RestartFlags)
     run: RunFlags = field(default_factory=RunFlags)
     given: Given = frozenset()
     """The flags that this command names: what they say counts even where it equals a default."""
@@ -214,7 +248,6 @@ class RunConfig:
             "validation_sequences": (d.validation_sequences, 1),
             "sample_tokens": (r.sample_tokens, 0),
             "data_lanes": (d.data_lanes, 1),
-            "nproc": (self.parallel.nproc, 1),
         }
         for name, (value, minimum) in least.items():
             if value is not None:
@@ -228,8 +261,17 @@ class RunConfig:
         for name, count in steps.items():
             if count is not None:
                 require_whole(name, count, 1, MOST_STEPS)
-        for name in ("learning_rate", "gradient_clip", "initial_loss_scale"):
+        for name in ("learning_rate", "gradient_clip", "initial_loss_scale", "adam_epsilon"):
             require_number(name, getattr(t, name))
+        for name in ("adam_beta1", "adam_beta2"):
+            require_share(name, getattr(t, name))
+            if getattr(t, name) == 1:
+                raise ArgonneError(f"{name}=1 is not legal, as no gradient would count; legal: 0 up to less than 1")
+        require_share("label_smoothing", t.label_smoothing)
+        require_number("z_loss", t.z_loss, zero=True)
+        _ = d.document_filters  # refuses what is no threshold
+        if not d.text_column:
+            raise ArgonneError("text_column='' is not legal; legal: the name of a column, or leave the flag out")
         if r.wall_time is not None:
             require_number("wall_time", r.wall_time)
         if not 0 <= t.min_learning_rate <= t.learning_rate:

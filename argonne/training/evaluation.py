@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from argonne.data import DataError, SequenceStream, Shard, naming
+from argonne.data.tokens.filters import FILTERS, Filters
 from argonne.inference import Sampling, generate
 from argonne.models import Batch, LanguageModel, LossFunction
 from argonne.parallel import ProcessGroups
@@ -26,11 +27,12 @@ def held_out_sequences(
     limit: int,
     groups: ProcessGroups,
     globs: Sequence[str] | None = None,
+    filters: Filters = FILTERS,
 ) -> Tensor:
     """The first sequences of the held-out text, ``[2, sequences, block_size + 1]`` on every rank (collective).
 
     First their ids, then the numbers of their documents. At most ``limit``, read once on the first rank, none twice.
-    ``globs`` are what ``--validation-glob`` said, for messages.
+    ``globs`` are what ``--validation-glob`` said, for messages; ``filters`` say which rows become documents.
 
     Raises:
         DataError: the text is shorter than one sequence.
@@ -44,7 +46,7 @@ def held_out_sequences(
 
     def read_first() -> list[Tensor]:
         assert tokenizer is not None
-        stream = SequenceStream(shards, tokenizer, block_size, lanes=1, boundary=boundary, served=[0])
+        stream = SequenceStream(shards, tokenizer, block_size, lanes=1, boundary=boundary, served=[0], filters=filters)
         found: list[Tensor] = []
         while len(found) < limit:
             packed = stream.next_sequence(0)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 from argonne.parallel.communication.layout import Layout
 from argonne.parallel.data_parallel.kinds import Kind
@@ -27,12 +25,6 @@ class LayoutFlags:
     """Share out the tokens between the tensor-parallel layers: less memory for activations, a quarter more to send."""
     uneven_shards: bool = False
     """Allow heads and a feed-forward width that do not divide by --tensor-parallel: some ranks get one more."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run [CUDA when there is one]."""
-    nproc: int | None = None
-    """Processes to start when not under torchrun [every GPU, or 1 on CPU]."""
-    local_rank: Annotated[int | None, tyro.conf.arg(name="local_rank")] = None
-    """Set by old launchers, and not read [LOCAL_RANK is what counts]."""
 
     def layout(self, world_size: int) -> Layout:
         """The layout of ``world_size`` processes. Raises ``LayoutError`` when they do not match."""
@@ -79,8 +71,6 @@ class ParallelFlags(LayoutFlags):
     """Share out the optimizer's state alone over them (ZeRO stage 1)."""
     reproducible: bool = False
     """The same bits at every layout (not built yet; the same bits at the same layout always hold)."""
-    max_restarts: int = 0
-    """Times to start all processes again, from the newest checkpoint, when one fails. Under torchrun: its own flag."""
 
     @property
     def replicas(self) -> int:

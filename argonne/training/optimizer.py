@@ -9,9 +9,17 @@ import torch
 from argonne.checkpoint import reset_moments
 from argonne.parallel import ShardedParameter
 
+BETAS = (0.9, 0.95)
+"""How much of the means of gradients and of their squares a step keeps (GPT-3, arXiv 2005.14165)."""
+EPSILON = 1e-8
+"""Added to the root of the second, as in the paper of Adam (arXiv 1412.6980)."""
+
 
 def build_optimizer(
-    parameters: Sequence[ShardedParameter], weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)
+    parameters: Sequence[ShardedParameter],
+    weight_decay: float,
+    betas: tuple[float, float] = BETAS,
+    epsilon: float = EPSILON,
 ) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101), fused; weight decay on matrices only, so on no norm and no bias."""
     matrices = [s.parameter for s in parameters if s.parameter.ndim >= 2]
@@ -20,7 +28,8 @@ def build_optimizer(
         {"params": matrices, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, fused=True)
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=epsilon, fused=True)
     reset_moments(optimizer, parameters)
     return optimizer
 

@@ -31,7 +31,7 @@ from argonne.training.config import RunConfig
 from argonne.training.loss_scale import LossScale
 from argonne.training.optimizer import build_optimizer
 from argonne.training.run.conditions import dtype_name
-from argonne.training.run.directory import flags_to_json
+from argonne.training.run.flags_json import flags_to_json
 from argonne.training.run.setup import Workload
 from argonne.training.schedule import CosineSchedule
 from argonne.training.step import Learner
@@ -60,7 +60,7 @@ class TrainingState(Learner):
         execution = Execution(groups, workload.precision, t.kernels, recompute=not t.disable_gradient_checkpointing)
         model, replicas = build_replicas(lambda e: ArgonneModel(workload.model, e, plan), execution, kind, shard)
         schedule = CosineSchedule(t.learning_rate, t.min_learning_rate, t.warmup_steps, t.total_steps)
-        optimizer = build_optimizer(replicas.parameters, t.weight_decay)
+        optimizer = build_optimizer(replicas.parameters, t.weight_decay, t.betas, t.adam_epsilon)
         loss_scale = LossScale.of(t.precision, t.initial_loss_scale)
         return cls(model=model, replicas=replicas, optimizer=optimizer, schedule=schedule, loss_scale=loss_scale)
 
@@ -76,6 +76,9 @@ class TrainingState(Learner):
             self.next_sample = saved["data"]["next_sample"]
             self.lanes = {int(n): LaneState.from_dict(s) for n, s in saved["data"]["lanes"].items()}
             rewarmup = {name: saved["schedule"][name] for name in ("rewarmup_after", "rewarmup_steps")}
+            updates = saved["optimizer_step"]
+            if self.loss_scale.is_dynamic and (kept := saved.get("loss_scale")):
+                self.loss_scale = replace(self.loss_scale, **kept)
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{str(checkpoint / TRAINER)!r} is not complete: {error!r}") from error
         load_pieces(checkpoint, weight_pieces(self.parameters), verify=False)
@@ -85,10 +88,8 @@ class TrainingState(Learner):
         else:
             load_pieces(checkpoint, moment_pieces(self.optimizer, self.parameters), verify=False)
             for sharded in self.parameters:
-                self.optimizer.state[sharded.parameter]["step"].fill_(saved["optimizer_step"])
+                self.optimizer.state[sharded.parameter]["step"].fill_(updates)
         self.schedule = replace(self.schedule, **rewarmup)
-        if self.loss_scale.is_dynamic and (kept := saved.get("loss_scale")):
-            self.loss_scale = replace(self.loss_scale, **kept)
 
     def all_lanes(self) -> dict[int, LaneState]:
         """The state of every lane, whichever rank reads it (collective)."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from argonne.checkpoint import prune
 from argonne.checkpoint.format import MANIFEST, step_directory
 from argonne.data import BatchStream, served_lanes
-from argonne.launch.refusal import NOTHING_GAINED, STOPPING, say, stopped_status
+from argonne.launch.refusal import NOTHING_GAINED, STOPPING, log, stopped_status
 from argonne.launch.signals import STOP
 from argonne.models import Batch, CrossEntropyLoss
 from argonne.parallel.communication.environment import seconds_since_start
@@ -39,7 +39,7 @@ class Trainer:
     def __init__(self, config: RunConfig, workload: Workload, state: TrainingState, shape: BatchShape) -> None:
         self.config, self.workload, self.state, self.shape = config, workload, state, shape
         self.groups = groups = state.model.groups
-        self.loss = CrossEntropyLoss(kernels=config.training.kernels)
+        self.loss = CrossEntropyLoss(config.training.objective, config.training.kernels)
         data = config.data
         self.feed = BatchFeed(self._stream(), shape.ids, groups, data.document_mask, data.prefetch_batches)
         self.held_out = workload.held_out
@@ -111,7 +111,7 @@ class Trainer:
                 f"after a start of {ran:.0f} s; legal: {least} or more"
             )
         if self.groups.is_first:
-            say(line if status == NOTHING_GAINED else f"{line}. The same command continues the run.")
+            log(line if status == NOTHING_GAINED else f"{line}. The same command continues the run.")
         return status
 
     def _saved_since_start(self) -> bool:

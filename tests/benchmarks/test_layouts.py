@@ -12,8 +12,9 @@ import pytest
 
 from argonne.parallel import ArgonneError
 from benchmarks.layouts import Flags, check, contestants
+from benchmarks.two import TwoOnCpu
 
-SMALL = Flags(device="cpu", layers=4, hidden=16, heads=2, vocab=40, sequence=16, batch=4, rounds=1, steps=1)
+SMALL = Flags(TwoOnCpu("cpu"), layers=4, hidden=16, heads=2, vocab=40, sequence=16, batch=4, rounds=1, steps=1)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from argonne.launch.drive import parse
+from argonne.launch import parse
 from argonne.parallel import Layout
 from argonne.training.config import RunConfig
 from benchmarks.moved_run import LEGS, Leg, Options, command, compare, draw, metrics, run_until, runs

@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from argonne.models import PRESETS, ArgonneConfig
 from argonne.parallel import ArgonneError
-from argonne.training.metrics import flops_per_token
 from benchmarks import pretrain_step
 from benchmarks.pretrain_step import Flags, check, figures, run
 from benchmarks.step_contestants import PHASES, Contestant, Record, Trainer, contestants, require_agreement
@@ -86,7 +85,7 @@ def test_mfu_is_the_flops_of_the_tokens_over_the_peak(
 ) -> None:
     monkeypatch.setattr(pretrain_step, "peak_flops", lambda device: PEAK)
     for own in measured(replace(SMALL, precision="bf16", rounds=1), tmp_path)["contestants"].values():
-        assert own["mfu"] == pytest.approx(own["tokens_per_second"] * flops_per_token(TINY, 16) / PEAK)
+        assert own["mfu"] == pytest.approx(own["tokens_per_second"] * TINY.flops_per_token(16) / PEAK)
     turn = {"step": 0.5, "forward": 0.1, "backward": 0.2, "optimizer": 0.1}
     record = Record(turns=[turn])
     # 32 tokens in half a second; 6 N, and 6 x 4 layers x 2 heads x 8 x 16 positions of attention

@@ -22,7 +22,7 @@ from argonne.data import (
 )
 from argonne.data.cache import store as cache
 from argonne.data.corpus import row_groups
-from argonne.data.tokens.filters import FILTERS, tokenise_rows
+from argonne.data.tokens.filters import Filters, tokenise_rows
 from tests.data.files import build, content, spoil
 from tests.data.strategies import boundaries, run, seeds, shapes
 
@@ -105,7 +105,7 @@ def test_a_complete_cache_is_opened_and_not_touched(shards_of, corpus_of, tokeni
 
 
 def test_data_tokenizer_boundary_and_filters_have_caches_of_their_own(
-    shards_of, corpus_of, tokenizer, tmp_path, monkeypatch
+    shards_of, corpus_of, tokenizer, tmp_path
 ) -> None:
     shards = shards_of(corpus_of([[12]], seed=6))
     other = train_tokenizer(["another text"])
@@ -115,8 +115,9 @@ def test_data_tokenizer_boundary_and_filters_have_caches_of_their_own(
         build(shards, other, tmp_path).path,
         build(shards, tokenizer, tmp_path, boundary=(0, 2)).path,
     ]
-    monkeypatch.setitem(FILTERS, "min_tokens", 11)
-    paths.append(build(shards, tokenizer, tmp_path).path)
+    for filters in (Filters(min_tokens=11), Filters(max_digits=0.6), Filters(min_readable=0), Filters(60)):
+        paths.append(build(shards, tokenizer, tmp_path, filters=filters).path)
+    assert build(shards, tokenizer, tmp_path, filters=Filters(50, 0.5, 0.3, 10)).path == paths[0]
     assert len({path.name for path in paths}) == len(paths)
     assert all(len(path.name) == 16 and path.parent == tmp_path for path in paths)
 

@@ -17,7 +17,7 @@ import pytest
 from argonne.checkpoint.format import MANIFEST, TRAINER, _fingerprint, read_manifest, record_file
 from argonne.data import load_tokenizer, train_tokenizer
 from argonne.files import write_json
-from argonne.launch.drive import parse
+from argonne.launch import parse
 from argonne.parallel import ArgonneError
 from argonne.training.config import RunConfig
 from argonne.training.run.resume import check_resume, parse_resume, resume

@@ -63,5 +63,5 @@ def test_the_example_is_short_and_takes_nothing_but_the_layer_and_the_launcher()
     text = (ROOT / "examples" / "custom_model.py").read_text()
     assert text.count("\n") <= 130
     imports = {line for line in text.splitlines() if re.match(r"(from|import) argonne", line)}
-    assert {line.split(" import ")[0] for line in imports} == {"from argonne", "from argonne.launch.drive"}
+    assert {line.split(" import ")[0] for line in imports} == {"from argonne", "from argonne.launch"}
     assert "from argonne import parallel" in imports

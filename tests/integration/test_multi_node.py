@@ -95,8 +95,8 @@ def test_two_torchrun_agents_train_stop_and_continue_as_one_process_does(
 REFUSAL = """
 import torch
 from argonne.parallel import ArgonneError, Layout, process_groups
+from argonne.launch import guarded
 from argonne.parallel.communication.collectives import barrier
-from argonne.launch.drive import guarded
 
 def body():
     with process_groups(Layout(tensor=4), torch.device("cpu")) as groups:

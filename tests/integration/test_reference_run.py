@@ -12,6 +12,7 @@ import json
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ STEPS, SAVES, SEED = 8, 4, 5
 BLOCK, LANES, SAMPLES = 24, 3, 4
 BOUNDARY = (0, 2)
 RECIPE = dense.Recipe(peak=3e-3, minimum=2e-4, warmup=3, total=11, decay=0.3, clip=0.9)
+TUNED = replace(RECIPE, betas=(0.8, 0.99), epsilon=1e-5, smoothing=0.1, z_loss=1e-3)
+"""With every constant of the optimizer and of the loss another than it is where no flag says."""
 SHAPE = ArgonneConfig(24, 2, 4, 2, 300, 40, max_position_embeddings=1024, initializer_range=0.02)
 GROUPS = [[3, 5, 1], [4, 2]]
 """Rows of each row group of each shard: so few that lanes begin their second pass within the run."""
@@ -140,7 +143,7 @@ def initial(config: ArgonneConfig) -> dict[str, Tensor]:
     return weights
 
 
-def flags_of(folder: Path, config: ArgonneConfig) -> dict[str, Any]:
+def flags_of(folder: Path, config: ArgonneConfig, recipe: dense.Recipe = RECIPE) -> dict[str, Any]:
     return {
         "--preset": "demo",
         "--hidden-size": config.hidden_size,
@@ -158,12 +161,13 @@ def flags_of(folder: Path, config: ArgonneConfig) -> dict[str, Any]:
         "--add-document-boundary-tokens": None,
         "--initial-batch-size": 2,
         "--gradient-accumulation-steps": 2,
-        "--learning-rate": RECIPE.peak,
-        "--min-learning-rate": RECIPE.minimum,
-        "--warmup-steps": RECIPE.warmup,
-        "--total-steps": RECIPE.total,
-        "--weight-decay": RECIPE.decay,
-        "--gradient-clip": RECIPE.clip,
+        "--learning-rate": recipe.peak,
+        "--min-learning-rate": recipe.minimum,
+        "--warmup-steps": recipe.warmup,
+        "--total-steps": recipe.total,
+        "--weight-decay": recipe.decay,
+        "--gradient-clip": recipe.clip,
+        **({} if recipe is RECIPE else constants(recipe)),
         "--seed": SEED,
         "--precision": "fp64",
         "--stop-at-step": STEPS,
@@ -172,11 +176,22 @@ def flags_of(folder: Path, config: ArgonneConfig) -> dict[str, Any]:
     }
 
 
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one process, documents apart": (1, {"--document-mask": None}),
-    "tensor 3, uneven, untied": (3, {"--uneven-shards": None, "--tie-word-embeddings": False}),
-    "data 2, zero1": (2, {"--data-parallel": 2, "--zero1": None, "--initial-batch-size": 1}),
-    "pipeline 2, documents apart": (2, {"--pipeline-parallel": 2, "--document-mask": None}),
+def constants(recipe: dense.Recipe) -> dict[str, float]:
+    """The flags of AdamW and the loss, which a run that wants the usual ones leaves out."""
+    return {
+        "--adam-beta1": recipe.betas[0],
+        "--adam-beta2": recipe.betas[1],
+        "--adam-epsilon": recipe.epsilon,
+        "--label-smoothing": recipe.smoothing,
+        "--z-loss": recipe.z_loss,
+    }
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any], dense.Recipe]] = {
+    "one process, documents apart": (1, {"--document-mask": None}, RECIPE),
+    "tensor 3, uneven, untied": (3, {"--uneven-shards": None, "--tie-word-embeddings": False}, TUNED),
+    "data 2, zero1": (2, {"--data-parallel": 2, "--zero1": None, "--initial-batch-size": 1}, RECIPE),
+    "pipeline 2, documents apart": (2, {"--pipeline-parallel": 2, "--document-mask": None}, TUNED),
 }
 
 
@@ -188,21 +203,25 @@ def stored_at(directory: Path, step: int) -> dict[str, Tensor]:
     return stored
 
 
-@pytest.mark.parametrize(("nproc", "layout"), LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(("nproc", "layout", "recipe"), LAYOUTS.values(), ids=LAYOUTS)
 def test_a_run_is_the_reference_run_to_1e_9(
-    texts: tuple[Path, list[list[str]], list[str]], tmp_path: Path, nproc: int, layout: dict[str, Any]
+    texts: tuple[Path, list[list[str]], list[str]],
+    tmp_path: Path,
+    nproc: int,
+    layout: dict[str, Any],
+    recipe: dense.Recipe,
 ) -> None:
     """Losses, held-out losses, norms, rates, weights and both moments, at every step that tells of them."""
     folder, groups, held_out = texts
     apart = "--document-mask" in layout
     config = ArgonneConfig(**{**vars(SHAPE), "tie_word_embeddings": layout.get("--tie-word-embeddings", True)})
-    succeed("pretrain", {**flags_of(folder, config), **layout, "--output-dir": tmp_path}, nproc=nproc)
+    succeed("pretrain", {**flags_of(folder, config, recipe), **layout, "--output-dir": tmp_path}, nproc=nproc)
     packing = Packing(folder, groups)
     ids, documents = packing.held_out(held_out)
     batches = list(packing.batches(apart))
     expected, lines = dense.Run(initial(config)), metrics(tmp_path)
     for stop in range(SAVES, STEPS + 1, SAVES):
-        expected.train(config, RECIPE, batches[stop - SAVES : stop])
+        expected.train(config, recipe, batches[stop - SAVES : stop])
         stored = stored_at(tmp_path, stop)
         wanted = dict(expected.weights)
         for moment, values in (("exp_avg", expected.first), ("exp_avg_sq", expected.second)):
@@ -218,7 +237,7 @@ def test_a_run_is_the_reference_run_to_1e_9(
     assert [line["loss"] for line in lines] == pytest.approx(expected.losses, rel=1e-9)
     assert [line["grad_norm"] for line in lines] == pytest.approx(expected.norms, rel=1e-9)
     assert [line["learning_rate"] for line in lines] == pytest.approx(expected.rates, rel=1e-12)
-    assert min(expected.norms) < RECIPE.clip < max(expected.norms), "some steps are clipped, and some are not"
+    assert min(expected.norms) < recipe.clip < max(expected.norms), "some steps are clipped, and some are not"
     assert [line["validation_loss"] is None for line in lines] == [step % SAVES > 0 for step in range(1, STEPS + 1)]
 
 

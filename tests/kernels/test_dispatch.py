@@ -26,8 +26,9 @@ from argonne.kernels.gpu import rms_norm as gpu_rms_norm
 from argonne.kernels.gpu import rope as gpu_rope
 from argonne.kernels.gpu import swiglu as gpu_swiglu
 from argonne.models import ArgonneConfig
-from argonne.models.decoder import Block, Places
-from argonne.parallel import Precision, ProcessGroups, VocabParallelHead, initialise, sharded_parameters
+from argonne.models.decoder import AttentionInputs, Block
+from argonne.models.execution import Execution
+from argonne.parallel import ProcessGroups, VocabParallelHead, initialise, sharded_parameters
 from argonne.parallel.communication.groups import Axis
 
 X, WEIGHT = torch.ones(2, 3, 4), torch.ones(4)
@@ -164,9 +165,9 @@ def test_op_on_cpu_has_the_values_and_gradients_of_the_reference(name: str) -> N
 def test_a_block_compiles_as_one_graph_with_equal_gradients(monkeypatch: pytest.MonkeyPatch, ops: bool) -> None:
     config = ArgonneConfig(24, 1, 6, 3, 56, 40, max_position_embeddings=16)
     groups = ProcessGroups.single()
-    block = Block(config, groups, Precision())
+    block = Block(config, Execution(groups))
     initialise(sharded_parameters(block, groups), seed=1)
-    places = Places(*rope_tables(8, config.head_dim, 1e4), Axis("context"))
+    inputs = AttentionInputs(*rope_tables(8, config.head_dim, 1e4), Axis("context"))
     found = {}
     for compiled in (False, True):
         if compiled and ops:
@@ -179,7 +180,7 @@ def test_a_block_compiles_as_one_graph_with_equal_gradients(monkeypatch: pytest.
         for batch in (2, 3):  # the second shape: dynamic
             x = normal(batch * 8, 24, seed=2).requires_grad_()
             block.zero_grad()
-            run(x, places).square().sum().backward()
+            run(x, inputs).square().sum().backward()
             found[compiled, batch] = [x.grad, *(p.grad.clone() for p in block.parameters())]
     for batch in (2, 3):
         for ours, theirs in zip(found[True, batch], found[False, batch], strict=True):

@@ -18,6 +18,8 @@ from argonne.parallel import (
     Layout,
     Precision,
     ProcessGroups,
+    check_declarations,
+    check_gradients,
     regions_of,
 )
 from argonne.parallel.pipeline_parallel.plan import SCHEDULES, PipelinePlan
@@ -159,11 +161,17 @@ def train(
         replicas.publish()
     else:
         learner.initialise(seed=3)
+    check_declarations(replicas.parameters, groups, values=True)  # no false alarm in any layout
     losses = []
     for step, batch in list(enumerate(batches()))[start:stop]:
         mine = batch[groups.data.rank :: groups.data.size].unflatten(0, (case.accumulation, -1))
         documents = documents_of(mine) if case.documents else None
         step_batch = Batch(mine[..., :-1], mine[..., 1:], documents, divisor=GLOBAL_BATCH * SEQUENCE)
+        if step == start:
+            replicas.begin(case.accumulation, deferred=model.defers_weight_gradients)
+            model.forward_backward(step_batch, CrossEntropyLoss())
+            replicas.complete()
+            check_gradients(replicas.parameters, groups)
         losses.append(train_step(learner, step_batch, CrossEntropyLoss(), 1e-2 / (1 + step), gradient_clip=1.0).loss)
     if directory is not None:
         moments = moment_pieces(optimizer, replicas.parameters)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
-from dataclasses import replace
+import pickle
+from dataclasses import FrozenInstanceError, asdict, fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +112,63 @@ def test_what_is_left_out_is_derived_and_what_is_given_is_kept() -> None:
     assert (chosen.head_dim, chosen.intermediate_size, chosen.initializer_range) == (10, 7, 0.02)
 
 
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"hidden_size": 960},
+        {"hidden_size": 1920, "num_attention_heads": 60, "num_key_value_heads": 20},
+        {"num_attention_heads": 120, "num_key_value_heads": 40, "hidden_size": 240},
+        {"hidden_size": 480, "head_dim": 128},
+        {"hidden_size": 480, "intermediate_size": 11008, "initializer_range": 0.3},
+        {"num_hidden_layers": 3, "vocab_size": 77},
+    ],
+    ids=str,
+)
+def test_replacing_what_others_follow_from_derives_them_again(name: str, changed: dict[str, Any]) -> None:
+    """Also in two steps, and from a copy that went through another process; what is given stays."""
+    base = preset(name)
+    whole = {field: getattr(base, field) for field in given_by(name)} | changed
+    expected = ArgonneConfig(**whole)
+    assert replace(base, **changed) == expected
+    assert replace(replace(base, hidden_size=4800), **({"hidden_size": base.hidden_size} | changed)) == expected
+    assert replace(pickle.loads(pickle.dumps(copy.deepcopy(base))), **changed) == expected
+
+
+def given_by(name: str) -> set[str]:
+    """The fields of a preset that it does not derive."""
+    derived = {"head_dim", "intermediate_size", "initializer_range"} - (
+        {"initializer_range"} if name == "demo" else set()
+    )
+    return {field.name for field in fields(ArgonneConfig)} - derived
+
+
+def test_a_derived_number_is_kept_where_it_is_given_as_one_of_its_own() -> None:
+    assert replace(SMALL, hidden_size=48).head_dim == 8
+    assert replace(SMALL, hidden_size=48, head_dim=int(SMALL.head_dim)).head_dim == 4
+    assert replace(replace(SMALL, head_dim=10), head_dim=None).head_dim == 4
+
+
+def test_a_derived_shape_is_the_shape_that_says_the_same_numbers() -> None:
+    """Equal, of one hash, and the same JSON: what a run is does not depend on who worked its numbers out."""
+    said = ArgonneConfig(24, 2, 6, 3, 50, intermediate_size=256, head_dim=4, initializer_range=24**-0.5)
+    assert said == SMALL
+    assert hash(said) == hash(SMALL)
+    assert repr(said) == repr(SMALL)
+    assert json.dumps(asdict(said)) == json.dumps(asdict(SMALL))
+    assert {type(value) for value in asdict(SMALL).values()} == {int, float, bool}
+    assert ArgonneConfig(**json.loads(json.dumps(asdict(SMALL)))) == SMALL
+    with pytest.raises(FrozenInstanceError):
+        SMALL.head_dim = 8  # type: ignore[misc]
+
+
+def test_derived_numbers_are_numbers_to_a_compiler() -> None:
+    config = ArgonneConfig(8, 1, 2, 1, 5)
+    widen = torch.compile(lambda x: x.unflatten(-1, (-1, config.head_dim)) * config.initializer_range, backend="eager")
+    x = torch.arange(16.0).view(2, 8)
+    assert torch.equal(widen(x), x.view(2, 2, 4) * 8**-0.5)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -121,7 +182,7 @@ def test_what_is_left_out_is_derived_and_what_is_given_is_kept() -> None:
             "num_attention_heads=6 is not divisible by num_key_value_heads=4; legal sizes: 1, 2, 3, 6",
         ),
         (
-            {"hidden_size": 25, "head_dim": 0},
+            {"hidden_size": 25},
             "hidden_size=25 is not divisible by num_attention_heads=6; legal sizes: 1, 5, 25",
         ),
         ({"head_dim": 5}, "head_dim=5 is odd; rotary positions rotate pairs, legal: even numbers"),
@@ -138,6 +199,13 @@ def test_an_impossible_shape_is_refused_with_what_is_legal(changed: dict[str, in
     [
         {"intermediate_size": -8},
         {"head_dim": -2},
+        {"head_dim": 0},
+        {"intermediate_size": 0},
+        {"initializer_range": 0},
+        {"initializer_range": 0.0},
+        {"initializer_range": float("nan")},
+        {"head_dim": True},
+        {"intermediate_size": 8.0},
         {"max_position_embeddings": 0},
         {"rms_norm_eps": -1.0},
         {"rope_theta": 0.0},

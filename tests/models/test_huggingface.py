@@ -45,7 +45,7 @@ def configs(draw: st.DrawFn) -> ArgonneConfig:
         num_attention_heads=heads,
         num_key_value_heads=kv,
         vocab_size=draw(st.integers(8, 999)),
-        intermediate_size=draw(st.integers(0, 99)),
+        intermediate_size=draw(st.none() | st.integers(1, 99)),
         head_dim=2 * draw(st.integers(1, 40)),
         max_position_embeddings=draw(st.integers(1, 9999)),
         rms_norm_eps=draw(st.floats(1e-9, 1e-2)),

@@ -137,7 +137,7 @@ def train(groups: ProcessGroups, plan: Plan) -> Outcome:
             for region in sharded.spec.regions
         ]
         tensors.append((moment, held))
-    spoken = [(r, torch.ones(r.shape)) for s in strategy.parameters for r in s.spec.regions if r.speaks(groups)]
+    spoken = [(r, torch.ones(r.shape)) for s in strategy.parameters for r in s.spec.regions if r.is_owner(groups)]
     return Outcome(losses, norms, tensors, spoken, logits)
 
 

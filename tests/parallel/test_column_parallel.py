@@ -125,7 +125,7 @@ def check(ranks: RankPool, size: int, case: Case) -> None:
         outputs[name] = x @ leaves[name].T + (leaves[bias_of(name)] if case.bias else 0)
         total = torch.zeros_like(outputs[name])
         for rank in range(1 if case.gather else size):
-            for block in range(size) if case.gather else part.held[rank]:
+            for block in range(part.features // part.block) if case.gather else part.held[rank]:
                 rows = slice(block * part.block, (block + 1) * part.block)
                 total[..., rows] += given_gradients[rank][name][..., rows]
         outputs[name].backward(total)
@@ -191,12 +191,23 @@ def test_one_part_of_unequal_shares_equals_dense(ranks: RankPool, size: int) -> 
     claim()
 
 
+@pytest.mark.parametrize("size", SIZES, scope="module")
+def test_the_gathered_output_of_one_unequal_part_equals_dense(ranks: RankPool, size: int) -> None:
+    @given(cases(size, unshared_part(size).map(lambda part: (part,)), gather=True))
+    @settings(max_examples=50)
+    def claim(case: Case) -> None:
+        check(ranks, size, case)
+
+    claim()
+
+
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("kind", ["normal", "integers"])
 def test_ranks_that_hold_nothing_take_part_in_the_input_gradient(ranks: RankPool, kind: str, sequence: bool) -> None:
     part = Partition.blocks("", 3, 2, 4)  # fewer heads than ranks
     assert [part.local_features(rank) for rank in range(4)] == [0, 3, 0, 3]
-    check(ranks, 4, Case((part,), (4, 2), kind=kind, bias=True, sequence=sequence))
+    for gather in (False, True):
+        check(ranks, 4, Case((part,), (4, 2), kind=kind, bias=True, gather=gather, sequence=sequence))
 
 
 # Query heads and key-value heads; the last of each size cannot share out the former equally.
@@ -229,7 +240,7 @@ def test_shared_blocks_equal_dense_and_their_gradients_are_summed_over_the_holde
 
 def refusals(groups: ProcessGroups) -> list[str]:
     shared = Partition("", 1, (range(0, 1), range(0, 1)))
-    unequal = Partition.split("", 3, 2, uneven=True)
+    crossed = Partition("", 1, (range(1, 2), range(0, 1)))
     of_three = Partition.split("k_proj", 3, 3)
     fused = [Partition.split("a", 2, 2), Partition.split("b", 2, 2)]
     found = []
@@ -237,7 +248,7 @@ def refusals(groups: ProcessGroups) -> list[str]:
         lambda: ColumnParallelLinear(4, 9, groups),
         lambda: Partition.split("gate_proj", 9, 2),
         lambda: ColumnParallelLinear(4, [shared], groups, gather_output=True),
-        lambda: ColumnParallelLinear(4, [unequal], groups, gather_output=True),
+        lambda: ColumnParallelLinear(4, [crossed], groups, gather_output=True),
         lambda: ColumnParallelLinear(4, fused, groups, gather_output=True),
         lambda: ColumnParallelLinear(4, [of_three], groups),
     ):
@@ -252,8 +263,10 @@ def test_what_cannot_be_shared_out_is_refused_naming_the_legal_sizes(ranks: Rank
         assert messages == [
             "out_features=9 is not divisible by tensor_parallel=2; legal sizes: 1, 3, 9",
             "out_features of gate_proj=9 is not divisible by tensor_parallel=2; legal sizes: 1, 3, 9",
-            "gather_output=True is not defined for fused, shared or unequal parts; legal: False",
-            "gather_output=True is not defined for fused, shared or unequal parts; legal: False",
-            "gather_output=True is not defined for fused, shared or unequal parts; legal: False",
+            *[
+                "gather_output=True is not defined for fused or shared parts, or parts that are not in the order of "
+                "the ranks; legal: False"
+            ]
+            * 3,
             "k_proj is a partition for 3 ranks; legal: tensor_parallel=2",
         ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -129,12 +129,41 @@ def test_region_function_over_one_process_returns_its_input(name: str) -> None:
     assert PAIRS[name].function(x, ProcessGroups.single().tensor, 0) is x
 
 
+def gather_unequal(
+    groups: ProcessGroups, sizes: list[int], dim: int, whole: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor]:
+    own = whole.split(sizes, dim)[groups.tensor.rank].clone().requires_grad_()
+    joined = gather_from_region(own, groups.tensor, dim, sizes)
+    joined.backward(gradient)
+    assert own.grad is not None
+    return joined.detach(), own.grad
+
+
+@pytest.mark.parametrize("size", SIZES, scope="module")
+def test_unequal_parts_are_joined_and_their_gradients_taken(ranks: RankPool, size: int) -> None:
+    @given(st.lists(st.integers(0, 3), min_size=size, max_size=size), st.sampled_from([0, 1, -1]), SEEDS)
+    @settings(max_examples=20)
+    def claim(sizes: list[int], dim: int, seed: int) -> None:
+        shape = [2, 3, 2]
+        shape[dim] = sum(sizes)
+        whole, gradient = integers(*shape, seed=seed), integers(*shape, seed=seed + 1)
+        for rank, (joined, own) in enumerate(
+            ranks.run(Layout(tensor=size), gather_unequal, sizes, dim, whole, gradient)
+        ):
+            assert torch.equal(joined, whole)
+            assert torch.equal(own, gradient.split(sizes, dim)[rank])
+
+    claim()
+
+
 def refusals(groups: ProcessGroups) -> list[str]:
     found = []
     for refuse in (
         lambda: scatter_to_region(torch.ones(4, 3), groups.tensor),
         lambda: scatter_to_region(torch.ones(3, 4), groups.tensor, dim=0),
         lambda: reduce_scatter_to_sequence_region(torch.ones(3, 4), groups.tensor),
+        lambda: gather_from_region(torch.ones(3, 4), groups.tensor, sizes=[3, 3]),
+        lambda: gather_from_region(torch.ones(3, 4), groups.tensor, sizes=[4, 4, 4]),
     ):
         with pytest.raises(ArgonneError) as refusal:
             refuse()
@@ -143,9 +172,13 @@ def refusals(groups: ProcessGroups) -> list[str]:
 
 
 def test_a_dimension_that_cannot_be_shared_out_is_refused_in_one_line(ranks: RankPool) -> None:
-    for messages in ranks.run(Layout(tensor=2), refusals):
+    for rank, messages in enumerate(ranks.run(Layout(tensor=2), refusals)):
         assert messages == [
             "dimension -1 of [4, 3] cannot be shared out over tensor in equal parts; legal: a multiple of 2",
             "dimension 0 of [3, 4] cannot be shared out over tensor in equal parts; legal: a multiple of 2",
             "dimension 0 of [3, 4] cannot be shared out over tensor in equal parts; legal: a multiple of 2",
+            f"sizes=[3, 3] are not those of the parts over tensor: rank {rank} of 2 has 4; legal: the size of every "
+            "rank's part",
+            f"sizes=[4, 4, 4] are not those of the parts over tensor: rank {rank} of 2 has 4; legal: the size of every "
+            "rank's part",
         ]

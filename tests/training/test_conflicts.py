@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from argonne.launch.drive import drive, named_flags, parse
-from argonne.parallel import ArgonneError
+from argonne.launch import drive, named_flags, parse
+from argonne.parallel import ArgonneError, Layout
 from argonne.parallel.communication.environment import RESTARTS_LEFT
 from argonne.training.config import ResumeConfig, RunConfig
-from argonne.training.run.conflicts import check_meaning
+from argonne.training.run.conflicts import check_meaning, in_vain
 from argonne.training.run.resume import parse_resume
 from examples import custom_model, demo, generate
 
@@ -21,6 +21,8 @@ WITHOUT_EFFECT = {
     "--pipeline-interleave 4 --pipeline-parallel 2": "pipeline_interleave=4 has no effect without --pipeline-schedule",
     "--fsdp": "fsdp=True has no effect without --data-parallel or --context-parallel",
     "--zero1 --tensor-parallel 2": "zero1=True has no effect without --data-parallel or --context-parallel",
+    "--no-filters --filter-min-tokens 3": "filter_min_tokens=3 conflicts with --no-filters",
+    "--filter-max-digits=0.5 --no-filters": "filter_max_digits=0.5 conflicts with --no-filters",
     "--fsdp --zero1": "fsdp=True conflicts with zero1=True",
     "--data-parallel 2 --zero1 --fsdp": "fsdp=True conflicts with zero1=True",
 }
@@ -58,6 +60,39 @@ def test_a_flag_that_would_do_nothing_is_refused(words: str) -> None:
 @pytest.mark.parametrize("words", MEANT)
 def test_flags_that_go_together_and_those_that_launch_scripts_always_say_are_taken(words: str) -> None:
     check_meaning(parse(RunConfig, words.split()))
+
+
+IN_VAIN = {
+    "--min-batch-size 4": "--min-batch-size has no effect: the search for a batch",
+    "--disable-compile": "--disable-compile has no effect: compilation is not built yet",
+    "--num-proc 8": "--num-proc has no effect: without --no-streaming",
+    "--trust-remote-code": "--trust-remote-code has no effect: without --tokenizer-path",
+    "--local_rank 0": "--local_rank has no effect: LOCAL_RANK",
+    "--sequence-parallel": "--sequence-parallel has no effect: the layout has tensor_parallel=1",
+    "--uneven-shards": "--uneven-shards has no effect: the layout has tensor_parallel=1",
+    "--pipeline-schedule zb": "--pipeline-schedule has no effect: the layout has pipeline_parallel=1",
+    "--pipeline-interleave 3": "--pipeline-interleave has no effect: the layout has pipeline_parallel=1",
+    "--fsdp": "--fsdp has no effect: there is one replica",
+    "--zero1": "--zero1 has no effect: there is one replica",
+}
+
+
+@pytest.mark.parametrize("words", IN_VAIN)
+def test_a_flag_that_is_taken_and_does_nothing_is_said_to(words: str) -> None:
+    """Where it is given, and nowhere else: its default says nothing."""
+    (line,) = in_vain(parse(RunConfig, words.split()), Layout())
+    assert line.startswith(f"note: {IN_VAIN[words]}")
+    assert "\n" not in line
+    assert in_vain(parse(RunConfig, []), Layout()) == []
+    resumed = parse(ResumeConfig, ["--checkpoint-path", "x", *words.split()])
+    assert in_vain(resumed, Layout()) == [line]
+
+
+def test_a_flag_that_does_what_it_says_is_not_said_to_do_nothing() -> None:
+    words = "--no-streaming --num-proc 8 --tokenizer-path x --trust-remote-code --sequence-parallel --uneven-shards"
+    assert in_vain(parse(RunConfig, words.split()), Layout(tensor=2)) == []
+    words = "--pipeline-schedule interleaved --pipeline-interleave 3 --fsdp"
+    assert in_vain(parse(RunConfig, words.split()), Layout(pipeline=2, context=2)) == []
 
 
 @pytest.mark.parametrize("words", RESUMED)
@@ -121,7 +156,7 @@ def test_a_number_of_processes_that_the_launcher_does_not_start_is_refused(monke
         monkeypatch.setenv("RANK", "0")
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        drive(lambda c: ran.append(c.parallel.nproc), lambda c, n: None, parse(RunConfig, ["--nproc", nproc]))
+        drive(lambda c: ran.append(c.launch.nproc), lambda c, n: None, parse(RunConfig, ["--nproc", nproc]))
 
     with pytest.raises(ArgonneError, match="nproc=4 is for ranks that this command starts itself"):
         started("4", WORLD_SIZE="2")

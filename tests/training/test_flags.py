@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pwd
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import pytest
 import torch
 
+from argonne.data.tokens.filters import FILTERS, NO_FILTERS, Filters
 from argonne.inference import Sampling
-from argonne.launch.drive import parse
+from argonne.launch import parse
 from argonne.launch.flags import HomeText, at_home
-from argonne.parallel import ArgonneError
+from argonne.parallel import ArgonneError, Objective
 from argonne.training.config import DataFlags, ModelFlags, ResumeConfig, RunConfig, RunFlags
-from argonne.training.run.directory import flags_from_json, flags_to_json
+from argonne.training.run.flags_json import flags_from_json, flags_to_json
 from benchmarks.token_ids import Flags as TokenIds
 from examples.demo import Demo
 from examples.generate import GenerateConfig
@@ -63,8 +65,25 @@ def test_a_number_that_is_not_finite_or_out_of_bounds_is_refused_by_its_name(nam
 
 @pytest.mark.parametrize("name", ["head_dim", "intermediate_size", "initializer_range"])
 def test_a_zero_is_not_taken_for_a_flag_left_out(name: str) -> None:
-    with pytest.raises(ArgonneError, match=f"{name}=0.* is not legal; legal: more than 0, or leave the flag out"):
+    with pytest.raises(ArgonneError, match=f"^{name}=0.* is not legal; legal: (1 or more|more than 0)$"):
         checked([f"--{name.replace('_', '-')}=0"])
+
+
+def test_a_shape_from_a_file_follows_a_changed_width_as_a_preset_does(tmp_path: Path) -> None:
+    """The file's own numbers for what follows from the width are of another width; its initial weights stay its own."""
+    file = tmp_path / "config.json"
+    shape = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 9}
+    file.write_text(json.dumps({**shape, "head_dim": 20, "intermediate_size": 40, "initializer_range": 0.5}))
+
+    def resolved(*words: str) -> tuple[int, int, float]:
+        config = parse(RunConfig, ["--model-config", str(file), *words]).model.resolve(16)
+        return config.head_dim, config.intermediate_size, config.initializer_range
+
+    assert resolved() == resolved("--num-hidden-layers=3") == (20, 40, 0.5)
+    assert resolved("--hidden-size=1000") == (250, 2816, 0.5)
+    assert resolved("--hidden-size=1000", "--head-dim=20") == (20, 2816, 0.5)
+    assert resolved("--num-attention-heads=8", "--num-key-value-heads=4") == (6, 40, 0.5)
+    assert resolved("--hidden-size=1000", "--intermediate-size=40", "--initializer-range=0.1") == (250, 40, 0.1)
 
 
 def test_the_largest_seed_is_one_that_every_sample_of_the_run_can_be_drawn_with() -> None:
@@ -74,6 +93,42 @@ def test_the_largest_seed_is_one_that_every_sample_of_the_run_can_be_drawn_with(
     with pytest.raises(ArgonneError, match=f"seed={largest + 1} is not legal; legal: 0 to {largest}"):
         checked([f"--seed={largest + 1}", "--total-steps=100"])
     checked(["--weight-decay=-0.0", "--min-learning-rate=-0.0"])
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("--adam-beta1=1", "adam_beta1=1 is not legal, as no gradient would count; legal: 0 up to less than 1"),
+        ("--adam-beta2=1.0", "adam_beta2=1 is not legal, as no gradient would count; legal: 0 up to less than 1"),
+        ("--adam-beta2=1.5", "adam_beta2=1.5 is not legal; legal: a number, 0 to 1"),
+        ("--adam-epsilon=0", "adam_epsilon=0.0 is not legal; legal: more than 0"),
+        ("--label-smoothing=1.01", "label_smoothing=1.01 is not legal; legal: a number, 0 to 1"),
+        ("--z-loss=-1e-4", "z_loss=-0.0001 is not legal; legal: 0 or more"),
+        ("--filter-max-digits=50", "filter_max_digits=50.0 is not legal; legal: a number, 0 to 1"),
+        ("--filter-min-readable=1.1", "filter_min_readable=1.1 is not legal; legal: a number, 0 to 1"),
+        ("--filter-min-tokens=0", "filter_min_tokens=0 is not legal; legal: 1 or more"),
+        ("--filter-long-characters=-1", "filter_long_characters=-1 is not legal; legal: 0 or more"),
+        ("--text-column=", "text_column='' is not legal; legal: the name of a column, or leave the flag out"),
+    ],
+)
+def test_what_no_run_could_use_is_refused_with_what_is_legal(word: str, message: str) -> None:
+    with pytest.raises(ArgonneError) as refusal:
+        checked([word])
+    assert str(refusal.value) == message
+
+
+def test_flags_of_the_loss_the_optimizer_and_the_filters_say_what_they_are() -> None:
+    words = "--label-smoothing=0.1 --z-loss=1e-4 --adam-beta1=0 --adam-beta2=0.99 --filter-max-digits=1"
+    config = parse(RunConfig, [*words.split(), "--filter-min-tokens=3"])
+    config.check()
+    assert config.training.objective == Objective(label_smoothing=0.1, z_loss=1e-4)
+    assert (config.training.betas, config.training.adam_epsilon) == ((0.0, 0.99), 1e-8)
+    assert config.data.document_filters == Filters(50, 1.0, 0.3, 3)
+    assert parse(RunConfig, []).training.objective == Objective()
+    assert parse(RunConfig, []).data.document_filters == FILTERS
+    assert parse(RunConfig, ["--no-filters"]).data.document_filters == NO_FILTERS
+    for saved in (config, parse(RunConfig, ["--no-filters", "--text-column", "content"])):
+        assert flags_from_json(json.loads(json.dumps(flags_to_json(saved)))).data == at_home(saved.data)
 
 
 @pytest.mark.parametrize("value", ["-1", str(10**23)])

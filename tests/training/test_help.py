@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from argonne.launch.drive import parse
+from argonne.launch import RestartFlags, parse
 from argonne.training.config import (
     DEFAULT_PRESET,
     DataFlags,
@@ -99,7 +99,7 @@ def test_no_default_of_pretraining_is_told_of_what_a_resume_takes_as_it_was_save
         if field_of(flag) in saved - own:
             assert text.endswith("[as saved]."), flag
             assert text.removesuffix("[as saved].") == re.sub(r"\[[^\[\]]*\]\.$", "", begun[flag])
-    layout = {field.name for field in dataclasses.fields(ParallelFlags)}
+    layout = {field.name for field in dataclasses.fields(ParallelFlags) + dataclasses.fields(RestartFlags)}
     for flag, text in begun.items():  # the layout is that of the processes a resume is given
         if field_of(flag) in layout:
             assert resumed[flag] == text

@@ -8,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from argonne.data import train_tokenizer
+from argonne.launch import RestartFlags
 from argonne.parallel import ArgonneError, ProcessGroups
 from argonne.training.config import (
     DataFlags,
@@ -24,11 +26,18 @@ from argonne.training.config import (
 )
 from argonne.training.run import conditions
 from argonne.training.run.conditions import MEANINGS, announced, changed_since, comparable, identity_of
-from argonne.training.run.directory import differences
+from argonne.training.run.directory import differences, require_same
 from argonne.training.run.setup import prepare
 from tests.integration.runs import write_corpus
 
-GROUPS = {"model": ModelFlags, "data": DataFlags, "training": TrainingFlags, "parallel": ParallelFlags, "run": RunFlags}
+GROUPS = {
+    "model": ModelFlags,
+    "data": DataFlags,
+    "training": TrainingFlags,
+    "parallel": ParallelFlags,
+    "launch": RestartFlags,
+    "run": RunFlags,
+}
 # Told with the global batch, or refused until it is built.
 ELSEWHERE = {"initial_batch_size", "gradient_accumulation_steps", "reproducible", "batch_size", "reset_optimizer"}
 ELSEWHERE |= {"rewarmup_steps", "checkpoint_path", "force_from_scratch"}
@@ -47,6 +56,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     home = tmp_path_factory.mktemp("meanings")
     write_corpus(home / "corpus", documents=30)
     write_corpus(home / "other", documents=24, shards=2)
+    for path in home.glob("*/*.parquet"):
+        table = pq.read_table(path)
+        pq.write_table(table.append_column("title", table["text"]), path)
     for name, texts in (("tokenizer", ["some words and more of them"] * 9), ("another", ["quite other text"] * 9)):
         train_tokenizer(texts).save_pretrained(home / name)
     return RunConfig(
@@ -90,6 +102,14 @@ def other_values(base: RunConfig) -> dict[str, Any]:
         "local_rank": 0,
         "pipeline_parallel": "auto",
         "tensor_parallel": 1,
+        "text_column": "title",
+        "filter_max_digits": 0.4,
+        "filter_min_readable": 0.2,
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.99,
+        "adam_epsilon": 1e-6,
+        "label_smoothing": 0.1,
+        "z_loss": 1e-4,
     }
 
 
@@ -153,6 +173,9 @@ def older(config: RunConfig, told: tuple[dict[str, Any], dict[str, Any]], precis
     """What a version before this one kept."""
     identity = {name: value for name, value in told[0].items() if name not in ("precision", "initial_loss_scale")}
     identity["tokenizer"] = {name: told[0]["tokenizer"][name] for name in ("fingerprint", "size")}
+    identity["data"] = {name: value for name, value in told[0]["data"].items() if name != "text_column"}
+    since = ("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing", "z_loss")
+    identity["schedule"] = {name: value for name, value in told[0]["schedule"].items() if name not in since}
     return {"identity": identity, "flags": {"training": {"precision": precision}}}
 
 
@@ -163,6 +186,29 @@ def test_what_an_older_version_kept_is_the_same_run(base: RunConfig, kept: str, 
     saved = older(config, now, kept)
     assert changed_since(saved, *now, config) == []
     assert differences(*comparable(identity_of(saved), now[0])) == []
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value", "line"),
+    [
+        ("training", "adam_beta1", 0.8, "schedule.adam_beta1: 0.9 -> 0.8"),
+        ("training", "adam_beta2", 0.99, "schedule.adam_beta2: 0.95 -> 0.99"),
+        ("training", "adam_epsilon", 1e-6, "schedule.adam_epsilon: 1e-08 -> 1e-06"),
+        ("training", "label_smoothing", 0.1, "schedule.label_smoothing: 0.0 -> 0.1"),
+        ("training", "z_loss", 1e-4, "schedule.z_loss: 0.0 -> 0.0001"),
+        ("data", "text_column", "title", "data.text_column: text -> title"),
+        ("data", "filter_min_tokens", 11, "data.filters.min_tokens: 10 -> 11"),
+    ],
+)
+def test_what_had_no_flag_was_as_a_flag_left_out(base: RunConfig, group: str, name: str, value: Any, line: str) -> None:
+    """A run of an older version is another run with any other value: of the data, accepted on purpose only."""
+    begun, config = told(base), changed(base, group, name, value)
+    saved, now = identity_of(older(base, begun, "fp16")), told(config)[0]
+    assert differences(*comparable(saved, now)) == [line]
+    with pytest.raises(ArgonneError, match="holds a different run"):
+        require_same(*comparable(saved, now), Path("x"))
+    if group == "data":
+        assert require_same(*comparable(saved, now), Path("x"), accept_data_change=True) == [line]
 
 
 @pytest.mark.parametrize(

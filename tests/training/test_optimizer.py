@@ -17,7 +17,7 @@ from argonne.parallel import (
     clip_gradients,
     global_gradient_norm,
 )
-from argonne.training.optimizer import build_optimizer, set_learning_rate
+from argonne.training.optimizer import BETAS, EPSILON, build_optimizer, set_learning_rate
 from tests import dense
 from tests.whole import assert_close, parts_of
 
@@ -52,12 +52,20 @@ def draw_gradients(parameters: list[ShardedParameter], generator: torch.Generato
         sharded.parameter.grad = size * values
 
 
-@given(st.integers(0, 10**6), CLIPS, st.sampled_from([0.0, 0.3]), st.sampled_from([1.0, 2.0**16]))
-def test_steps_equal_the_formula_with_clipping_on_and_off(seed: int, clip: float, decay: float, scale: float) -> None:
-    """Also from gradients that are a loss scale too large, as in float16."""
+@given(
+    st.integers(0, 10**6),
+    CLIPS,
+    st.sampled_from([0.0, 0.3]),
+    st.sampled_from([1.0, 2.0**16]),
+    st.sampled_from([(BETAS, EPSILON), ((0.0, 0.6), 1e-2), ((0.8, 0.0), 3e-5), ((0.99, 0.999), 1e-12)]),
+)
+def test_steps_equal_the_formula_with_clipping_on_and_off(
+    seed: int, clip: float, decay: float, scale: float, adam: tuple[tuple[float, float], float]
+) -> None:
+    """Also from gradients that are a loss scale too large, as in float16; and with other betas and epsilons."""
     model, generator = model_of(seed), torch.Generator().manual_seed(seed)
     parameters = model.sharded_parameters()
-    optimizer = build_optimizer(parameters, decay)
+    optimizer = build_optimizer(parameters, decay, *adam)
     reference = dense.Run(wholes(model, "data"))
     for rate in (0.0, 3e-2, 1e-2, 4e-2):
         draw_gradients(parameters, generator)
@@ -71,7 +79,7 @@ def test_steps_equal_the_formula_with_clipping_on_and_off(seed: int, clip: float
         set_learning_rate(optimizer, rate)
         optimizer.step()
         factor = min(1.0, clip / (true.item() + 1e-6))
-        reference.update({name: factor * gradient for name, gradient in gradients.items()}, rate, decay)
+        reference.update({name: factor * gradient for name, gradient in gradients.items()}, rate, decay, *adam)
     for name, weight in wholes(model, "data").items():
         assert_close(weight, reference.weights[name], 1e-12, name)
     for moment, expected in (("exp_avg", reference.first), ("exp_avg_sq", reference.second)):

@@ -12,12 +12,8 @@ import torch
 
 from argonne.models import ArgonneConfig
 from argonne.parallel import Layout
-from argonne.training import trainer
 from argonne.training.config import DataFlags, RunConfig, TrainingFlags
-from argonne.training.metrics import flops_per_token
 from argonne.training.report import Reports
-from argonne.training.schedule import CosineSchedule
-from argonne.training.trainer import Trainer
 from tests.checkpoint.watch import watched
 
 SHAPE = ArgonneConfig(16, 2, 4, 2, 53, 24, 16)
@@ -53,34 +49,3 @@ def test_the_statistics_of_a_save_are_those_of_the_run(tmp_path: Path, capsys: p
     assert (told["global_steps"], told["total_tokens"], told["batch_size"]) == (10, 1680, 4)
     assert (told["gradient_accumulation_steps"], told["effective_tokens_per_step"]) == (3, 168)
     assert (told["model_params"], told["amp_dtype"]) == (SHAPE.parameter_count, "bfloat16")
-
-
-def test_a_step_is_measured_over_all_the_processes_that_made_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    peak = 3e9
-    monkeypatch.setattr(trainer, "peak_flops", lambda device: peak)
-    groups = SimpleNamespace(device=torch.device("cpu"), world=SimpleNamespace(size=6), layout=LAYOUT)
-    state = SimpleNamespace(step=10, tokens=1680, schedule=CosineSchedule(1e-3, 1e-5, 10, 100))
-    itself = SimpleNamespace(
-        config=CONFIG, workload=SimpleNamespace(model=SHAPE), state=state, groups=groups, tokens_per_step=168
-    )
-    batch = SimpleNamespace(states={}, digest="abc", next_sample=240)
-    line = Trainer._record(cast(Any, itself), cast(Any, batch), 2.5, 1.25, seconds=0.5, waited=0.1)
-    assert (line["step"], line["tokens"], line["loss"], line["grad_norm"]) == (10, 1680, 2.5, 1.25)
-    assert (line["step_time"], line["data_wait"], line["batch_hash"]) == (0.5, 0.1, "abc")
-    assert line["learning_rate"] == pytest.approx(1e-3)
-    assert line["tokens_per_second"] == pytest.approx(336)
-    assert line["mfu"] == pytest.approx(336 * flops_per_token(SHAPE, 7) / (6 * peak))
-
-
-def test_the_sample_of_a_step_is_drawn_with_the_runs_seed_and_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same after an interruption, and another at every save."""
-    seeds = []
-    monkeypatch.setattr(trainer, "sample_text", lambda model, tokenizer, tokens, seed: seeds.append(seed))
-    config = RunConfig(training=TrainingFlags(seed=30))
-    state = SimpleNamespace(step=10, model=None, all_lanes=dict, save=lambda *parts: Path("step_00000010"))
-    itself = SimpleNamespace(
-        config=config, workload=SimpleNamespace(tokenizer=None), state=state, global_batch=24, save_seconds=0.0
-    )
-    for state.step in (10, 20):
-        Trainer._save(cast(Any, itself), None)
-    assert seeds == [40, 50]

@@ -11,67 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from argonne.checkpoint import CheckpointError, checkpoints
+from argonne.checkpoint import checkpoints
 from argonne.parallel import ArgonneError
-from argonne.training.config import DataFlags, ModelFlags, RunConfig, RunFlags, TrainingFlags
+from argonne.training.config import RunConfig, RunFlags
 from argonne.training.layout_flags import ParallelFlags
 from argonne.training.report import Reports
 from argonne.training.run.continuation import continue_at
 from argonne.training.run.directory import (
     differences,
-    flags_from_json,
-    flags_to_json,
     read_run,
     require_same,
-    saved_flags,
     schedule_identity,
 )
-
-PATHS = st.from_regex(r"(/[a-z]{1,5}){1,3}", fullmatch=True).map(Path)
-
-CONFIGS = st.builds(
-    RunConfig,
-    model=st.builds(
-        ModelFlags,
-        model_config=st.none() | PATHS,
-        hidden_size=st.none() | st.integers(1, 999),
-        rope_theta=st.none() | st.floats(1, 1e6),
-        tie_word_embeddings=st.none() | st.booleans(),
-    ),
-    data=st.builds(
-        DataFlags,
-        data_glob=st.none() | st.lists(PATHS.map(lambda path: f"{path}/*.parquet"), max_size=3).map(tuple),
-        tokenizer_path=st.none() | PATHS,
-        data_lanes=st.none() | st.integers(1, 64),
-        streaming=st.booleans(),
-    ),
-    training=st.builds(TrainingFlags, learning_rate=st.floats(1e-9, 1), precision=st.sampled_from(["auto", "bf16"])),
-    parallel=st.builds(ParallelFlags, tensor_parallel=st.none() | st.integers(1, 8), local_rank=st.none()),
-    run=st.builds(RunFlags, output_dir=PATHS, wall_time=st.none() | st.floats(0, 1e9)),
-)
-
-
-@given(CONFIGS)
-def test_flags_round_trip_through_json(config: RunConfig) -> None:
-    assert flags_from_json(json.loads(json.dumps(flags_to_json(config)))) == config
-
-
-def test_paths_are_saved_so_that_they_hold_from_any_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    config = RunConfig(data=DataFlags(data_glob=("a/*.parquet",), tokenizer_path=Path("t")), run=RunFlags(Path("o")))
-    saved = flags_from_json(flags_to_json(config))
-    assert saved.data.data_glob == (f"{tmp_path}/a/*.parquet",)
-    assert saved.data.tokenizer_path == tmp_path / "t"
-    assert saved.run.output_dir == tmp_path / "o"
-
-
-def test_flags_of_another_version_are_left_out_and_missing_ones_take_their_default() -> None:
-    saved = flags_to_json(RunConfig())
-    saved["training"]["flag_of_the_future"] = 3
-    saved["group_of_the_future"] = {}
-    del saved["training"]["seed"], saved["run"]
-    assert flags_from_json(saved) == RunConfig()
-
 
 IDENTITIES = st.recursive(
     st.integers(0, 9) | st.text(max_size=4),
@@ -246,17 +197,3 @@ def test_a_checkpoint_set_aside_again_replaces_none_that_was_before(tmp_path: Pa
 def test_continuing_in_a_directory_with_nothing_to_tidy_changes_nothing(tmp_path: Path, reports: Reports) -> None:
     assert continue_at(tmp_path, 0, reports) == []
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_checkpoint_tells_the_flags_of_its_run(tmp_path: Path) -> None:
-    config = RunConfig(data=DataFlags(block_size=64, data_glob=("/a*.parquet",)), run=RunFlags(Path("/o")))
-    (tmp_path / "trainer.json").write_text(json.dumps({"flags": flags_to_json(config)}))
-    assert saved_flags(tmp_path) == config
-
-
-@pytest.mark.parametrize("content", [None, "{", "{}", '{"flags": 3}', '{"flags": null}', "[]"])
-def test_a_checkpoint_without_flags_is_refused_by_its_file(tmp_path: Path, content: str | None) -> None:
-    if content is not None:
-        (tmp_path / "trainer.json").write_text(content)
-    with pytest.raises(CheckpointError, match="trainer.json' does not tell the run's flags"):
-        saved_flags(tmp_path)

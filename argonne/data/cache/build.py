@@ -27,6 +27,7 @@ from argonne.data.cache.store import (
 from argonne.data.cache.units import Kept, Tally, UnitMaker, in_processes, in_this_process
 from argonne.data.corpus.shards import OnBad, Shard
 from argonne.data.errors import DataError
+from argonne.data.tokens.filters import FILTERS, Filters
 from argonne.files import TEMPORARY, sync
 
 TICK_SECONDS = 1.0
@@ -42,6 +43,7 @@ def build_cache(
     on_bad: OnBad = "raise",
     progress: bool = True,
     tick: Callable[[], object] | None = None,
+    filters: Filters = FILTERS,
 ) -> TokenCache:
     """The cache of this corpus under `directory`: opened if it is complete, else built, or built on.
 
@@ -58,13 +60,14 @@ def build_cache(
         progress: show a bar on a terminal, or else print a line every half minute.
         tick: called about once a second, in this thread, while the build lasts; what it raises ends the
             build, which the same call takes up again.
+        filters: which rows become documents; a cache that was made with others is another cache.
 
     Raises:
         DataError: what cannot be read or written, in one line, or that a process was killed.
     """
     if processes < 1:
         raise DataError(f"processes={processes} is not a positive number")
-    recipe = made_from(shards, tokenizer, boundary)
+    recipe = made_from(shards, tokenizer, boundary, filters)
     path = directory / cache_key(recipe)
     cache = _finished(path, on_bad)
     if cache is not None:
@@ -80,7 +83,7 @@ def build_cache(
             (path / INDEX).unlink(missing_ok=True)
         dtype = "uint16" if _largest_id(tokenizer) < 1 << 16 else "uint32"
         backend = tokenizer.backend_tokenizer.to_str()
-        maker = UnitMaker(path, tuple(shards), backend, boundary, dtype, on_bad == "skip")
+        maker = UnitMaker(path, tuple(shards), backend, boundary, dtype, on_bad == "skip", filters)
         units = _make_units(maker, processes, progress, beat)
         _complete(path, recipe, TokenCache(path, dtype, units))
     return open_cache(path)

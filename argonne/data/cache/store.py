@@ -19,7 +19,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,11 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
+from argonne.data.corpus.formats import TEXT
 from argonne.data.corpus.shards import Shard, fingerprint
 from argonne.data.errors import DataError, one_line
 from argonne.data.lanes.packing import Packed
-from argonne.data.tokens.filters import FILTERS
+from argonne.data.tokens.filters import FILTERS, Filters
 from argonne.data.tokens.tokenizer import tokenizer_fingerprint
 from argonne.files import read_object, write_json
 
@@ -195,16 +196,21 @@ def open_cache(path: Path, verify: bool = False) -> TokenCache:
 
 
 def made_from(
-    shards: Sequence[Shard], tokenizer: PreTrainedTokenizerFast, boundary: tuple[int, int] | None
+    shards: Sequence[Shard],
+    tokenizer: PreTrainedTokenizerFast,
+    boundary: tuple[int, int] | None,
+    filters: Filters = FILTERS,
 ) -> dict[str, Any]:
     """All that decides the content of a cache, as JSON values. Where the shards lie does not."""
+    other = sorted({shard.column for shard in shards} - {TEXT})  # a cache of the column `text` does not name it
     return {
         "format": FORMAT,
         "data": fingerprint(shards),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "boundary": None if boundary is None else list(boundary),
-        "filters": FILTERS,
+        "filters": asdict(filters),
         "unit_rows": _unit_rows(shards),
+        **({"columns": other} if other else {}),
     }
 
 

@@ -28,7 +28,7 @@ from argonne.data.errors import DataError
 from argonne.data.lanes.plan import Unit
 from argonne.data.lanes.reader import cut_batches
 from argonne.data.tokens.encoder import Encoder, batch_rows
-from argonne.data.tokens.filters import UNREADABLE, tokenise_rows
+from argonne.data.tokens.filters import FILTERS, UNREADABLE, Filters, tokenise_rows
 from argonne.files import TEMPORARY
 from argonne.parent import as_parent
 
@@ -68,6 +68,7 @@ class UnitMaker:
     boundary: tuple[int, int] | None
     dtype: str
     skip_unreadable: bool
+    filters: Filters = FILTERS
 
     def encoder(self) -> Encoder:
         """An encoder of this cache's tokenizer; one serves for all units."""
@@ -128,7 +129,7 @@ class UnitMaker:
             for batch in cut_batches(texts, batch_rows()):
                 before = tokens, len(ends)
                 accepted = []
-                for outcome in tokenise_rows(batch, encode, self.boundary):
+                for outcome in tokenise_rows(batch, encode, self.boundary, self.filters):
                     if isinstance(outcome, str):
                         dropped[outcome] += 1
                     else:

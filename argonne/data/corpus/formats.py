@@ -20,6 +20,7 @@ from argonne.data.corpus.pages import page_fault
 from argonne.data.errors import DataError, one_line
 
 TEXT = "text"
+"""The column of texts, unless another is named."""
 STREAM_BUFFER = 1 << 20
 
 # Of a schema, in a message.
@@ -55,11 +56,11 @@ def reading(what: str) -> Iterator[None]:
         raise DataError(f"{what} cannot be read: {one_line(error)}") from error
 
 
-def inspect(location: Location) -> tuple[Format, int, tuple[int, ...]]:
+def inspect(location: Location, column: str = TEXT) -> tuple[Format, int, tuple[int, ...]]:
     """Format, size in bytes, and the rows of each row group or record batch; no text is read.
 
     Raises:
-        DataError: it is no Parquet or Arrow file, cannot be read, or has no column of text called `text`.
+        DataError: it is no Parquet or Arrow file, cannot be read, or has no column of text called `column`.
     """
     with reading(f"shard {location}"):
         with open_source(location) as source:
@@ -68,10 +69,10 @@ def inspect(location: Location) -> tuple[Format, int, tuple[int, ...]]:
             if kind == "Parquet file":
                 source.seek(0)
                 with pq.ParquetFile(source) as parquet:
-                    _text_column(location, parquet.schema_arrow)
+                    _text_column(location, parquet.schema_arrow, column)
                     return kind, size, _parquet_rows(location, parquet.metadata)
         with open_source(location, mapped=True) as source:
-            reader = _arrow_reader(location, kind, source)
+            reader = _arrow_reader(location, kind, source, column)
             # Arrow lists no row counts, so all messages are walked; being mapped, hardly a byte is read.
             rows = tuple(batch.num_rows for batch in _batches(reader))
             if kind == "Arrow stream":
@@ -109,22 +110,22 @@ class Texts:
         return found
 
 
-def read_column(location: Location, kind: Format, size: int, row_group: int) -> Texts:
-    """The `text` of one row group, where the file still has `size` bytes; see `open_texts`."""
+def read_column(location: Location, kind: Format, size: int, row_group: int, column: str = TEXT) -> Texts:
+    """The texts of one row group, where the file still has `size` bytes; see `open_texts`."""
     where = f"row group {row_group} of shard {location}"
     with reading(where), open_source(location, mapped=kind != "Parquet file") as source:
         _check_size(where, source, size)
         if kind != "Parquet file":
-            reader = _arrow_reader(location, kind, source)
-            return Texts([batch.column(TEXT) for batch in _batches(reader, row_group)])
+            reader = _arrow_reader(location, kind, source, column)
+            return Texts([batch.column(column) for batch in _batches(reader, row_group)])
         with pq.ParquetFile(source, page_checksum_verification=True) as parquet:
-            column = parquet.read_row_group(row_group, columns=[TEXT]).column(TEXT)
-            _check_chunk(where, source, parquet.metadata, row_group, len(column), column.null_count)
-            return Texts(column.chunks)
+            texts = parquet.read_row_group(row_group, columns=[column]).column(column)
+            _check_chunk(where, source, parquet.metadata, row_group, column, len(texts), texts.null_count)
+            return Texts(texts.chunks)
 
 
-def stream_column(location: Location, size: int, row_group: int, rows: int) -> Iterator[Texts]:
-    """The `text` of one row group of a Parquet file, `rows` at a time: a few pages of it are in memory."""
+def stream_column(location: Location, size: int, row_group: int, rows: int, column: str = TEXT) -> Iterator[Texts]:
+    """The texts of one row group of a Parquet file, `rows` at a time: a few pages of it are in memory."""
     where = f"row group {row_group} of shard {location}"
     with reading(where), open_source(location) as source:
         _check_size(where, source, size)
@@ -132,11 +133,11 @@ def stream_column(location: Location, size: int, row_group: int, rows: int) -> I
         with pq.ParquetFile(
             source, page_checksum_verification=True, buffer_size=STREAM_BUFFER, pre_buffer=False
         ) as parquet:
-            for batch in parquet.iter_batches(rows, row_groups=[row_group], columns=[TEXT], use_threads=False):
-                column = batch.column(TEXT)
-                read, nulls = read + len(column), nulls + column.null_count
-                yield Texts([column])
-            _check_chunk(where, source, parquet.metadata, row_group, read, nulls)
+            for batch in parquet.iter_batches(rows, row_groups=[row_group], columns=[column], use_threads=False):
+                texts = batch.column(column)
+                read, nulls = read + len(texts), nulls + texts.null_count
+                yield Texts([texts])
+            _check_chunk(where, source, parquet.metadata, row_group, column, read, nulls)
 
 
 def _check_size(where: str, source: pa.NativeFile, size: int) -> None:
@@ -153,19 +154,19 @@ def _format(location: Location, head: bytes) -> Format:
     raise DataError(f"shard {location} starts with {head!r}; expected the content of a {', '.join(_MAGIC.values())}")
 
 
-def _text_column(location: Location, schema: pa.Schema) -> int:
-    """The index of the column `text`; raises DataError where there is none, or none of strings."""
-    found = schema.get_all_field_indices(TEXT)
+def _text_column(location: Location, schema: pa.Schema, column: str) -> int:
+    """The index of the column of texts; raises DataError where there is none, or none of strings."""
+    found = schema.get_all_field_indices(column)
     if len(found) > 1:
         raise DataError(
-            f"shard {location} has {len(found)} columns {TEXT!r}; legal: one. Its columns: {_columns(schema)}"
+            f"shard {location} has {len(found)} columns {column!r}; legal: one. Its columns: {_columns(schema)}"
         )
     kind = schema.field(found[0]).type if found else None
     if isinstance(kind, pa.DictionaryType):
         kind = kind.value_type
     if kind not in _BYTES:
-        other = f"; {TEXT!r} is {_short(kind)}" if found else ""
-        raise DataError(f"shard {location} has no string column {TEXT!r}{other}; its columns: {_columns(schema)}")
+        other = f"; {column!r} is {_short(kind)}" if found else ""
+        raise DataError(f"shard {location} has no string column {column!r}{other}; its columns: {_columns(schema)}")
     index: int = found[0]
     return index
 
@@ -194,13 +195,15 @@ def _parquet_rows(location: Location, metadata: Any) -> tuple[int, ...]:
     return rows
 
 
-def _check_chunk(where: str, source: pa.NativeFile, metadata: Any, row_group: int, rows: int, nulls: int) -> None:
+def _check_chunk(
+    where: str, source: pa.NativeFile, metadata: Any, row_group: int, column: str, rows: int, nulls: int
+) -> None:
     """Compare what was read with the statistics and the page headers: a damaged header can turn texts into nulls.
 
     To be called once the column was read without fault; see `_parquet_rows`.
     """
     paths = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
-    chunk = metadata.row_group(row_group).column(paths.index(TEXT))
+    chunk = metadata.row_group(row_group).column(paths.index(column))
     if chunk.physical_type != "BYTE_ARRAY":  # asking for statistics of another type ends the process, too
         raise DataError(f"{where} cannot be read: its footer says that the texts are {chunk.physical_type}")
     statistics = chunk.statistics
@@ -214,10 +217,10 @@ def _check_chunk(where: str, source: pa.NativeFile, metadata: Any, row_group: in
         raise DataError(f"{where} cannot be read: {fault}")
 
 
-def _arrow_reader(location: Location, kind: Format, source: pa.NativeFile) -> Any:
-    """A reader of the `text` column alone."""
+def _arrow_reader(location: Location, kind: Format, source: pa.NativeFile, column: str) -> Any:
+    """A reader of the column of texts alone."""
     connect = ipc.open_file if kind == "Arrow file" else ipc.open_stream
-    index = _text_column(location, connect(source).schema)
+    index = _text_column(location, connect(source).schema, column)
     source.seek(0)
     return connect(source, options=ipc.IpcReadOptions(included_fields=[index]))
 

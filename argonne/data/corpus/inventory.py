@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from argonne.data.corpus.formats import TEXT
 from argonne.data.corpus.location import Location
 from argonne.data.corpus.shards import OnBad, Shard, canonical, open_or_quarantine, open_shard, require_rows
 from argonne.data.errors import DataError
@@ -59,7 +60,7 @@ def changes(listing: Sequence[Mapping[str, Any]], now_listed: Sequence[Mapping[s
 
 
 def restore(
-    listing: Sequence[Mapping[str, Any]], paths: Sequence[Location], on_bad: OnBad = "raise"
+    listing: Sequence[Mapping[str, Any]], paths: Sequence[Location], on_bad: OnBad = "raise", column: str = TEXT
 ) -> tuple[Shard, ...]:
     """The shards of a run that goes on, in the order of its `listing`; those it does not list come after them, sorted.
 
@@ -76,18 +77,19 @@ def restore(
     for key, entry in _numbered(_parse(listing)).items():
         path = found.pop(key, None)
         if not entry.rows:
-            shards.append(Shard(path or Path(entry.name), (), entry.size, None, entry.unreadable))
+            shards.append(Shard(path or Path(entry.name), (), entry.size, None, entry.unreadable, column))
         elif path is None and on_bad == "raise":
             raise DataError(f"shard {entry.name} is missing ({entry}); legal: all the data that the run began with")
         elif path is None:
-            shards.append(Shard(Path(entry.name), entry.rows, entry.size, None, "is missing"))
+            shards.append(Shard(Path(entry.name), entry.rows, entry.size, None, "is missing", column))
         elif on_bad == "raise":
-            shards.append(open_shard(path))
+            shards.append(open_shard(path, column))
         else:
-            shard = open_or_quarantine(path)
-            shards.append(Shard(path, entry.rows, entry.size, None, shard.unreadable) if shard.unreadable else shard)
+            shard = open_or_quarantine(path, column)
+            shards.append(replace(shard, rows=entry.rows, size=entry.size) if shard.unreadable else shard)
     others = sorted(found.values(), key=canonical)
-    return require_rows([*shards, *(open_shard(p) if on_bad == "raise" else open_or_quarantine(p) for p in others)])
+    opened = open_shard if on_bad == "raise" else open_or_quarantine
+    return require_rows([*shards, *(opened(path, column) for path in others)])
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from argonne.data.corpus.formats import Format, Texts, inspect, read_column, stream_column
+from argonne.data.corpus.formats import TEXT, Format, Texts, inspect, read_column, stream_column
 from argonne.data.corpus.location import Location, Url, expand, is_url
 from argonne.data.errors import DataError
 
@@ -37,6 +37,8 @@ class Shard:
     """None for a shard that is quarantined."""
     unreadable: str = ""
     """Why the shard as a whole is quarantined: none of its rows can be had. Empty for a good shard."""
+    column: str = TEXT
+    """The column that holds its texts."""
 
 
 def find_shards(patterns: Sequence[str] = ()) -> tuple[Location, ...]:
@@ -64,32 +66,33 @@ def matching_default() -> list[str] | None:
     return next(([pattern] for pattern in DEFAULT_GLOBS if expand(pattern)), None)
 
 
-def open_shards(paths: Sequence[Location], on_bad: OnBad = "raise") -> tuple[Shard, ...]:
+def open_shards(paths: Sequence[Location], on_bad: OnBad = "raise", column: str = TEXT) -> tuple[Shard, ...]:
     """Read the footers of all `paths`, in the given order; no text is read.
 
     With `on_bad="skip"` a file that cannot be opened keeps its place, quarantined and without rows.
 
     Raises:
-        DataError: a file is no Parquet or Arrow file, cannot be read, has no rows or no string column `text`;
+        DataError: a file is no Parquet or Arrow file, cannot be read, has no rows or no string column `column`;
             with "skip", when this is so of every file.
     """
-    return require_rows([open_shard(path) if on_bad == "raise" else open_or_quarantine(path) for path in paths])
+    opened = open_shard if on_bad == "raise" else open_or_quarantine
+    return require_rows([opened(path, column) for path in paths])
 
 
-def open_shard(path: Location) -> Shard:
+def open_shard(path: Location, column: str = TEXT) -> Shard:
     """Read the footer of one shard; see `open_shards`."""
-    kind, size, rows = inspect(path)
+    kind, size, rows = inspect(path, column)
     if not sum(rows):
         raise DataError(f"shard {path} has no rows; leave it out of the glob")
-    return Shard(path, rows, size, kind)
+    return Shard(path, rows, size, kind, column=column)
 
 
-def open_or_quarantine(path: Location) -> Shard:
+def open_or_quarantine(path: Location, column: str = TEXT) -> Shard:
     """The shard, or where it cannot be opened one without rows that says why."""
     try:
-        return open_shard(path)
+        return open_shard(path, column)
     except DataError as error:
-        return Shard(path, (), 0, None, str(error).removeprefix(f"shard {path} "))
+        return Shard(path, (), 0, None, str(error).removeprefix(f"shard {path} "), column)
 
 
 def quarantined(shards: Sequence[Shard]) -> dict[int, str]:
@@ -124,7 +127,7 @@ def require_rows(shards: Sequence[Shard]) -> tuple[Shard, ...]:
 
 
 def read_texts(shard: Shard, row_group: int) -> list[object]:
-    """The `text` of every row of one row group: `str`, or None where it is null or not valid UTF-8.
+    """The text of every row of one row group: `str`, or None where it is null or not valid UTF-8.
 
     Raises:
         DataError: the row group cannot be read, fails its checksum, or is not the one that was opened.
@@ -135,7 +138,7 @@ def read_texts(shard: Shard, row_group: int) -> list[object]:
 def open_texts(shard: Shard, row_group: int) -> Texts:
     """The rows of one row group as Arrow holds them; see `read_texts`."""
     kind = _require_readable(shard, row_group)
-    texts = read_column(shard.path, kind, shard.size, row_group)
+    texts = read_column(shard.path, kind, shard.size, row_group, shard.column)
     _require_rows_of(shard, row_group, len(texts))
     return texts
 
@@ -148,7 +151,7 @@ def stream_texts(shard: Shard, row_group: int, rows: int) -> Iterator[Texts]:
     """
     _require_readable(shard, row_group)
     read = 0
-    for texts in stream_column(shard.path, shard.size, row_group, rows):
+    for texts in stream_column(shard.path, shard.size, row_group, rows, shard.column):
         read += len(texts)
         yield texts
     _require_rows_of(shard, row_group, read)

@@ -15,6 +15,7 @@ from argonne.data.errors import DataError
 from argonne.data.lanes.plan import LanePlan
 from argonne.data.lanes.reader import Document, DocumentReader
 from argonne.data.lanes.state import LaneState
+from argonne.data.tokens.filters import FILTERS, Filters
 
 Tokens = npt.NDArray[np.int64]
 
@@ -33,7 +34,7 @@ class SequenceStream:
     """Endless sequences of block_size + 1 tokens from each of the lanes that this process serves.
 
     Sequences of a lane do not overlap and leave nothing out: the tail of a document opens the next sequence.
-    What a lane delivers depends on the shards, the tokenizer, `boundary`, `block_size` and `lanes` alone.
+    What a lane delivers depends on the shards, the tokenizer, `boundary`, `filters`, `block_size` and `lanes` alone.
 
     Args:
         lanes: lanes of the whole run; fixed for its life (see `default_lanes`).
@@ -43,6 +44,7 @@ class SequenceStream:
         on_bad: what a row group that cannot be read does: "raise", or "skip" it (see `DocumentReader`).
         report: is given one line for each row group that is skipped, once.
         fast: tokenise by the fast path where there is one (see `Encoder`); the ids are the same.
+        filters: which rows become documents.
 
     Raises:
         DataError: an argument is out of range, or a state does not belong to this corpus.
@@ -60,13 +62,14 @@ class SequenceStream:
         on_bad: OnBad = "raise",
         report: Callable[[str], None] | None = None,
         fast: bool = True,
+        filters: Filters = FILTERS,
     ) -> None:
         check_lanes(block_size, lanes, served, states)
         plan = LanePlan(shards, lanes)
         self.block_size = block_size
         self.lanes = lanes
         self.served = tuple(served)
-        reader = DocumentReader(shards, plan, tokenizer, boundary, on_bad, report, fast)
+        reader = DocumentReader(shards, plan, tokenizer, boundary, on_bad, report, fast, filters)
         self._served = {
             lane: _Lane(lane, reader, states[lane] if states else _beginning(plan, lane)) for lane in served
         }

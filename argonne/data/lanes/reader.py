@@ -15,7 +15,7 @@ from argonne.data.corpus.shards import OnBad, Shard
 from argonne.data.errors import DataError
 from argonne.data.lanes.plan import LanePlan, Place
 from argonne.data.tokens.encoder import batch_rows, shared_encoder, tokeniser_pool
-from argonne.data.tokens.filters import UNREADABLE, TokenIds, tokenise_rows
+from argonne.data.tokens.filters import FILTERS, UNREADABLE, Filters, TokenIds, tokenise_rows
 
 T = TypeVar("T")
 
@@ -58,6 +58,7 @@ class DocumentReader:
             "unreadable" and goes on. Each lane decides from the files alone, so that no layout changes a sample.
         report: is given one line for each row group that is passed over, once; from any thread.
         fast: tokenise by the fast path where there is one (see `Encoder`); the ids are the same.
+        filters: which rows become documents.
     """
 
     def __init__(
@@ -69,11 +70,13 @@ class DocumentReader:
         on_bad: OnBad = "raise",
         report: Callable[[str], None] | None = None,
         fast: bool = True,
+        filters: Filters = FILTERS,
     ) -> None:
         self.plan = plan
         self._row_groups = RowGroups(shards, on_bad, report)
         self._encode = shared_encoder(tokenizer, fast)
         self._boundary = boundary
+        self._filters = filters
         self._batch_rows = batch_rows()
 
     def documents(self, lane: int, place: Place, unreadable: Sequence[tuple[int, int]] = ()) -> Iterator[Document]:
@@ -118,7 +121,7 @@ class DocumentReader:
             else:
                 row = place.row
                 for rows in cut_batches(self._row_groups.rows(unit, row, self._batch_rows), self._batch_rows):
-                    outcomes = tokenise_rows(rows, self._encode, self._boundary)
+                    outcomes = tokenise_rows(rows, self._encode, self._boundary, self._filters)
                     yield _List(Place(place.epoch, place.unit, row), outcomes)
                     row += len(rows)
             place = self.plan.next_unit(lane, place)
@@ -153,6 +156,7 @@ def check_block_size(
     block_size: int,
     boundary: tuple[int, int] | None = None,
     on_bad: OnBad = "raise",
+    filters: Filters = FILTERS,
 ) -> None:
     """Refuse a corpus that cannot fill one sequence of block_size + 1 tokens, reading no further than needed.
 
@@ -162,7 +166,8 @@ def check_block_size(
     plan = LanePlan(shards, lanes=1)
     start = plan.enter(0, epoch=0)
     tokens = 0
-    for document in DocumentReader(shards, plan, tokenizer, boundary, on_bad).documents(0, start):
+    reader = DocumentReader(shards, plan, tokenizer, boundary, on_bad, filters=filters)
+    for document in reader.documents(0, start):
         if document.place.epoch > start.epoch:
             raise DataError(
                 f"block_size={block_size} needs {block_size + 1} tokens and the data holds only {tokens}; "

@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from argonne.parallel.legal import require_share, require_whole
 
 TokenIds = npt.NDArray[np.int32]
 Encode = Callable[[list[str]], "list[TokenIds | None]"]
@@ -22,18 +25,39 @@ NOT_TEXT, EMPTY, DIGITS, SYMBOLS, SHORT, UNTOKENIZABLE, UNREADABLE = REASONS = (
     "unreadable",
 )
 
-# The thresholds of the original Argonne pipeline.
-LONG_CHARACTERS = 50
-MAX_DIGITS = 0.5
-MIN_READABLE = 0.3
-MIN_TOKENS = 10
-FILTERS = {
-    "long_characters": LONG_CHARACTERS,
-    "max_digits": MAX_DIGITS,
-    "min_readable": MIN_READABLE,
-    "min_tokens": MIN_TOKENS,
-}
-"""What decides which rows are dropped, as JSON values."""
+
+@dataclass(frozen=True)
+class Filters:
+    """The thresholds by which rows are dropped; those of the original Argonne pipeline unless told otherwise.
+
+    What is no text, is empty or cannot be tokenised makes no document whatever they are.
+
+    Raises:
+        ArgonneError: a threshold is out of range, by the name of its flag.
+    """
+
+    long_characters: int = 50
+    """Only a text of more characters is judged by them."""
+    max_digits: float = 0.5
+    """The largest share of its characters that may be digits, 0 to 1; 1 drops none."""
+    min_readable: float = 0.3
+    """The smallest share of its characters that must be letters or white space, 0 to 1; 0 drops none."""
+    min_tokens: int = 10
+    """The fewest tokens of a document, BOS and EOS not counted; 1 drops none."""
+
+    def __post_init__(self) -> None:
+        require_whole("filter_long_characters", self.long_characters, 0)
+        require_whole("filter_min_tokens", self.min_tokens, 1)
+        for field in ("max_digits", "min_readable"):
+            require_share(f"filter_{field}", getattr(self, field))
+            object.__setattr__(self, field, float(getattr(self, field)))
+
+
+FILTERS = Filters()
+"""Those of the original Argonne pipeline."""
+
+NO_FILTERS = Filters(max_digits=1.0, min_readable=0.0, min_tokens=1)
+"""Every text that has a token becomes a document."""
 
 DIGIT, READABLE = 1, 2
 # Characters looked at together: what they take in memory stays in the processor's cache.
@@ -41,41 +65,45 @@ SLICE = 1 << 16
 READABLE_ASCII = bytes(code for code in range(128) if chr(code).isalpha() or chr(code).isspace())
 
 
-def rejection(text: object) -> str | None:
+def rejection(text: object, filters: Filters = FILTERS) -> str | None:
     """Why a row is dropped before it is tokenised, or None if it is kept.
 
-    Only a text of more than 50 characters is judged by its digits (more than half: "digits") and by its
-    letters and white space (less than 0.3 together: "symbols").
+    Only a text of more than ``long_characters`` is judged by its digits (a larger share than ``max_digits``: "digits")
+    and by its letters and white space (a smaller share than ``min_readable``: "symbols").
     """
     if not isinstance(text, str):
         return NOT_TEXT
     if not text:
         return EMPTY
-    if len(text) <= LONG_CHARACTERS:
+    length = len(text)
+    if length <= filters.long_characters:
         return None
-    if len(text) <= SLICE and text.isascii() and 2 * len(text.encode().translate(None, READABLE_ASCII)) <= len(text):
+    usual = filters.max_digits >= 0.5 >= filters.min_readable and length <= SLICE and text.isascii()
+    if usual and 2 * len(text.encode().translate(None, READABLE_ASCII)) <= length:
         return None  # almost every text: where half is readable, no more than half are digits
     digits, readable = _counts(text)
-    if digits / len(text) > MAX_DIGITS:
+    if digits / length > filters.max_digits:
         return DIGITS
-    return SYMBOLS if readable / len(text) < MIN_READABLE else None
+    return SYMBOLS if readable / length < filters.min_readable else None
 
 
-def tokenise_rows(rows: Sequence[object], encode: Encode, boundary: tuple[int, int] | None) -> list[TokenIds | str]:
+def tokenise_rows(
+    rows: Sequence[object], encode: Encode, boundary: tuple[int, int] | None, filters: Filters = FILTERS
+) -> list[TokenIds | str]:
     """For each row its token ids, or the reason (one of `REASONS`) for which it is dropped.
 
     `boundary` is the (BOS, EOS) pair put around each document; the two do not count as tokens of the text.
     """
-    reasons = [rejection(row) for row in rows]
+    reasons = [rejection(row, filters) for row in rows]
     kept = [row for row, reason in zip(rows, reasons, strict=True) if reason is None and isinstance(row, str)]
     encoded = iter(encode(kept))
-    return [reason or _document(next(encoded), boundary) for reason in reasons]
+    return [reason or _document(next(encoded), boundary, filters.min_tokens) for reason in reasons]
 
 
-def _document(tokens: TokenIds | None, boundary: tuple[int, int] | None) -> TokenIds | str:
+def _document(tokens: TokenIds | None, boundary: tuple[int, int] | None, min_tokens: int) -> TokenIds | str:
     if tokens is None:
         return UNTOKENIZABLE
-    if len(tokens) < MIN_TOKENS:
+    if len(tokens) < min_tokens:
         return SHORT
     if boundary is None:
         return tokens

@@ -114,6 +114,10 @@ class ProcessGroups:
         """Whether the tensor-parallel ranks share out the tokens between their layers."""
         return self.layout.sequence_parallel and self.tensor.size > 1
 
+    def without_sequence_parallel(self) -> ProcessGroups:
+        """The same processes, for layers whose ranks all have all tokens: heads and patches outside the blocks."""
+        return replace(self, layout=replace(self.layout, sequence_parallel=False))
+
     @property
     def coordinates(self) -> dict[str, int]:
         """This process's rank along each axis."""

@@ -8,6 +8,7 @@ Over an axis of one process every function returns its input; none ever writes t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,13 +44,17 @@ class _ReduceFromRegion(torch.autograd.Function):
 
 class _GatherFromRegion(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, axis: Axis, dim: int) -> Tensor:
-        ctx.axis, ctx.dim = axis, dim
-        return _join(tensor, axis, dim)
+    def forward(ctx: Any, tensor: Tensor, axis: Axis, dim: int, sizes: Sequence[int] | None) -> Tensor:
+        ctx.axis, ctx.dim, ctx.sizes = axis, dim, sizes
+        return _join(tensor, axis, dim) if sizes is None else _join_unequal(tensor, axis, dim, sizes)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _own_part(gradient, ctx.axis, ctx.dim), None, None
+        axis, dim, sizes = ctx.axis, ctx.dim, ctx.sizes
+        if sizes is None:
+            return _own_part(gradient, axis, dim), None, None, None
+        own = gradient.narrow(dim, sum(sizes[: axis.rank]), sizes[axis.rank])
+        return own.contiguous(), None, None, None
 
 
 class _ScatterToRegion(torch.autograd.Function):
@@ -78,6 +83,7 @@ class _ReduceScatterToSequenceRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
         ctx.axis, ctx.site = axis, site()
+        _require_dimension(tensor, 0)
         return sum_and_scatter(tensor, axis)
 
     @staticmethod
@@ -95,12 +101,26 @@ def reduce_from_region(tensor: Tensor, axis: Axis) -> Tensor:
     return tensor if axis.group is None else _ReduceFromRegion.apply(tensor, axis)
 
 
-def gather_from_region(tensor: Tensor, axis: Axis, dim: int = -1) -> Tensor:
-    """Join equal parts of a dimension forward; take this rank's part of the gradient backward.
+def gather_from_region(tensor: Tensor, axis: Axis, dim: int = -1, sizes: Sequence[int] | None = None) -> Tensor:
+    """Join the ranks' parts of a dimension forward; take this rank's part of the gradient backward.
 
     For results that every rank goes on to use in the same way.
+
+    Args:
+        tensor: this rank's part.
+        axis: the ranks that have the parts, in their order.
+        dim: the dimension of which they are parts.
+        sizes: of every rank's part, where they are unequal; what is sent is then as large as the largest from each.
+
+    Raises:
+        ArgonneError: ``sizes`` are not those of the ranks.
     """
-    return tensor if axis.group is None else _GatherFromRegion.apply(tensor, axis, dim)
+    if sizes is not None and (len(sizes) != axis.size or tensor.shape[dim] != sizes[axis.rank]):
+        raise ArgonneError(
+            f"sizes={list(sizes)} are not those of the parts over {axis.name}: rank {axis.rank} of {axis.size} has "
+            f"{tensor.shape[dim]}; legal: the size of every rank's part"
+        )
+    return tensor if axis.group is None else _GatherFromRegion.apply(tensor, axis, dim, sizes)
 
 
 def scatter_to_region(tensor: Tensor, axis: Axis, dim: int = -1) -> Tensor:
@@ -139,11 +159,28 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _join(tensor: Tensor, axis: Axis, dim: int, site: str | None = None) -> Tensor:
+    _require_dimension(tensor, dim)
     parts = all_gather(tensor, axis, site)
     return parts.flatten(0, 1) if dim == 0 else torch.cat(parts.unbind(0), dim=dim)
 
 
+def _join_unequal(tensor: Tensor, axis: Axis, dim: int, sizes: Sequence[int]) -> Tensor:
+    """A collective takes equal parts, so that each is sent as large as the largest."""
+    shape = list(tensor.shape)
+    shape[dim] = max(sizes)
+    sent = tensor.new_zeros(shape)
+    sent.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+    parts = all_gather(sent, axis).unbind(0)
+    return torch.cat([part.narrow(dim, 0, size) for part, size in zip(parts, sizes, strict=True)], dim=dim)
+
+
+def _require_dimension(tensor: Tensor, dim: int) -> None:
+    if not -tensor.ndim <= dim < tensor.ndim:
+        raise ArgonneError(f"{list(tensor.shape)} has no dimension {dim} to share out; legal: a tensor that has it")
+
+
 def _own_part(tensor: Tensor, axis: Axis, dim: int) -> Tensor:
+    _require_dimension(tensor, dim)
     if tensor.shape[dim] % axis.size:
         raise ArgonneError(
             f"dimension {dim} of {list(tensor.shape)} cannot be shared out over {axis.name} in equal parts; "

@@ -15,6 +15,7 @@ from argonne.parallel.data_parallel.replicate import Replicate
 from argonne.parallel.data_parallel.strategy import DataParallel
 from argonne.parallel.data_parallel.zero import ShardedOptimizer
 from argonne.parallel.errors import ArgonneError
+from argonne.parallel.sharding.check import check_declarations
 from argonne.parallel.sharding.spec import ShardedParameter, sharded_parameters
 from argonne.parallel.tensor_parallel.precision import Precision
 
@@ -54,11 +55,13 @@ def data_parallel(
 
     Raises:
         ArgonneError: the kind is unknown, or does not suit the model, or ``shard`` the replicas.
+        LayoutError: the declarations of the ranks do not fit together (``check_declarations``).
     """
     if kind not in get_args(Kind):
         raise ArgonneError(f"data parallel kind={kind!r} is not known; legal: {', '.join(get_args(Kind))}")
     check_shard(kind, shard, groups.replicas.size)
     parameters = sharded_parameters(model, groups) if parameters is None else parameters
+    check_declarations(parameters, groups, values=False)  # they may be empty still
     if groups.replicas.size == 1:
         return DataParallel(parameters, groups)
     if kind == "fsdp":

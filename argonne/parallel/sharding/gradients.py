@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from argonne.parallel.communication.groups import ProcessGroups
+from argonne.parallel.communication.recording import is_checking
 from argonne.parallel.communication.reduction import sum_of_two, sum_over
+from argonne.parallel.errors import LayoutError
+from argonne.parallel.sharding.check import check_gradients
 from argonne.parallel.sharding.spec import ShardedParameter
 
 
@@ -17,32 +20,56 @@ def complete_gradients(parameters: Sequence[ShardedParameter], groups: ProcessGr
     """Add up, in place, what each rank knows only in part: over the replicas, then ``sum_partial_gradients``.
 
     Over the replicas (data and context) every gradient is a partial sum: the loss is divided by the global
-    number of target tokens, so nothing is averaged here.
+    number of target tokens, so nothing is averaged here. A replica that has not used a parameter (an idle expert)
+    counts zeros; only where nothing is summed does a missing gradient stay missing.
+
+    Raises:
+        LayoutError: some of the replicas hold a parameter, and not all of them or one.
     """
+    axis = groups.replicas
     for sharded in parameters:
-        if sharded.parameter.grad is not None:
-            sum_over(sharded.parameter.grad, groups.replicas)
+        holders = {region.holders_over(axis).ranks for region in sharded.spec.regions}
+        if axis.size == 1 or holders == {(axis.rank,)}:
+            continue
+        if any(len(ranks) != axis.size for ranks in holders):
+            raise LayoutError(f"{sharded.name} is held by replicas {sorted(holders)[0]}; legal: by all of them, or one")
+        gradient = _gradient(sharded)
+        if gradient is not None:
+            sum_over(gradient, axis)
     sum_partial_gradients(parameters, groups)
 
 
 def sum_partial_gradients(parameters: Sequence[ShardedParameter], groups: ProcessGroups) -> None:
     """Add up what the ranks of one replica know in part: the gradients that their ``Region`` calls partial over
     the tensor-parallel ranks, and those of parameters that two pipeline stages hold.
+
+    In a block of ``record(check=...)``, then compare them with ``check_gradients``.
     """
     if groups.tensor.size > 1:
         _sum_over_holders(parameters, groups)
     if groups.pipeline.size > 1:
         _sum_over_stages(parameters, groups)
+    if is_checking():
+        check_gradients(parameters, groups)
+
+
+def _gradient(sharded: ShardedParameter) -> Tensor | None:
+    """The gradient of a parameter that is summed: zeros where this rank has not used it; None if it is not trained."""
+    parameter = sharded.parameter
+    if parameter.grad is None and parameter.requires_grad:
+        parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype or parameter.dtype)
+    return parameter.grad
 
 
 def _sum_over_holders(parameters: Sequence[ShardedParameter], groups: ProcessGroups) -> None:
     """One all-reduce of the whole tensors that have several holders, each rank adding what it has."""
-    shared = [(s, r) for s in parameters for r in s.spec.regions if r.partial_gradient]
+    shared = [(s, r) for s in parameters for r in s.spec.regions if r.holders_over(groups.tensor).partial]
     if not shared:
         return
     # Where replicas hold different rows, the holders of an element need not be at one place of the data axis.
-    rows_are_shared_out = any(r.replicas for _, r in shared)
+    rows_are_shared_out = any(len(r.holders_over(groups.replicas).ranks) < groups.replicas.size for _, r in shared)
     axis = groups.stage if rows_are_shared_out else groups.tensor
+    gradients = {id(s): _gradient(s) for s, _ in shared}
     # Every rank has some region of each, so that all lay out the same buffer.
     shapes = {region.name: region.whole_shape for _, region in shared}
     # In the gradients' own dtype: that of a bfloat16 parameter may be float32.
@@ -53,29 +80,34 @@ def _sum_over_holders(parameters: Sequence[ShardedParameter], groups: ProcessGro
     pieces = buffer.split([torch.Size(shape).numel() for shape in shapes.values()])
     wholes = {name: piece.view(shapes[name]) for name, piece in zip(shapes, pieces, strict=True)}
     for sharded, region in shared:
+        gradient = gradients[id(sharded)]
         # Replicas that hold the same rows have the same sum over all replicas already: one of them adds it.
-        if sharded.parameter.grad is not None and (not rows_are_shared_out or region.speaks_for_replicas(groups)):
-            wholes[region.name][region.whole_index] = sharded.parameter.grad[region.local_index]
+        if gradient is not None and (not rows_are_shared_out or region.is_owner_over(groups.replicas)):
+            wholes[region.name][region.whole_index] = region.part_of(gradient)
     sum_over(buffer, axis)
     for sharded, region in shared:
-        if sharded.parameter.grad is not None:
-            sharded.parameter.grad[region.local_index] = wholes[region.name][region.whole_index]
+        gradient = gradients[id(sharded)]
+        if gradient is not None:
+            region.part_of(gradient).copy_(wholes[region.name][region.whole_index])
 
 
 def _sum_over_stages(parameters: Sequence[ShardedParameter], groups: ProcessGroups) -> None:
     """Each of the two stages that hold a parameter sends the other its part; both add the same two numbers."""
     for sharded in parameters:
-        if not any(region.stages for region in sharded.spec.regions):
+        holders = [region.holders_over(groups.pipeline) for region in sharded.spec.regions]
+        stages = next((h.ranks for h in holders if h.partial), ())
+        gradient = _gradient(sharded) if stages else None
+        if gradient is None:
             continue
-        gradient = sharded.parameter.grad
-        assert gradient is not None, f"{sharded.name} is held by two stages but used by one only"
-        sum_of_two(gradient, groups.pipeline, *sharded.spec.regions[0].stages)
+        if len(set(stages)) != 2 or any(h.ranks != stages for h in holders):
+            raise LayoutError(f"{sharded.name} is held by stages {stages}; legal: the whole parameter by two of them")
+        sum_of_two(gradient, groups.pipeline, *stages)
 
 
 def global_gradient_norm(parameters: Sequence[ShardedParameter], groups: ProcessGroups) -> Tensor:
     """The 2-norm of the whole model's gradient: a float64 scalar, equal on all ranks.
 
-    Each element counts once, on the rank that speaks for its region. Call after ``complete_gradients``.
+    Each element counts once, on the rank that owns its region. Call after ``complete_gradients``.
     """
     total = torch.zeros((), dtype=torch.float64, device=groups.device)
     for sharded in parameters:
@@ -83,7 +115,7 @@ def global_gradient_norm(parameters: Sequence[ShardedParameter], groups: Process
         if gradient is None:
             continue
         for region in sharded.spec.regions:
-            if region.speaks(groups):
+            if region.is_owner(groups):
                 total += torch.linalg.vector_norm(gradient[region.local_index], dtype=torch.float64) ** 2
     return sum_over(total, groups.world).sqrt()
 

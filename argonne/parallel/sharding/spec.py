@@ -1,4 +1,4 @@
-"""Which region of which whole tensor a parameter holds.
+"""What each parameter of a model holds.
 
 Each parallel layer declares this once for each of its parameters. Initialisation, the reduction of
 gradients, the global gradient norm, checkpoints, resharding and export all follow from it; none of them
@@ -16,70 +16,17 @@ from torch import Tensor, nn
 
 from argonne.parallel.communication.groups import ProcessGroups
 from argonne.parallel.errors import LayoutError
-from argonne.parallel.sharding.initialisation import Initialiser
-
-
-@dataclass(frozen=True)
-class Region:
-    """A box of one whole tensor: ``parameter[local_index] == whole[whole_index]``.
-
-    Regions that two ranks hold of the same whole tensor are either identical or disjoint.
-    """
-
-    name: str
-    """The whole tensor. A layer gives it relative to itself (``weight``, or ``../q_proj.weight`` for a
-    tensor named after a sibling); ``sharded_parameters`` makes it absolute."""
-    whole_shape: tuple[int, ...]
-    start: tuple[int, ...]
-    """The first index of the box in the whole tensor, for each dimension."""
-    shape: tuple[int, ...]
-    local_start: tuple[int, ...]
-    """The first index of the box in the parameter; the rest of the parameter is padding, kept at zero."""
-    holders: tuple[int, ...]
-    """The tensor-parallel ranks with this same region; the first speaks for it."""
-    partial_gradient: bool = False
-    """Each holder has only a part of the gradient: the parts are summed over the holders. The same on every
-    rank for all regions of a whole tensor, also for those with one holder."""
-    stages: tuple[int, ...] = ()
-    """The pipeline ranks that hold this same region (a tied embedding); empty: this one alone. Each has a part
-    of the gradient."""
-    replicas: tuple[int, ...] = ()
-    """The ranks of ``groups.replicas`` that hold this same region (ZeRO and FSDP share out rows); empty: all of
-    them."""
-
-    def speaks(self, groups: ProcessGroups) -> bool:
-        """Whether this rank counts the region in a norm and saves it: true on one rank of the job."""
-        return (
-            self.holders[0] == groups.tensor.rank
-            and (not self.stages or self.stages[0] == groups.pipeline.rank)
-            and self.speaks_for_replicas(groups)
-        )
-
-    def speaks_for_replicas(self, groups: ProcessGroups) -> bool:
-        """Whether this rank is the first of the replicas that hold the region."""
-        return groups.replicas.rank == (self.replicas[0] if self.replicas else 0)
-
-    @property
-    def whole_index(self) -> tuple[slice, ...]:
-        return _box(self.start, self.shape)
-
-    @property
-    def local_index(self) -> tuple[slice, ...]:
-        return _box(self.local_start, self.shape)
-
-
-@dataclass(frozen=True)
-class ShardSpec:
-    """What one parameter holds, and how it begins."""
-
-    regions: tuple[Region, ...]
-    initialiser: Initialiser | None = None
-    """``None``: the module has initialised the parameter itself."""
+from argonne.parallel.sharding.declare import replicated
+from argonne.parallel.sharding.region import Region, ShardSpec
 
 
 @runtime_checkable
 class Sharded(Protocol):
-    """A module that declares the ``ShardSpec`` of each parameter it owns itself."""
+    """A module that declares the ``ShardSpec`` of its parameters.
+
+    The keys are names of its own parameters, or of its children's (``w1.weight``), where it knows better than they.
+    The names of the regions are relative to the module that declares them.
+    """
 
     def shard_specs(self) -> dict[str, ShardSpec]: ...
 
@@ -91,31 +38,53 @@ class ShardedParameter:
     name: str
     parameter: nn.Parameter
     spec: ShardSpec
+    is_declared: bool = True
+    """Whether a module says so; otherwise it is taken to be ``replicated``."""
 
 
 def sharded_parameters(model: nn.Module, groups: ProcessGroups) -> list[ShardedParameter]:
     """Every distinct parameter of ``model`` with its spec, in module order.
 
-    A parameter whose module declares nothing (``nn.LayerNorm``, say) counts as ``replicated``.
+    A parameter that no module declares (of ``nn.LayerNorm``, say) counts as ``replicated``. Under sequence parallelism
+    only norms and what is not trained may go undeclared: a norm is used between the tensor-parallel layers, and of
+    everything else the gradient depends on where it is used. Of several declarations of one parameter that of the
+    outermost module counts.
 
     Raises:
-        LayoutError: a module declares a parameter that it does not have.
+        LayoutError: a module declares a parameter that it does not have, or does not declare one that it must.
     """
+    declared: dict[int, ShardSpec] = {}
+    for prefix, module in model.named_modules():
+        specs: dict[str, ShardSpec] = module.shard_specs() if isinstance(module, Sharded) else {}
+        below = dict(module.named_parameters(remove_duplicate=False)) if specs else {}
+        if unknown := sorted(specs.keys() - below.keys()):
+            dotted = any("." in name for name in unknown)
+            legal = sorted(name for name in below if dotted or "." not in name)
+            raise LayoutError(f"shard_specs of {prefix or 'the model'} names {unknown}; legal: {legal}")
+        for name, spec in specs.items():
+            regions = tuple(replace(r, name=_absolute(prefix, r.name)) for r in spec.regions)
+            declared.setdefault(id(below[name]), replace(spec, regions=regions))
     found: list[ShardedParameter] = []
+    unknown_use: list[str] = []
     seen: set[int] = set()
     for prefix, module in model.named_modules():
-        declared = module.shard_specs() if isinstance(module, Sharded) else {}
-        own = dict(module.named_parameters(recurse=False))
-        if unknown := sorted(declared.keys() - own.keys()):
-            raise LayoutError(f"shard_specs of {prefix or 'the model'} names {unknown}; legal: {sorted(own)}")
-        for name, parameter in own.items():
+        for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            spec = declared.get(name) or replicated(name, parameter.shape, groups)
-            regions = tuple(replace(r, name=_absolute(prefix, r.name)) for r in spec.regions)
             qualified = f"{prefix}.{name}" if prefix else name
-            found.append(ShardedParameter(qualified, parameter, replace(spec, regions=regions)))
+            spec_or_none = declared.get(id(parameter))
+            if spec_or_none is None and groups.sequence_parallel and parameter.requires_grad and not _is_norm(module):
+                unknown_use.append(f"{qualified} of {type(module).__name__}")
+            spec = spec_or_none or replicated(qualified, parameter.shape, groups, used="between")
+            found.append(ShardedParameter(qualified, parameter, spec, spec_or_none is not None))
+    if unknown_use:
+        rest = f" and {len(unknown_use) - 4} more" if len(unknown_use) > 4 else ""
+        raise LayoutError(
+            f"no shard_specs() declares {', '.join(unknown_use[:4])}{rest}, whose gradient depends under sequence "
+            "parallelism on where it is used; legal: replicated(..., used='between', 'inside' or 'outside') in "
+            "shard_specs() of the module or of one that contains it"
+        )
     return found
 
 
@@ -128,27 +97,28 @@ def narrow_rows(
     """
 
     def narrowed(region: Region) -> Region:
-        begin = region.local_start[0]
-        first = min(max(rows.start, begin), begin + region.shape[0])
-        last = max(first, min(rows.stop, begin + region.shape[0]))
+        dim = len(region.shape) - 1 if region.transposed else 0  # that of the whole tensor which the rows are
+        begin, extent = region.local_start[0], region.shape[dim]
+        first = min(max(rows.start, begin), begin + extent)
+        last = max(first, min(rows.stop, begin + extent))
         return replace(
             region,
-            start=(region.start[0] + first - begin, *region.start[1:]),
-            shape=(last - first, *region.shape[1:]),
+            start=(*region.start[:dim], region.start[dim] + first - begin, *region.start[dim + 1 :]),
+            shape=(*region.shape[:dim], last - first, *region.shape[dim + 1 :]),
             local_start=(max(0, first - rows.start), *region.local_start[1:]),
             replicas=replicas,
         )
 
     spec = replace(sharded.spec, regions=tuple(narrowed(region) for region in sharded.spec.regions))
-    return ShardedParameter(sharded.name, parameter, spec)
+    return replace(sharded, parameter=parameter, spec=spec)
 
 
 def regions_of(parameters: Sequence[ShardedParameter]) -> Iterator[tuple[Region, Tensor]]:
-    """Each region with the part of its parameter that holds it (a view)."""
+    """Each region with the part of its parameter that holds it (a view with the whole tensor's dimensions)."""
     for sharded in parameters:
         for region in sharded.spec.regions:
             if 0 not in region.shape:
-                yield region, sharded.parameter.data[region.local_index]
+                yield region, region.part_of(sharded.parameter.data)
 
 
 @torch.no_grad()
@@ -165,28 +135,9 @@ def initialise(parameters: Sequence[ShardedParameter], seed: int) -> None:
             sharded.spec.initialiser.fill(part, seed, region.name, region.whole_shape, region.start)
 
 
-def replicated(
-    name: str,
-    shape: Sequence[int],
-    groups: ProcessGroups,
-    initialiser: Initialiser | None = None,
-    partial_gradient: bool | None = None,
-) -> ShardSpec:
-    """The spec of a parameter that every tensor-parallel rank holds whole.
-
-    ``partial_gradient`` says whether each rank sees only a part of its uses, so that the gradients are summed:
-    some of the heads (a norm of queries), or some of the tokens. Left out, it is taken to work between the
-    tensor-parallel layers, where every rank sees all tokens, or its share under sequence parallelism.
-    """
-    shape = tuple(shape)
-    start = (0,) * len(shape)
-    partial = groups.sequence_parallel if partial_gradient is None else partial_gradient
-    region = Region(name, shape, start, shape, start, tuple(range(groups.tensor.size)), partial)
-    return ShardSpec((region,), initialiser)
-
-
-def _box(start: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
-    return tuple(slice(first, first + extent) for first, extent in zip(start, shape, strict=True))
+def _is_norm(module: nn.Module) -> bool:
+    """Every library has norms of its own, and each calls them so."""
+    return type(module).__name__.endswith("Norm")
 
 
 def _absolute(prefix: str, name: str) -> str:

@@ -194,7 +194,15 @@ def vocab_parallel_cross_entropy(
 
     Returns:
         ``[...]`` in float32 (float64 for float64 logits), in nats, the same on every rank.
+
+    Raises:
+        ArgonneError: the shapes do not fit each other.
     """
+    if logits.shape != (*targets.shape, vocabulary.tokens):
+        raise ArgonneError(
+            f"logits {list(logits.shape)} and targets {list(targets.shape)} do not fit; legal: [..., "
+            f"{vocabulary.tokens}] and [...], of all tokens"
+        )
     flat = as_matrix(logits), targets.reshape(-1)
     losses = _VocabParallelCrossEntropy.apply(*flat, vocabulary, axis, objective, arithmetic)
     return losses.view(targets.shape)

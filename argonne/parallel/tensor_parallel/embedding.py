@@ -9,9 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from argonne.parallel.communication.groups import ProcessGroups
-from argonne.parallel.communication.regions import reduce_from_region, reduce_scatter_to_sequence_region
+from argonne.parallel.communication.regions import (
+    gather_from_region,
+    reduce_from_region,
+    reduce_scatter_to_sequence_region,
+)
+from argonne.parallel.errors import ArgonneError
 from argonne.parallel.sharding.initialisation import Initialiser, Normal
-from argonne.parallel.sharding.spec import Region, ShardSpec
+from argonne.parallel.sharding.region import Region, ShardSpec
+from argonne.parallel.tensor_parallel.linear import bias_initialiser_of
 from argonne.parallel.tensor_parallel.precision import Precision
 from argonne.parallel.tensor_parallel.products import column_parallel_linear
 
@@ -48,16 +54,17 @@ class VocabularyRange:
         mine = (ids >= self.start) & (ids < self.stop)
         return torch.where(mine, ids - self.start, 0), mine
 
-    def spec(self, hidden: int, rank: int, initialiser: Initialiser) -> ShardSpec:
-        """The spec of a ``[rows, hidden]`` weight."""
+    def spec(self, name: str, tail: tuple[int, ...], rank: int, initialiser: Initialiser) -> ShardSpec:
+        """The spec of a parameter ``[rows, *tail]`` that is cut like the vocabulary."""
         if self.tokens == 0:
             return ShardSpec((), initialiser)
+        zeros = (0,) * len(tail)
         region = Region(
-            "weight",
-            whole_shape=(self.vocabulary, hidden),
-            start=(self.start, 0),
-            shape=(self.tokens, hidden),
-            local_start=(0, 0),
+            name,
+            whole_shape=(self.vocabulary, *tail),
+            start=(self.start, *zeros),
+            shape=(self.tokens, *tail),
+            local_start=(0, *zeros),
             holders=(rank,),
         )
         return ShardSpec((region,), initialiser)
@@ -82,9 +89,10 @@ class _VocabParallel(nn.Module):
         self.initialiser = initialiser or Normal(hidden**-0.5)
         self.precision = precision
         self.weight = nn.Parameter(torch.zeros(self.range.rows, hidden, dtype=precision.parameters))
+        self.bias: nn.Parameter | None = None
 
     def shard_specs(self) -> dict[str, ShardSpec]:
-        return {"weight": self.range.spec(self.weight.shape[1], self.axis.rank, self.initialiser)}
+        return {"weight": self.range.spec("weight", (self.weight.shape[1],), self.axis.rank, self.initialiser)}
 
     def extra_repr(self) -> str:
         held = f"tokens {self.range.start}..{self.range.stop} in {self.range.rows} rows"
@@ -107,6 +115,8 @@ class VocabParallelEmbedding(_VocabParallel):
 
         Under sequence parallelism ``[tokens, ...]`` -> ``[tokens / ranks, ..., hidden]``.
         """
+        if self.sequence_parallel and ids.ndim < 1:
+            raise ArgonneError("a single id cannot be shared out under sequence parallelism; legal: [tokens, ...]")
         rows, mine = self.range.localise(ids)
         vectors = F.embedding(rows, self.weight).to(self.precision.compute)
         leave = reduce_scatter_to_sequence_region if self.sequence_parallel else reduce_from_region
@@ -114,20 +124,66 @@ class VocabParallelEmbedding(_VocabParallel):
 
 
 class VocabParallelHead(_VocabParallel):
-    """Vectors to logits, column parallel by vocabulary; arguments as for ``VocabParallelEmbedding``."""
+    """Vectors to logits, column parallel by vocabulary.
+
+    Args:
+        vocabulary: number of tokens; it need not be divisible by anything.
+        hidden: width of the vectors.
+        groups: the processes; weight and bias are cut over ``groups.tensor``.
+        bias: add a bias, cut like the vocabulary.
+        gather_output: ``forward`` returns the logits of all tokens on every rank instead of this rank's; the losses
+            of a vocabulary that is shared out take the latter.
+        initialiser: how the whole weight begins; default normal with std ``hidden ** -0.5``.
+        bias_initialiser: how the whole bias begins; default zero.
+        precision: the dtypes.
+
+    Raises:
+        ArgonneError: ``bias_initialiser`` is given without ``bias``.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        hidden: int,
+        groups: ProcessGroups,
+        *,
+        bias: bool = False,
+        gather_output: bool = False,
+        initialiser: Initialiser | None = None,
+        bias_initialiser: Initialiser | None = None,
+        precision: Precision = Precision(),
+    ) -> None:
+        super().__init__(vocabulary, hidden, groups, initialiser=initialiser, precision=precision)
+        self.gather_output = gather_output
+        self.bias_initialiser = bias_initialiser_of(bias, bias_initialiser)
+        self.bias = nn.Parameter(torch.zeros(self.range.rows, dtype=precision.parameters)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., hidden]`` (the same on every rank) -> this rank's logits ``[..., range.tokens]``.
+        """``[..., hidden]`` (the same on every rank) -> this rank's logits ``[..., range.tokens]``, or all if gathered.
 
         Under sequence parallelism ``[tokens / ranks, ..., hidden]`` -> ``[tokens, ..., range.tokens]``.
         """
-        return vocab_parallel_logits(x, self)
+        if not self.gather_output:
+            return vocab_parallel_logits(x, self)
+        # Every rank has as many rows, and only the last ones padding, which the joined logits end with.
+        return gather_from_region(_logits_of_rows(x, self), self.axis)[..., : self.range.vocabulary]
+
+    def shard_specs(self) -> dict[str, ShardSpec]:
+        specs = super().shard_specs()
+        if self.bias is not None:
+            specs["bias"] = self.range.spec("bias", (), self.axis.rank, self.bias_initialiser)
+        return specs
 
 
 def vocab_parallel_logits(x: Tensor, holder: VocabParallelEmbedding | VocabParallelHead) -> Tensor:
-    """This rank's logits of ``x``, as of ``VocabParallelHead.forward``.
+    """This rank's logits of ``x``, as of ``VocabParallelHead.forward`` without ``gather_output``.
 
     ``holder`` is the head, or the embedding when the two are tied.
     """
-    logits = column_parallel_linear(x, holder.weight, None, holder.axis, holder.precision, holder.sequence_parallel)
-    return logits[..., : holder.range.tokens]
+    return _logits_of_rows(x, holder)[..., : holder.range.tokens]
+
+
+def _logits_of_rows(x: Tensor, holder: VocabParallelEmbedding | VocabParallelHead) -> Tensor:
+    """Those of padding too."""
+    axis, precision = holder.axis, holder.precision
+    return column_parallel_linear(x, holder.weight, holder.bias, axis, precision, holder.sequence_parallel)

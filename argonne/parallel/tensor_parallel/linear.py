@@ -15,10 +15,11 @@ from argonne.parallel.communication.regions import (
     reduce_scatter_to_sequence_region,
     scatter_to_region,
 )
-from argonne.parallel.errors import LayoutError
+from argonne.parallel.errors import ArgonneError, LayoutError
+from argonne.parallel.sharding.declare import replicated
 from argonne.parallel.sharding.initialisation import Constant, Initialiser, Normal
 from argonne.parallel.sharding.partition import Partition, check_partition
-from argonne.parallel.sharding.spec import Region, ShardSpec, replicated
+from argonne.parallel.sharding.region import Region, ShardSpec
 from argonne.parallel.tensor_parallel.precision import Precision
 from argonne.parallel.tensor_parallel.products import column_parallel_linear, local_linear
 
@@ -35,11 +36,13 @@ class ColumnParallelLinear(nn.Module):
         bias: add a bias, cut like the output.
         gather_output: return the whole output on every rank instead of this rank's part.
         initialiser: how each whole weight begins; default normal with std ``in_features ** -0.5``.
+        bias_initialiser: how each whole bias begins; default zero.
         precision: the dtypes.
 
     Raises:
         LayoutError: the output features are not divisible by the number of ranks, or ``gather_output``
-            is asked of fused, shared or unequal parts.
+            is asked of fused or shared parts, or of parts in another order than the ranks.
+        ArgonneError: ``bias_initialiser`` is given without ``bias``.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class ColumnParallelLinear(nn.Module):
         bias: bool = False,
         gather_output: bool = False,
         initialiser: Initialiser | None = None,
+        bias_initialiser: Initialiser | None = None,
         precision: Precision = Precision(),
     ) -> None:
         super().__init__()
@@ -62,9 +66,13 @@ class ColumnParallelLinear(nn.Module):
         self.parts = tuple(out_features)
         for part in self.parts:
             check_partition(part, self.axis.size)
-        if gather_output and (len(self.parts) > 1 or not self.parts[0].is_even):
-            raise LayoutError("gather_output=True is not defined for fused, shared or unequal parts; legal: False")
+        if gather_output and not (len(self.parts) == 1 and _is_in_rank_order(self.parts[0])):
+            raise LayoutError(
+                "gather_output=True is not defined for fused or shared parts, or parts that are not in the order of "
+                "the ranks; legal: False"
+            )
         self.gather_output = gather_output
+        self.bias_initialiser = bias_initialiser_of(bias, bias_initialiser)
         self.initialiser = initialiser or Normal(in_features**-0.5)
         self.precision = precision
         self.splits = [part.local_features(self.axis.rank) for part in self.parts]
@@ -77,12 +85,16 @@ class ColumnParallelLinear(nn.Module):
         Under sequence parallelism ``[tokens / ranks, ..., in_features]`` -> ``[tokens, ..., local features]``.
         """
         y = column_parallel_linear(x, self.weight, self.bias, self.axis, self.precision, self.sequence_parallel)
-        return gather_from_region(y, self.axis) if self.gather_output else y
+        if not self.gather_output:
+            return y
+        (part,) = self.parts
+        sizes = None if part.is_even else [part.local_features(rank) for rank in range(self.axis.size)]
+        return gather_from_region(y, self.axis, sizes=sizes)
 
     def shard_specs(self) -> dict[str, ShardSpec]:
         specs = {"weight": ShardSpec(self._regions("weight", (self.in_features,)), self.initialiser)}
         if self.bias is not None:
-            specs["bias"] = ShardSpec(self._regions("bias", ()), Constant(0.0))
+            specs["bias"] = ShardSpec(self._regions("bias", ()), self.bias_initialiser)
         return specs
 
     def _regions(self, kind: str, tail: tuple[int, ...]) -> tuple[Region, ...]:
@@ -123,11 +135,13 @@ class RowParallelLinear(nn.Module):
         bias: add a bias, once, after the sum; it is replicated.
         input_is_parallel: the input is this rank's part already; otherwise every rank has the whole of it.
         initialiser: how the whole weight begins; default normal with std ``in_features ** -0.5``.
+        bias_initialiser: how the bias begins; default zero.
         precision: the dtypes.
 
     Raises:
         LayoutError: the input features are not divisible by the number of ranks, are shared, or are
             unequal parts of an input that is not parallel.
+        ArgonneError: ``bias_initialiser`` is given without ``bias``.
     """
 
     def __init__(
@@ -139,6 +153,7 @@ class RowParallelLinear(nn.Module):
         bias: bool = False,
         input_is_parallel: bool = True,
         initialiser: Initialiser | None = None,
+        bias_initialiser: Initialiser | None = None,
         precision: Precision = Precision(),
     ) -> None:
         super().__init__()
@@ -156,6 +171,7 @@ class RowParallelLinear(nn.Module):
         self.in_features = in_features.features
         self.out_features = out_features
         self.initialiser = initialiser or Normal(self.in_features**-0.5)
+        self.bias_initialiser = bias_initialiser_of(bias, bias_initialiser)
         self.precision = precision
         local = self.part.local_features(self.axis.rank)
         self.weight = nn.Parameter(torch.empty(out_features, local, dtype=precision.parameters))
@@ -171,6 +187,8 @@ class RowParallelLinear(nn.Module):
         if self.axis.group is None:
             return local_linear(x, self.weight, self.bias, self.precision)
         partial = local_linear(x, self.weight, None, self.precision)
+        if self.sequence_parallel and partial.ndim < 2:
+            raise ArgonneError(f"x {list(x.shape)} has no tokens to share out; legal: [tokens, ..., local features]")
         leave = reduce_scatter_to_sequence_region if self.sequence_parallel else reduce_from_region
         y = leave(partial, self.axis)
         return y if self.bias is None else y + self.bias.to(self.precision.compute)
@@ -189,8 +207,24 @@ class RowParallelLinear(nn.Module):
         )
         specs = {"weight": ShardSpec(regions, self.initialiser)}
         if self.bias is not None:
-            specs["bias"] = replicated("bias", (self.out_features,), self.groups, Constant(0.0))
+            specs["bias"] = replicated("bias", (self.out_features,), self.groups, self.bias_initialiser, used="between")
         return specs
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, rank {self.axis.rank} of {self.axis.size}"
+
+
+def _is_in_rank_order(part: Partition) -> bool:
+    """Whether the ranks' features, one rank after the other, are the whole's."""
+    return [block for held in part.held for block in held] == list(range(part.features // part.block))
+
+
+def bias_initialiser_of(bias: bool, initialiser: Initialiser | None) -> Initialiser:
+    """How the bias of a layer begins: with zeros unless its ``bias_initialiser`` says otherwise.
+
+    Raises:
+        ArgonneError: there is no bias to begin.
+    """
+    if initialiser is not None and not bias:
+        raise ArgonneError(f"bias_initialiser={initialiser} has no effect with bias=False; legal: None, or bias=True")
+    return initialiser or Constant(0.0)

@@ -38,6 +38,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         targets: Tensor,
         vocabulary: VocabularyRange,
         axis: Axis,
@@ -47,22 +48,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         arithmetic: type[ShardedSoftmax],
     ) -> Tensor:
         ctx.vocabulary, ctx.axis, ctx.objective, ctx.reduction = vocabulary, axis, objective, reduction
-        ctx.site, ctx.weight_dtype, ctx.arithmetic = site(), weight.dtype, arithmetic
+        ctx.site, ctx.arithmetic = site(), arithmetic
+        ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
         used = weight[: vocabulary.tokens].to(x.dtype)
+        used_bias = None if bias is None else bias[: vocabulary.tokens].to(x.dtype)
         local = arithmetic(targets, vocabulary, objective)
         accurate = torch.promote_types(x.dtype, torch.float32)
         losses, sums = (x.new_empty(*shape, len(x), dtype=accurate) for shape in ((), (2,)))
         gradients = _Gradients(ctx, x, weight, accurate) if trains and reduction == "sum" else None
         for chunk in _chunks(x, vocabulary):
             here = local[chunk]
-            statistics, saved = here.statistics(_logits(x[chunk], used))
+            statistics, saved = here.statistics(_logits(x[chunk], used, used_bias))
             losses[chunk], sums[:, chunk] = here.losses(all_gather(statistics, axis))
             if gradients is not None:
                 gradients.add(chunk, here.gradient(saved, sums[:, chunk], None), x, used)
         if reduction == "none":
-            ctx.save_for_backward(x, used, targets, sums)
+            ctx.save_for_backward(x, used, used_bias, targets, sums)
             return losses
-        ctx.save_for_backward(*gradients.result() if gradients is not None else (None, None))
+        ctx.save_for_backward(*gradients.result() if gradients is not None else (None, None, None))
         return losses.sum()
 
     @staticmethod
@@ -72,26 +75,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # In place: the weight's is as large as the weight. A second backward is refused by autograd.
             made = [None if g is None else g.mul_(gradient) for g in ctx.saved_tensors]
             return *made, *(None,) * 7
-        x, used, targets, sums = ctx.saved_tensors
+        x, used, used_bias, targets, sums = ctx.saved_tensors
         local = ctx.arithmetic(targets, ctx.vocabulary, ctx.objective)
         gradients = _Gradients(ctx, x, used, sums.dtype, rows=ctx.vocabulary.rows)
         for chunk in _chunks(x, ctx.vocabulary):
             here = local[chunk]
-            saved = here.save(_logits(x[chunk], used), sums[:, chunk])
+            saved = here.save(_logits(x[chunk], used, used_bias), sums[:, chunk])
             gradients.add(chunk, here.gradient(saved, sums[:, chunk], gradient[chunk]), x, used)
         return *gradients.result(), *(None,) * 7
 
 
 class _Gradients:
-    """Those of x and of the weight that are needed, filled chunk by chunk."""
+    """Those of x, of the weight and of the bias that are needed, filled chunk by chunk."""
 
     def __init__(self, ctx: Any, x: Tensor, weight: Tensor, accurate: torch.dtype, rows: int | None = None) -> None:
-        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         shape = (rows or weight.shape[0], weight.shape[1])
         self.tokens = ctx.vocabulary.tokens
-        self.weight_dtype = ctx.weight_dtype
+        self.weight_dtype, self.bias_dtype = ctx.weight_dtype, ctx.bias_dtype
         self.of_x = torch.empty_like(x) if needs_x else None
         self.of_weight = x.new_zeros(shape, dtype=accurate) if needs_weight else None
+        self.of_bias = x.new_zeros(shape[:1], dtype=accurate) if needs_bias else None
 
     def add(self, chunk: slice, logits_gradient: Tensor, x: Tensor, used: Tensor) -> None:
         rounded = logits_gradient.to(x.dtype)
@@ -99,9 +103,12 @@ class _Gradients:
             self.of_x[chunk] = product(rounded, used.t())
         if self.of_weight is not None:
             add_product(self.of_weight[: self.tokens], rounded, x[chunk])
+        if self.of_bias is not None:
+            self.of_bias[: self.tokens] += rounded.sum(0, dtype=self.of_bias.dtype)
 
-    def result(self) -> tuple[Tensor | None, Tensor | None]:
-        return self.of_x, None if self.of_weight is None else self.of_weight.to(self.weight_dtype)
+    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        of_weight = None if self.of_weight is None else self.of_weight.to(self.weight_dtype)
+        return self.of_x, of_weight, None if self.of_bias is None else self.of_bias.to(self.bias_dtype)
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -117,7 +124,8 @@ def vocab_parallel_linear_cross_entropy(
     Args:
         x: ``[tokens, hidden]`` in the compute dtype, the same on every rank; under sequence parallelism this
             rank's ``[tokens / ranks, hidden]``.
-        holder: of the output weight: the head, or the embedding when the two are tied.
+        holder: of the output weight: the head (its bias, if it has one, is counted), or the embedding when the two
+            are tied.
         targets: ``[tokens]`` token ids, or ``objective.ignore_index``; of all tokens in either case.
         objective: label smoothing, z-loss and the target that is ignored.
         reduction: ``sum`` makes the gradients while it computes the loss (three matrix products in all);
@@ -143,6 +151,7 @@ def vocab_parallel_linear_cross_entropy(
     return _LinearCrossEntropy.apply(
         enter(x, holder.axis),
         holder.weight,
+        holder.bias,
         targets,
         holder.range,
         holder.axis,
@@ -153,13 +162,14 @@ def vocab_parallel_linear_cross_entropy(
     )
 
 
-def _logits(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight^T``; where the vocabulary asks for it, in rows that are a little apart."""
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight^T + bias``; where the vocabulary asks for it, in rows that are a little apart."""
     columns = len(weight)
     padding = -columns % _ROW.get(x.device.type, 1)
     if not padding or torch.compiler.is_compiling():
-        return product(x, weight)
-    return torch.mm(x, weight.t(), out=x.new_empty(len(x), columns + padding)[:, :columns])
+        return product(x, weight, bias)
+    out = x.new_empty(len(x), columns + padding)[:, :columns]
+    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 
 def _chunks(x: Tensor, vocabulary: VocabularyRange) -> Iterator[slice]:

@@ -13,6 +13,7 @@ from argonne.parallel.communication.collectives import all_gather, start_all_gat
 from argonne.parallel.communication.groups import Axis
 from argonne.parallel.communication.recording import site
 from argonne.parallel.communication.reduction import start_sum, start_sum_and_scatter
+from argonne.parallel.errors import ArgonneError
 from argonne.parallel.tensor_parallel.deferral import accumulate, current_queue
 from argonne.parallel.tensor_parallel.gemm import as_matrix, product, suits_onednn
 from argonne.parallel.tensor_parallel.precision import Precision
@@ -90,6 +91,7 @@ def _accumulate_later(ctx: Any, needs_weight: bool, needs_bias: bool, gradient: 
 
 def local_linear(x: Tensor, weight: Tensor, bias: Tensor | None, precision: Precision) -> Tensor:
     """``x @ weight^T + bias`` in the compute dtype, without communication: as cheap as ``F.linear``."""
+    _require_fit(x, weight)
     onednn = torch.is_grad_enabled() and suits_onednn(x) and precision.compute == torch.float32
     if precision.accumulate_in_product or onednn or current_queue() is not None:
         return _Product.apply(x, weight, bias, Axis("none"), False, precision)
@@ -118,10 +120,23 @@ def column_parallel_linear(
 
     Returns:
         ``[..., local_out]`` of all tokens. The gradient of ``x`` is the sum over the ranks.
+
+    Raises:
+        ArgonneError: the shapes do not fit each other.
     """
     if axis.group is None:
         return local_linear(x, weight, bias, precision)
+    _require_fit(x, weight, sequence_parallel)
     return _Product.apply(x, weight, bias, axis, sequence_parallel, precision)
+
+
+def _require_fit(x: Tensor, weight: Tensor, shares_tokens: bool = False) -> None:
+    if x.ndim < 1 + shares_tokens or x.shape[-1] != weight.shape[1]:
+        legal = "this rank's share of the tokens and " if shares_tokens else ""
+        raise ArgonneError(
+            f"x {list(x.shape)} does not fit this rank's weight {list(weight.shape)}; legal: "
+            f"[{'tokens / ranks, ' if shares_tokens else ''}..., {weight.shape[1]}], {legal}all features of the weight"
+        )
 
 
 def add_product(total: Tensor, rows: Tensor, columns: Tensor) -> None:

@@ -18,7 +18,7 @@ from argonne.data import Shard, fingerprint
 from argonne.kernels.dispatch import uses_triton
 from argonne.parallel import Precision
 from argonne.parallel.errors import ArgonneError
-from argonne.training.config import RunConfig
+from argonne.training.config import DataFlags, RunConfig, TrainingFlags
 from argonne.training.run.directory import DATA, PRECISION_FLAGS, differences
 
 Meaning = Literal["identity", "condition", "free"]
@@ -35,10 +35,12 @@ MEANINGS: Mapping[str, Meaning] = {
     **_all("identity", "initializer_range"),
     # The samples and their order.
     **_all("identity", "data_glob tokenizer_path block_size add_document_boundary_tokens document_mask data_lanes"),
-    **_all("identity", "streaming seed"),
+    **_all("identity", "streaming seed text_column filters filter_long_characters filter_max_digits"),
+    **_all("identity", "filter_min_readable filter_min_tokens"),
     # The schedule; of the two that make the global batch with the layout, the product.
     **_all("identity", "total_steps learning_rate min_learning_rate warmup_steps weight_decay gradient_clip"),
     **_all("identity", "initial_batch_size gradient_accumulation_steps"),
+    **_all("identity", "adam_beta1 adam_beta2 adam_epsilon label_smoothing z_loss"),
     # In fp16, where the loss scale began. Of the precision, the dtype of the state; the compute dtype is a condition.
     **_all("identity", "initial_loss_scale precision"),
     # What computes, what is done about damage, and what the held-out loss is measured on.
@@ -56,6 +58,15 @@ MEANINGS: Mapping[str, Meaning] = {
     **_all("free", "trust_remote_code accept_data_change"),
 }
 """What another value of each flag means where a run is continued."""
+
+_BEFORE_FLAGS: Mapping[str, dict[str, Any]] = {
+    "data": {"text_column": DataFlags().text_column},
+    "schedule": {
+        name: getattr(TrainingFlags(), name)
+        for name in ("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing", "z_loss")
+    },
+}
+"""What every run was before there were flags for it, by the group of the identity."""
 
 
 def conditions_of(
@@ -75,8 +86,14 @@ def conditions_of(
 
 
 def identity_of(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity that ``run.json`` or ``trainer.json`` tells; of older ones the flags tell the precision."""
+    """The identity that ``run.json`` or ``trainer.json`` tells.
+
+    Of older ones the flags tell the precision, and what had no flag yet was as a flag left out.
+    """
     identity = dict(saved["identity"])
+    for group, before in _BEFORE_FLAGS.items():
+        if isinstance(kept := identity.get(group), dict):
+            identity[group] = before | kept
     told = saved.get("flags", {}).get("training", {}).get("precision")
     if told is not None:
         identity.setdefault("precision", {"state": "float64" if told == "fp64" else "float32"})

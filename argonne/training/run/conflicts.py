@@ -3,7 +3,7 @@
 What counts is what a command names: a default contradicts nothing. Flags that say how tensor-parallel ranks share out
 layers and tokens may stand with one rank, as their number follows from the machine. So may what launch scripts of the
 first Argonne always say: ``--num-proc``, ``--min-batch-size``, ``--disable-compile``, ``--trust-remote-code`` and
-``--local_rank``.
+``--local_rank``. A run that is given one of these in vain says so as it begins (``in_vain``).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from argonne.parallel import Layout
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import ResumeConfig, RunConfig
 
@@ -39,8 +40,33 @@ def check_meaning(config: RunConfig, saved: Mapping[str, Any] | None = None) -> 
     for flags, name, has_effect, what in needs:
         if name in given and not has_effect:
             raise without_effect(flags, name, what)
+    for name in sorted(given):
+        if name.startswith("filter_") and not data.filters:
+            raise ArgonneError(f"{name}={getattr(data, name)} conflicts with --no-filters; legal: one of them")
     if isinstance(config, ResumeConfig):
         _check_resume(config)
+
+
+def in_vain(config: RunConfig, layout: Layout) -> list[str]:
+    """A line for each flag that this command names, that is taken, and that does nothing as things are."""
+    data = config.data
+    alone, unstaged = "the layout has tensor_parallel=1", "the layout has pipeline_parallel=1"
+    one, single = layout.data * layout.context == 1, "there is one replica"
+    idle = (
+        ("--min-batch-size", True, "the search for a batch that fits into memory is not built yet"),
+        ("--disable-compile", True, "compilation is not built yet, and every run is eager"),
+        ("--num-proc", data.streaming, "without --no-streaming, tokens are made while training"),
+        ("--trust-remote-code", data.tokenizer_path is None, "without --tokenizer-path, no tokenizer comes with code"),
+        ("--local_rank", True, "LOCAL_RANK in the environment is what counts"),
+        ("--sequence-parallel", layout.tensor == 1, alone),
+        ("--uneven-shards", layout.tensor == 1, alone),
+        ("--pipeline-schedule", layout.pipeline == 1, unstaged),
+        ("--pipeline-interleave", layout.pipeline == 1, unstaged),
+        ("--fsdp", one, single),
+        ("--zero1", one, single),
+    )
+    named = {flag: flag.removeprefix("--").replace("-", "_") for flag, *_ in idle}
+    return [f"note: {flag} has no effect: {why}" for flag, now, why in idle if now and named[flag] in config.given]
 
 
 def without_effect(flags: object, name: str, what: str) -> ArgonneError:

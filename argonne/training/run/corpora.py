@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -31,7 +31,6 @@ from argonne.data import (
     states_of_source,
 )
 from argonne.data.lanes.adoption import adopt
-from argonne.data.tokens.filters import FILTERS
 from argonne.training.config import DataFlags
 
 
@@ -88,13 +87,16 @@ class Corpora:
         for number, each in enumerate(globs):
             with naming("data_glob", each.globs):
                 paths = find_shards(each.globs)
-                on_bad = flags.on_bad_shard
-                shards = restore(listings[number], paths, "skip") if restored else open_shards(paths, on_bad)
+                on_bad, column = flags.on_bad_shard, flags.text_column
+                if restored:
+                    shards = restore(listings[number], paths, "skip", column)
+                else:
+                    shards = open_shards(paths, on_bad, column)
             parts.append(Corpus(each.weight, shards, each.globs))
         validation: tuple[Shard, ...] = ()
         if flags.validation_glob:
             with naming("validation_glob", flags.validation_glob):
-                validation = open_shards(find_shards(flags.validation_glob))
+                validation = open_shards(find_shards(flags.validation_glob), column=flags.text_column)
         return cls(tuple(parts), validation, flags, seed, saved.get("lanes"), restored)
 
     @functools.cached_property
@@ -115,7 +117,8 @@ class Corpora:
             "fingerprint": fingerprint(self.shards),
             "shards": [describe(part.shards) for part in self.parts],
             **mixed,
-            "filters": FILTERS,
+            "text_column": self.flags.text_column,
+            "filters": asdict(self.flags.document_filters),
             "lanes": self.lanes,
             "streaming": self.flags.streaming,
             "block_size": self.flags.block_size,
@@ -149,7 +152,9 @@ class Corpora:
                 if part.cache is not None:
                     check_cache(part.cache, self.flags.block_size)
                 else:
-                    check_block_size(part.shards, tokenizer, self.flags.block_size, boundary, self.flags.on_bad_shard)
+                    flags = self.flags
+                    filters = flags.document_filters
+                    check_block_size(part.shards, tokenizer, flags.block_size, boundary, flags.on_bad_shard, filters)
 
     def mixture(
         self,
@@ -177,6 +182,7 @@ class Corpora:
                     own,
                     on_bad=self.flags.on_bad_shard,
                     report=lambda line: print(line, flush=True),
+                    filters=self.flags.document_filters,
                 )
             )
         return Mixture(streams, [part.weight for part in self.parts])

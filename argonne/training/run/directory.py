@@ -10,17 +10,14 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
-from argonne.checkpoint import CheckpointError, checkpoints, load_trainer
-from argonne.data import changes, is_url, matching_default
+from argonne.checkpoint import checkpoints
+from argonne.data import changes
 from argonne.files import make_directory
 from argonne.parallel.errors import ArgonneError
-from argonne.training.config import DataFlags, ModelFlags, RunConfig, RunFlags, TrainingFlags
-from argonne.training.layout_flags import ParallelFlags
+from argonne.training.config import RunConfig
 from argonne.training.run.file import RUN, run_of_checkpoints, stored_run
-
-Flags = TypeVar("Flags")
 
 # What makes two runs the same run; the layout, the device and where and when to save may change freely.
 _SCHEDULE = (
@@ -30,9 +27,14 @@ _SCHEDULE = (
     "warmup_steps",
     "weight_decay",
     "gradient_clip",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "label_smoothing",
+    "z_loss",
 )
 
-DATA = ("data.shards", "data.fingerprint", "data.weights", "data.filters", "tokenizer.")
+DATA = ("data.shards", "data.fingerprint", "data.weights", "data.text_column", "data.filters", "tokenizer.")
 """What --accept-data-change accepts: so begin the lines that tell of it."""
 
 PRECISION_FLAGS = {"float32": "fp32", "float64": "fp64"}
@@ -91,32 +93,6 @@ def read_run(directory: Path) -> dict[str, Any] | None:
     return None
 
 
-def flags_to_json(config: RunConfig) -> dict[str, Any]:
-    """The flags as JSON values; paths and globs are made absolute, so that they hold from any directory."""
-    flags = {
-        name: {field: _plain(value) for field, value in dataclasses.asdict(getattr(config, name)).items()}
-        for name in ("model", "data", "training", "parallel", "run")
-    }
-    if flags["data"]["data_glob"] is None:
-        flags["data"]["data_glob"] = matching_default()
-    for name in ("data_glob", "validation_glob"):
-        if flags["data"][name] is not None:
-            globs = flags["data"][name]
-            flags["data"][name] = [glob if is_url(glob) else os.path.abspath(glob) for glob in globs]
-    return flags
-
-
-def flags_from_json(saved: Mapping[str, Any]) -> RunConfig:
-    """The inverse of ``flags_to_json``; flags that this version does not have are left out."""
-    return RunConfig(
-        model=_group(ModelFlags, saved.get("model", {})),
-        data=_group(DataFlags, saved.get("data", {})),
-        training=_group(TrainingFlags, saved.get("training", {})),
-        parallel=_group(ParallelFlags, saved.get("parallel", {})),
-        run=_group(RunFlags, saved.get("run", {})),
-    )
-
-
 @dataclasses.dataclass
 class Claim:
     """A run's directory that one job has to itself, until this process ends at the latest."""
@@ -171,7 +147,7 @@ def require_same(
 ) -> list[str]:
     """Raise ``ArgonneError`` naming what differs unless both identities are of one run.
 
-    Returns the differences that ``accept_data_change`` accepts: shards, their weights, filters, the tokenizer.
+    Returns the differences that ``accept_data_change`` accepts: shards, weights, text column, filters, the tokenizer.
     """
     found = differences(saved, wanted)
     data = [line for line in found if line.startswith(DATA)]
@@ -190,31 +166,6 @@ def require_same(
             f"legal: {own}, or another --output-dir{also}"
         )
     return []
-
-
-def saved_flags(checkpoint: Path) -> RunConfig:
-    """The flags of the run that wrote ``checkpoint``."""
-    try:
-        return flags_from_json(load_trainer(checkpoint)["flags"])
-    except (ArgonneError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{str(checkpoint / 'trainer.json')!r} does not tell the run's flags: {error}") from error
-
-
-def _group(kind: type[Flags], saved: Mapping[str, Any]) -> Flags:
-    values = {}
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-        if field.name in saved:
-            value = saved[field.name]
-            if value is not None and "Path" in str(field.type):
-                value = Path(value)
-            values[field.name] = tuple(value) if isinstance(value, list) else value
-    return kind(**values)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return os.path.abspath(value)
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _short(value: Any) -> str:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from argonne.checkpoint import CheckpointError, checkpoints, load_trainer, resolve, trusted
-from argonne.launch.drive import parse
+from argonne.launch.parse import parse
 from argonne.parallel.communication.collectives import collectively
 from argonne.parallel.communication.environment import restarts_left
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import DataFlags, ResumeConfig, RunConfig
 from argonne.training.run.conditions import announced, changed_since, identity_of
-from argonne.training.run.directory import differences, read_run, saved_flags
+from argonne.training.run.directory import differences, read_run
+from argonne.training.run.flags_json import saved_flags
 from argonne.training.run.setup import accumulation_that_keeps, check, prepare, with_tokens
 from argonne.training.run.workflow import is_done, joined, restore, say, train
 from argonne.training.state import TrainingState
@@ -45,6 +46,7 @@ def _overlaid(told: ResumeConfig, given: frozenset[str], directory: Path, saved:
         data=_data_flags(saved.data, told.data, given, directory),
         training=_overlay(saved.training, told.training, given),
         parallel=told.parallel,  # the layout is that of the processes this command is given
+        launch=told.launch,
         run=_overlay(
             replace(saved.run, output_dir=directory.resolve().parent, stop_at_step=None, wall_time=None),
             told.run,
@@ -67,7 +69,7 @@ def check_resume(config: ResumeConfig, world_size: int) -> None:
         raise ArgonneError(
             f"output_dir={str(output)!r} holds a different run; legal: the checkpoint's own run, or a new directory"
         )
-    if restarts_left() or config.parallel.max_restarts:
+    if restarts_left() or config.launch.max_restarts:
         _check_repeatable(config, elsewhere)
     check(config, world_size)
 

@@ -76,7 +76,7 @@ def check(config: RunConfig, world_size: int) -> None:
     saved = read_run(config.run.output_dir)
     check_meaning(config, saved["identity"] if saved else None)
     layout = config.parallel.layout(world_size)
-    check_kernels(config.training.kernels, choose_device(config.parallel.device), config.training.precision)
+    check_kernels(config.training.kernels, choose_device(config.launch.device), config.training.precision)
     model = config.model.resolve(config.data.block_size)
     model.check_layout(layout)
     plan = config.parallel.plan(layout)
@@ -208,6 +208,7 @@ def prepare(
             config.data.validation_sequences,
             groups,
             config.data.validation_glob,
+            config.data.document_filters,
         )
     if groups.is_first:
         for line in accepted:

@@ -55,6 +55,7 @@ def token_caches(
                     corpora.flags.num_proc,
                     corpora.flags.on_bad_shard,
                     tick=lambda: tell(_WORKING),
+                    filters=corpora.flags.document_filters,
                 ).path
                 for part in corpora.parts
             ]

@@ -9,16 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from argonne.checkpoint import CheckpointError, checkpoints, load_trainer, newest_valid
-from argonne.parallel import ProcessGroups, choose_device, process_groups
+from argonne.parallel import ProcessGroups, check_declarations, choose_device, process_groups
 from argonne.parallel.communication.collectives import collectively
 from argonne.parallel.communication.environment import place
 from argonne.parallel.errors import ArgonneError
 from argonne.training.batch_shape import BatchShape
 from argonne.training.config import RunConfig
 from argonne.training.run.conditions import announced, changed_since, identity_of
+from argonne.training.run.conflicts import in_vain
 from argonne.training.run.continuation import continue_at
-from argonne.training.run.directory import claim, flags_to_json, read_run
+from argonne.training.run.directory import claim, read_run
 from argonne.training.run.file import mended_run, write_run
+from argonne.training.run.flags_json import flags_to_json
 from argonne.training.run.kept_tokenizer import keep
 from argonne.training.run.setup import Workload, accumulation_for, prepare, with_tokens
 from argonne.training.state import TrainingState, versions
@@ -99,12 +101,12 @@ def restore(
     """
     state.restore(checkpoint, reset_optimizer, rewarmup_steps)
     trainer = load_trainer(checkpoint)
-    saved, now = trainer["identity"], workload.identity
+    saved, now = identity_of(trainer), workload.identity
     state.changes = [*trainer.get("changes", []), *({"step": state.step, "text": line} for line in became)]
     say(state.model.groups, *announced(became))
     same_tokens = all(
         saved[group].get(name) == now[group].get(name)
-        for group, name in (("tokenizer", "fingerprint"), ("data", "filters"))
+        for group, name in (("tokenizer", "fingerprint"), ("data", "text_column"), ("data", "filters"))
     )
     if saved["data"].get("shards") != now["data"]["shards"] or not same_tokens:
         state.lanes, line = workload.data.adopted(state.lanes, saved["data"], same_tokens)
@@ -119,6 +121,7 @@ def train(
     Returns the status that this process is to end with.
     """
     groups, directory = state.model.groups, config.run.output_dir
+    check_declarations(state.parameters, groups, values=True)
     micro_batch = config.training.initial_batch_size
     shape = BatchShape(micro_batch, accumulation, groups.data.size, config.data.block_size)
     trainer = Trainer(config, workload, state, shape)
@@ -158,6 +161,7 @@ def train(
         f"continuing from {checkpoint}" if checkpoint else "from scratch",
     ]
     say(groups, " | ".join(facts))
+    say(groups, *in_vain(config, groups.layout))
     if workload.model.hidden_size % workload.model.num_attention_heads:
         say(groups, "note: transformers opens no Llama whose hidden_size is not divisible by num_attention_heads")
     total, stop = config.training.total_steps, config.run.stop_at_step
@@ -170,7 +174,7 @@ def train(
 def joined(config: RunConfig) -> Iterator[ProcessGroups]:
     """The processes of the job, which has the run's directory to itself for as long as this lasts."""
     layout = config.parallel.layout(place().world_size)
-    with process_groups(layout, choose_device(config.parallel.device)) as groups:
+    with process_groups(layout, choose_device(config.launch.device)) as groups:
         directory = config.run.output_dir
         own = collectively(lambda: claim(directory) if groups.is_first else None, groups.world)
         try:

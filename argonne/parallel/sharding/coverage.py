@@ -1,0 +1,168 @@
+"""Do the regions that all ranks claim make up whole tensors? Pure arithmetic on what they have told each other."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, islice, product
+
+import numpy as np
+
+from argonne.parallel.communication.groups import Axis
+from argonne.parallel.sharding.region import Region
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Start and shape."""
+Place = tuple[int, ...]
+"""A rank's number along each axis on which regions have holders."""
+AXES = ("tensor", "pipeline", "replicas")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What one rank says of a region that it holds."""
+
+    names: tuple[str, ...]
+    """The tensors that are cut so: a weight, and with it its moments."""
+    dtypes: tuple[str, ...]
+    region: Region
+    is_declared: bool = True
+
+
+class Ranks:
+    """Where every rank of the job stands."""
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self.places = places
+        self._at = {place: rank for rank, place in enumerate(places)}
+        self.sizes = [len({place[number] for place in places}) for number in range(len(AXES))]
+
+    def holders(self, region: Region, rank: int) -> tuple[tuple[int, ...], ...]:
+        """Along each axis those that hold ``region``, as ``rank`` declares it."""
+        axes = [Axis(*axis) for axis in zip(AXES, self.sizes, self.places[rank], strict=True)]
+        return tuple(region.holders_over(axis).ranks for axis in axes)
+
+    def at(self, declared: tuple[tuple[int, ...], ...]) -> frozenset[int]:
+        """The ranks that stand at those numbers along the axes."""
+        return frozenset(self._at[place] for place in product(*declared) if place in self._at)
+
+
+def fault_of_tensor(claims: Sequence[tuple[int, Claim]], ranks: Ranks) -> str | None:
+    """Why the ``claims`` of one whole tensor, each by the rank of that number, cannot be; None if they can."""
+    first = claims[0][1]
+    name, whole = first.names[0], first.region.whole_shape
+    for what in ("whole_shape", "dtype", "partial_gradient"):
+        if any(_said(claim, what) != _said(first, what) for _, claim in claims):
+            said: dict[object, list[int]] = {}
+            for rank, claim in claims:
+                said.setdefault(_said(claim, what), []).append(rank)
+            told = ", ".join(f"{value} on {ranks_of(those)}" for value, those in said.items())
+            return f"{what} of {name!r} is {told}; legal: the same on every rank"
+    named = f"{name!r} {list(whole)}"
+    boxes: dict[Box, dict[int, Claim]] = {}
+    for rank, claim in claims:
+        start, shape = claim.region.start, claim.region.shape
+        fits = len(start) == len(shape) == len(whole)
+        if not fits or any(a < 0 or n < 0 or a + n > size for a, n, size in zip(start, shape, whole, strict=True)):
+            return f"{named}: rank {rank} claims {indices(start, shape)}; legal: indices within the whole tensor"
+        if 0 not in shape:
+            boxes.setdefault((start, shape), {})[rank] = claim
+    faults = [fault for box, held in boxes.items() if (fault := _fault_of_holders(box, held, ranks))][:1]
+    counts = _counts(boxes, whole)
+    if counts is not None:
+        doubled = next(_boxes_where(*counts, 2), None)
+        if doubled is not None and not faults:
+            those = [rank for box, held in boxes.items() if _overlap(box, doubled) for rank in held]
+            faults.append(f"{ranks_of(those)} hold {indices(*doubled)} in regions that overlap")
+        holes = [indices(*box) for box in islice(_boxes_where(*counts, 0), 2)]
+        if holes:
+            faults.append(f"nobody holds {' and '.join(holes)}")
+    if not faults:
+        return None
+    legal = "each element in one region, and as its holders the ranks that have it"
+    if not all(claim.is_declared for _, claim in claims):
+        legal = "a declaration in shard_specs(), without which it counts as replicated"
+    return f"{named}: {', and '.join(faults)}; legal: {legal}"
+
+
+def _said(claim: Claim, what: str) -> object:
+    if what == "dtype":
+        return ", ".join(dict.fromkeys(claim.dtypes))
+    return claim.region.whole_shape if what == "whole_shape" else claim.region.partial_gradient
+
+
+def _fault_of_holders(box: Box, held: Mapping[int, Claim], ranks: Ranks) -> str | None:
+    """Whether those who claim a box are those whom each of them says that it has."""
+    where = indices(*box)
+    told: dict[frozenset[int], int] = {}
+    for rank, claim in held.items():
+        declared = ranks.holders(claim.region, rank)
+        for axis, size, numbers, place in zip(AXES, ranks.sizes, declared, ranks.places[rank], strict=True):
+            if place not in numbers:
+                return f"rank {rank}, number {place} along {axis}, has {where}, whose holders there are {numbers}"
+            if not all(0 <= number < size for number in numbers):
+                return f"{where} has holders {numbers} along {axis}, which has {size} ranks"
+        told[ranks.at(declared)] = rank
+    wrong = [those for those in told if those != held.keys()]
+    if not wrong:
+        return None
+    if len(told) > 1 and all(those < held.keys() for those in told):
+        return f"{ranks_of([min(those) for those in told])} each claim {where} for their own"
+    return f"{where} is on {ranks_of(held)}, but by its declaration on {ranks_of(wrong[0])}"
+
+
+def _counts(boxes: Iterable[Box], whole: tuple[int, ...]) -> tuple[np.ndarray, list[list[int]]] | None:
+    """How many boxes have each cell of the grid that all their edges make, and the edges; None if each has one."""
+    boxes = list(boxes)
+    if len(boxes) == 1 and boxes[0][1] == whole:
+        return None
+    edges = []
+    for dim, size in enumerate(whole):
+        cuts = {0, size}
+        for start, shape in boxes:
+            cuts |= {start[dim], start[dim] + shape[dim]}
+        edges.append(sorted(cuts))
+    numbers = [{edge: number for number, edge in enumerate(cuts)} for cuts in edges]
+    counts = np.zeros([len(cuts) - 1 for cuts in edges], dtype=np.int32)
+    for start, shape in boxes:
+        counts[tuple(slice(n[a], n[a + e]) for n, a, e in zip(numbers, start, shape, strict=True))] += 1
+    return None if (counts == 1).all() else (counts, edges)
+
+
+def _boxes_where(counts: np.ndarray, edges: list[list[int]], least: int) -> Iterator[Box]:
+    """Boxes of the cells that nobody has (``least`` 0), or that several have (2), each as large as its first allows."""
+    wanted = counts == 0 if least == 0 else counts >= least
+    while wanted.any():
+        first = [int(n) for n in np.argwhere(wanted)[0]]
+        last = [n + 1 for n in first]
+        for dim in reversed(range(len(first))):
+            while last[dim] < wanted.shape[dim]:
+                grown = [slice(a, b + (d == dim)) for d, (a, b) in enumerate(zip(first, last, strict=True))]
+                if not wanted[tuple(grown)].all():
+                    break
+                last[dim] += 1
+        wanted[tuple(slice(a, b) for a, b in zip(first, last, strict=True))] = False
+        start = tuple(cuts[a] for cuts, a in zip(edges, first, strict=True))
+        yield start, tuple(cuts[b] - a for cuts, b, a in zip(edges, last, start, strict=True))
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return all(a < b + m and b < a + n for a, n, b, m in zip(one[0], one[1], other[0], other[1], strict=True))
+
+
+def overlapping(boxes: Sequence[Box]) -> tuple[int, int] | None:
+    """The numbers of two boxes that overlap, if any do."""
+    pairs = combinations(range(len(boxes)), 2)
+    return next(((one, other) for one, other in pairs if _overlap(boxes[one], boxes[other])), None)
+
+
+def indices(start: Sequence[int], shape: Sequence[int]) -> str:
+    """``[8:16, 0:4]``."""
+    return "[" + ", ".join(f"{first}:{first + extent}" for first, extent in zip(start, shape, strict=False)) + "]"
+
+
+def ranks_of(ranks: Collection[int]) -> str:
+    """``rank 1`` or ``ranks 0, 2``; of many the first ones."""
+    ranks = sorted(set(ranks))
+    shown = ", ".join(map(str, ranks[:8])) + (" ..." if len(ranks) > 8 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"

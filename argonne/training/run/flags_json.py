@@ -1,0 +1,98 @@
+"""The flags of a run as JSON, in ``run.json`` and ``trainer.json``, and back from there by their types."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from argonne.checkpoint import CheckpointError, load_trainer
+from argonne.data import is_url, matching_default
+from argonne.launch.flags import RestartFlags
+from argonne.parallel.errors import ArgonneError
+from argonne.training.config import DataFlags, ModelFlags, RunConfig, RunFlags, TrainingFlags
+from argonne.training.layout_flags import ParallelFlags
+
+Flags = TypeVar("Flags")
+
+GROUPS = ("model", "data", "training", "parallel", "launch", "run")
+"""The groups of flags that are kept."""
+
+
+def flags_to_json(config: RunConfig) -> dict[str, Any]:
+    """The flags as JSON values; paths and globs are made absolute, so that they hold from any directory."""
+    flags = {
+        name: {field: _plain(value) for field, value in dataclasses.asdict(getattr(config, name)).items()}
+        for name in GROUPS
+    }
+    if flags["data"]["data_glob"] is None:
+        flags["data"]["data_glob"] = matching_default()
+    for name in ("data_glob", "validation_glob"):
+        if flags["data"][name] is not None:
+            globs = flags["data"][name]
+            flags["data"][name] = [glob if is_url(glob) else os.path.abspath(glob) for glob in globs]
+    return flags
+
+
+def flags_from_json(saved: Mapping[str, Any]) -> RunConfig:
+    """The inverse of ``flags_to_json``; flags that this version does not have are left out.
+
+    Raises:
+        ArgonneError: a value is of another type than its flag.
+    """
+    return RunConfig(
+        model=_group(ModelFlags, saved.get("model", {})),
+        data=_group(DataFlags, saved.get("data", {})),
+        training=_group(TrainingFlags, saved.get("training", {})),
+        parallel=_group(ParallelFlags, saved.get("parallel", {})),
+        # Earlier versions kept the flags of launching with those of the layout.
+        launch=_group(RestartFlags, saved.get("launch", saved.get("parallel", {}))),
+        run=_group(RunFlags, saved.get("run", {})),
+    )
+
+
+def saved_flags(checkpoint: Path) -> RunConfig:
+    """The flags of the run that wrote ``checkpoint``. Raises ``CheckpointError`` where it does not say them."""
+    try:
+        return flags_from_json(load_trainer(checkpoint)["flags"])
+    except (ArgonneError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{str(checkpoint / 'trainer.json')!r} does not tell the run's flags: {error}") from error
+
+
+def _group(kind: type[Flags], saved: Mapping[str, Any]) -> Flags:
+    hints = get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind) if field.name in saved]  # type: ignore[arg-type]
+    return kind(**{name: _value(name, hints[name], saved[name]) for name in names})
+
+
+def _value(name: str, hint: Any, saved: Any) -> Any:
+    """A JSON value as a flag of type ``hint`` has it."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        for each in inner:
+            try:
+                return _value(name, each, saved)
+            except ArgonneError:
+                continue
+    elif origin is Literal:
+        if saved in inner:
+            return saved
+    elif origin is tuple:
+        if isinstance(saved, list):
+            return tuple(_value(name, inner[0], each) for each in saved)
+    elif hint is Path and isinstance(saved, str):
+        return Path(saved)
+    elif hint is float and isinstance(saved, int | float) and not isinstance(saved, bool):
+        return float(saved)
+    elif type(saved) is hint:  # a truth is no number here
+        return saved
+    raise ArgonneError(f"{name}={saved!r} is of another type than the flag")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return os.path.abspath(value)
+    return list(value) if isinstance(value, tuple) else value
