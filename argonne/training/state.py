@@ -30,8 +30,8 @@ from argonne.parallel.communication.collectives import gather_objects
 from argonne.training.config import RunConfig
 from argonne.training.loss_scale import LossScale
 from argonne.training.optimizer import build_optimizer
-from argonne.training.run.conditions import dtype_name
 from argonne.training.run.flags_json import flags_to_json
+from argonne.training.run.identity import dtype_name
 from argonne.training.run.setup import Workload
 from argonne.training.schedule import CosineSchedule
 from argonne.training.step import Learner
@@ -147,7 +147,7 @@ class TrainingState(Learner):
             "rng": {"seed": config.training.seed},
             "global_batch": global_batch,
             "layout": dataclasses.asdict(self.model.groups.layout),
-            "identity": workload.identity,
+            "identity": workload.identity.to_json(),
             "conditions": workload.conditions,
             "changes": self.changes,
             # The directory's tokenizer names the run's boundary tokens instead.

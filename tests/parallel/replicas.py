@@ -68,7 +68,7 @@ class Outcome:
     tensors: list[tuple[str, Parts]]
     """Weights and moments."""
     spoken: Parts
-    """A one for each element of the weights that this rank speaks for."""
+    """A one for each element of the weights that this rank owns."""
     logits: list[Tensor]
     """Of an evaluation before, and one after the training."""
 

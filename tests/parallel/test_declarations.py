@@ -103,9 +103,9 @@ def wrong(groups: ProcessGroups, mistake: str) -> nn.Module:
 UNDECLARED_EXPERTS = ("experts of other numbers", "experts of other shapes", "experts of other values")
 SAID = {
     "start forgotten": "'w' [16, 6]: ranks 0, 1 each claim [0:8, 0:6] for their own, and nobody holds [8:16, 0:6]",
-    "holders the first on every rank": "rank 1, number 1 along tensor, has [8:16, 0:6], whose holders there are (0,)",
+    "holders the first on every rank": "rank 1 has [8:16, 0:6], but as rank 1 of tensor is not among its holders (0,)",
     "holders all on every rank": "[0:8, 0:6] is on {all0}, but by its declaration on {all}",
-    "a holder that is not there": "[0:8, 0:6] has holders (0, 2) along tensor, which has 2 ranks",
+    "a holder that is not there": "[0:8, 0:6] has the holders (0, 2) over tensor, which has 2 ranks",
     "shape too small": "'w' [16, 6]: nobody holds [5:8, 0:6] and [13:16, 0:6]",
     "columns left out": "'w' [16, 6]: nobody holds [0:16, 4:6]",
     "whole_shape too small on one rank": "whole_shape of 'w' is (16, 6) on {all0}, (8, 6) on {all1}",
@@ -117,8 +117,8 @@ SAID = {
     "partial on one rank": "partial_gradient of 'w' is True on {all0}, False on {all1}",
     "another name on one rank": "'w' [16, 6]: nobody holds [8:16, 0:6]",
     "a dimension too few": "'w' is to lie at [0:8] of w [8, 6]; legal: within the parameter",
-    "replicas of another job": "number 0 along replicas, has [0:8, 0:6], whose holders there are (7,)",
-    "layers of a lone process": "'0.weight' [8, 4]: rank 1, number 1 along tensor, has [0:8, 0:4], whose holders there",
+    "replicas of another job": "rank 0 has [0:8, 0:6], but as rank 0 of replicas is not among its holders (7,)",
+    "layers of a lone process": "'0.weight' [8, 4]: rank 1 has [0:8, 0:4], but as rank 1 of tensor is not",
     "experts of other numbers": "'expert0.weight' [5, 3]: [0:5, 0:3] is on {all0}, but by its declaration on {all}; "
     "legal: a declaration in shard_specs(), without which it counts as replicated",
     "experts of other shapes": "whole_shape of 'expert.weight' is (5, 3) on {all0}, (6, 3) on {all1}",

@@ -28,6 +28,12 @@ class Claim:
     region: Region
     is_declared: bool = True
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """All that it says but for the names."""
+        r = self.region
+        return (r.whole_shape, r.start, r.shape, r.holders, r.partial_gradient, r.stages, r.replicas, self.dtypes)
+
 
 class Ranks:
     """Where every rank of the job stands."""
@@ -99,9 +105,9 @@ def _fault_of_holders(box: Box, held: Mapping[int, Claim], ranks: Ranks) -> str 
         declared = ranks.holders(claim.region, rank)
         for axis, size, numbers, place in zip(AXES, ranks.sizes, declared, ranks.places[rank], strict=True):
             if place not in numbers:
-                return f"rank {rank}, number {place} along {axis}, has {where}, whose holders there are {numbers}"
+                return f"rank {rank} has {where}, but as rank {place} of {axis} is not among its holders {numbers}"
             if not all(0 <= number < size for number in numbers):
-                return f"{where} has holders {numbers} along {axis}, which has {size} ranks"
+                return f"{where} has the holders {numbers} over {axis}, which has {size} ranks"
         told[ranks.at(declared)] = rank
     wrong = [those for those in told if those != held.keys()]
     if not wrong:
