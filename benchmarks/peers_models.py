@@ -198,7 +198,7 @@ class _Attention(nn.Module):
             rearrange(projection(x), "batch sequence (head dim) -> batch head sequence dim", dim=self.head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query, key = (heads * cos + _rotate_half(heads) * sin for heads in (query, key))
+        query, key = (heads * cos + rotate_half(heads) * sin for heads in (query, key))
         context = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return self.o_proj(rearrange(context, "batch head sequence dim -> batch sequence (head dim)"))
 
@@ -214,6 +214,7 @@ class _FeedForward(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def _rotate_half(heads: Tensor) -> Tensor:
+def rotate_half(heads: Tensor) -> Tensor:
+    """Each pair of halves turned by a right angle, as rotary embeddings need it."""
     first, second = heads.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)

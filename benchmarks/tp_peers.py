@@ -1,4 +1,4 @@
-"""Is tensor parallelism by Argonne worth it on a CPU? Its training step beside DTensor's and dense ones.
+"""Is tensor parallelism by Argonne worth it on a CPU? Its step beside DTensor's, Megatron-Core's and dense ones.
 
 ``python benchmarks/tp_peers.py`` takes about five minutes on two cores. Every contestant trains the same model
 from the same weights on the same batches, in processes of its own; the losses must agree before anything is
@@ -31,11 +31,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script, i
 from argonne.launch import guarded, parse
 from argonne.models import ArgonneConfig
 from argonne.parallel import ArgonneError, Layout
+from benchmarks.peers_megatron import is_installed as megatron_is_installed
+from benchmarks.peers_megatron import megatron_step
 from benchmarks.peers_models import Contestant, argonne_step, dense_step, dtensor_step
 from benchmarks.report import environment, table, write_json
 
 CONTROL, DENSE = "DTensor TP 2", "dense, 2 threads"
 """What the ratios compare with."""
+MEGATRON = "Megatron-Core TP 2"
+"""A contestant where it is installed."""
 
 _TWO = Layout(tensor=2)
 CONTESTANTS = (
@@ -45,6 +49,7 @@ CONTESTANTS = (
     Contestant(DENSE, dense_step, Layout(), threads=2),
     Contestant("dense, 1 thread", dense_step, Layout()),
     Contestant("argonne TP 1", argonne_step, Layout()),
+    *([Contestant(MEGATRON, megatron_step, _TWO)] if megatron_is_installed() else []),
 )
 
 CHECKED_STEPS = 5

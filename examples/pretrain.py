@@ -11,7 +11,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 from argonne.launch import drive, guarded, parse
 from argonne.training.config import RunConfig
-from argonne.training.run.setup import check
+from argonne.training.run.checks import check
 from argonne.training.run.workflow import pretrain
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def all_names() -> frozenset[str]:
 def unknown(name: str) -> bool:
     """Whether code that a page names in backticks is nowhere: a flag, a path, or a name of the library."""
     if name.startswith("--"):
-        return name.split()[0][2:].replace("-", "_") not in all_names()
+        return name.split()[0][2:].removeprefix("no-").replace("-", "_") not in all_names()
     if "::" in name:
         path, _, inside = name.partition("::")
         return not (ROOT / path).is_file() or inside not in defined(ROOT / path)
@@ -83,8 +83,14 @@ def test_every_link_leads_somewhere(page: str) -> None:
 
 @pytest.mark.parametrize("page", OF_NOW)
 def test_every_file_that_is_named_is_there(page: str) -> None:
-    named = set(re.findall(r"`((?:argonne|tests|benchmarks|examples|docs)/[\w/.-]*)`", text(page)))
-    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+    told = text(page)
+    if page == "docs/architecture.md":  # the first column is the plan's
+        told = re.sub(r"^\| .*? \|", "|", told, flags=re.M)
+    named = set(re.findall(r"`((?:argonne|tests|benchmarks|examples|docs)/[\w/.-]*|[\w/]+\.py)`", told))
+    folders = ("argonne", "examples", "benchmarks")
+    files = [f"/{path.relative_to(ROOT)}" for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    known = {name for name in named if (ROOT / name).exists() or any(file.endswith(f"/{name}") for file in files)}
+    assert sorted(named - known) == []
 
 
 def test_the_readme_is_short_and_each_reason_for_it_has_a_link() -> None:
@@ -118,7 +124,7 @@ def test_the_tour_names_every_room_and_every_file_in_it() -> None:
     tour = text("docs/tour.md")
     rooms = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "argonne").rglob("__init__.py")}
     assert [room for room in sorted(rooms) if f"`{room}/`" not in tour] == []
-    parts = re.split(r"`(argonne/[\w/]*)/`|^## ", tour, flags=re.M)
+    parts = re.split(r"`(argonne(?:/\w+)*)/`|^## ", tour, flags=re.M)
     described = {room: told for room, told in zip(parts[1::2], parts[2::2], strict=True) if room}
     missing = [
         f"{room}/{path.name}"
@@ -133,5 +139,6 @@ def test_the_tour_names_nothing_that_is_not_there() -> None:
     tour = text("docs/tour.md")
     named = set(re.findall(r"`([^`\n]+)`", tour))
     stems = {path.stem for path in (ROOT / "argonne").rglob("*.py")}
-    assert [name for name in sorted(named) if name not in stems and unknown(name)] == []
+    written = {"run.json", "config.json", "metrics.jsonl", "model.layers.0.self_attn.q_proj.weight"}
+    assert [name for name in sorted(named - written) if name not in stems and unknown(name)] == []
     assert len([name for name in named if "::" in name]) > 40

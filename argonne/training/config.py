@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+import tyro
 
 from argonne.checkpoint import require_intact
 from argonne.data.corpus.formats import TEXT
@@ -23,6 +25,8 @@ from argonne.training.optimizer import BETAS, EPSILON
 DEFAULT_PRESET = "argonne-2.0-4.9b"
 
 MOST_STEPS = 2**63 - 1
+LEAST_EPSILON = 1e-37
+"""The smallest epsilon of AdamW: the smallest normal number of float32 is a ninth of it."""
 MOST_SEED = 2**64 - 1
 """The largest seed of PyTorch's generators; that of a sample is the run's plus the step."""
 
@@ -263,6 +267,8 @@ class RunConfig:
                 require_whole(name, count, 1, MOST_STEPS)
         for name in ("learning_rate", "gradient_clip", "initial_loss_scale", "adam_epsilon"):
             require_number(name, getattr(t, name))
+        if t.adam_epsilon < LEAST_EPSILON:  # in float32 it would be 0, and a weight without a gradient divided by that
+            raise ArgonneError(f"adam_epsilon={t.adam_epsilon} is not legal; legal: {LEAST_EPSILON} or more")
         for name in ("adam_beta1", "adam_beta2"):
             require_share(name, getattr(t, name))
             if getattr(t, name) == 1:
@@ -319,6 +325,8 @@ class ResumeConfig(RunConfig):
         "wall_time": "no limit",
     }
     """What happens to a field that no flag names, where it is not what ``RunConfig`` says of it."""
+    arguments: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+    """The words of this command: what they name counts whichever checkpoint it turns out to go on from."""
 
     def check(self) -> None:
         """Refuse what no resume could use, then what no run could."""

@@ -40,7 +40,7 @@ def test_every_leg_is_a_command_line_of_pretrain_with_that_layout(tmp_path: Path
     axis, size = leg.name.split(" + ")[0].split()
     sizes[{"TP": "tensor", "PP": "pipeline", "DP": "data"}[axis]] = int(size)
     layout = Layout(**sizes, sequence_parallel="SP" in leg.name)
-    assert config.parallel.nproc == leg.processes == layout.world_size
+    assert config.launch.nproc == leg.processes == layout.world_size
     asked = {name: getattr(config.parallel, f"{name}_parallel") or 1 for name in ("tensor", "pipeline", "data")}
     assert asked == {name: sizes[name] for name in asked}
     assert config.parallel.sequence_parallel == layout.sequence_parallel

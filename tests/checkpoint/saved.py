@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +30,16 @@ def pieces_of(groups: ProcessGroups) -> tuple[list[Piece], list[Piece]]:
 
 
 def drawn(groups: ProcessGroups, seed: int) -> tuple[list[Piece], list[Piece]]:
-    """The same pieces with values that depend on the seed, the name and the place only."""
+    """The same pieces with values that depend on the seed, the name and the place only; nobody may change them."""
+    return _drawn_alone(seed) if groups.world.size == 1 else _drawn(groups, seed)
+
+
+@functools.cache
+def _drawn_alone(seed: int) -> tuple[list[Piece], list[Piece]]:
+    return _drawn(ProcessGroups.single(), seed)
+
+
+def _drawn(groups: ProcessGroups, seed: int) -> tuple[list[Piece], list[Piece]]:
     weights, moments = pieces_of(groups)
     for piece in (*weights, *moments):
         Normal(1.0).fill(piece.part, seed, piece.name, piece.region.whole_shape, piece.region.start)

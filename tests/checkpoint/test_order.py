@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -16,6 +17,12 @@ from tests.checkpoint.watch import Killed, lost_with_the_power, watched
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which file is synced")
 ALONE = ProcessGroups.single()
+
+
+@pytest.fixture(autouse=True)
+def no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That a file is synced is noted; here no power goes, so that nothing need wait for a disk."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(params=["exchanged", "renamed twice"])

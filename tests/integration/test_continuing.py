@@ -20,8 +20,8 @@ from argonne.files import write_json
 from argonne.launch import parse
 from argonne.parallel import ArgonneError
 from argonne.training.config import RunConfig
+from argonne.training.run.checks import check
 from argonne.training.run.resume import check_resume, parse_resume, resume
-from argonne.training.run.setup import check
 from argonne.training.run.workflow import pretrain
 from tests.integration.runs import MODEL, SCHEDULE, metrics, run, succeed, words_of, write_corpus
 from tests.integration.test_refusals import assert_refused
@@ -65,6 +65,7 @@ def as_an_older_version_left_it(directory: Path) -> None:
         for name in ("precision", "initial_loss_scale"):
             told["identity"].pop(name, None)
         told["identity"]["tokenizer"].pop("boundary", None)
+        told["flags"]["parallel"] |= told["flags"].pop("launch")
         write_json(path, told)
         if path.name == TRAINER:
             listed = dataclasses.asdict(read_manifest(path.parent))

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from argonne.checkpoint import MOMENTS
 from argonne.parallel import ProcessGroups
 from argonne.training.batch_shape import BatchShape
 from argonne.training.config import DataFlags, ModelFlags, RunConfig, RunFlags, TrainingFlags
-from argonne.training.optimizer import MOMENTS
 from argonne.training.run.setup import Workload, prepare, resolve_precision
 from argonne.training.state import TrainingState
 from argonne.training.trainer import Trainer

@@ -12,6 +12,7 @@ from argonne.data import train_tokenizer
 from argonne.parallel import ProcessGroups
 from argonne.training.config import DataFlags, ModelFlags, RunConfig, RunFlags
 from argonne.training.run.corpora import Corpora
+from argonne.training.run.identity import RunIdentity
 from argonne.training.run.setup import prepare
 
 
@@ -27,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("accepts", [False, True])
 def test_a_shard_that_one_rank_cannot_open_is_the_same_to_all(folder, goes_on, accepts) -> None:
     flags = DataFlags(data_glob=(f"{folder}/*.parquet",), on_bad_shard="skip", accept_data_change=accepts)
-    saved = Corpora.open(flags, seed=0).identity if goes_on else None
+    saved = RunIdentity(data=Corpora.open(flags, seed=0).identity) if goes_on else None
     sees_all = Corpora.open(flags, 0, saved)
     (folder / "1.parquet").write_bytes(b"not what it was")
     sees_two = Corpora.open(flags, 0, saved)

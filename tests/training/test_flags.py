@@ -102,6 +102,7 @@ def test_the_largest_seed_is_one_that_every_sample_of_the_run_can_be_drawn_with(
         ("--adam-beta2=1.0", "adam_beta2=1 is not legal, as no gradient would count; legal: 0 up to less than 1"),
         ("--adam-beta2=1.5", "adam_beta2=1.5 is not legal; legal: a number, 0 to 1"),
         ("--adam-epsilon=0", "adam_epsilon=0.0 is not legal; legal: more than 0"),
+        ("--adam-epsilon=1e-46", "adam_epsilon=1e-46 is not legal; legal: 1e-37 or more"),
         ("--label-smoothing=1.01", "label_smoothing=1.01 is not legal; legal: a number, 0 to 1"),
         ("--z-loss=-1e-4", "z_loss=-0.0001 is not legal; legal: 0 or more"),
         ("--filter-max-digits=50", "filter_max_digits=50.0 is not legal; legal: a number, 0 to 1"),

@@ -25,8 +25,9 @@ from argonne.training.config import (
     TrainingFlags,
 )
 from argonne.training.run import conditions
-from argonne.training.run.conditions import MEANINGS, announced, changed_since, comparable, identity_of
-from argonne.training.run.directory import differences, require_same
+from argonne.training.run.conditions import MEANINGS, announced, changed_since
+from argonne.training.run.directory import require_same
+from argonne.training.run.identity import RunIdentity, differences
 from argonne.training.run.setup import prepare
 from tests.integration.runs import write_corpus
 
@@ -122,7 +123,7 @@ def changed(base: RunConfig, group: str, name: str, value: Any) -> RunConfig:
 
 def told(config: RunConfig, device: str = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
     workload = prepare(config, ProcessGroups.single(device))
-    return workload.identity, workload.conditions
+    return workload.identity.to_json(), workload.conditions
 
 
 def test_each_flag_is_what_the_table_says(base: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,9 +184,10 @@ def older(config: RunConfig, told: tuple[dict[str, Any], dict[str, Any]], precis
 def test_what_an_older_version_kept_is_the_same_run(base: RunConfig, kept: str, asked: str) -> None:
     config = changed(base, "training", "precision", asked)
     now = told(config)
+    identity, conditions = RunIdentity.from_json(now[0]), now[1]
     saved = older(config, now, kept)
-    assert changed_since(saved, *now, config) == []
-    assert differences(*comparable(identity_of(saved), now[0])) == []
+    assert changed_since(saved, identity, conditions, config) == []
+    assert RunIdentity.of_saved(saved).differences(identity) == []
 
 
 @pytest.mark.parametrize(
@@ -203,12 +205,12 @@ def test_what_an_older_version_kept_is_the_same_run(base: RunConfig, kept: str, 
 def test_what_had_no_flag_was_as_a_flag_left_out(base: RunConfig, group: str, name: str, value: Any, line: str) -> None:
     """A run of an older version is another run with any other value: of the data, accepted on purpose only."""
     begun, config = told(base), changed(base, group, name, value)
-    saved, now = identity_of(older(base, begun, "fp16")), told(config)[0]
-    assert differences(*comparable(saved, now)) == [line]
+    saved, now = RunIdentity.of_saved(older(base, begun, "fp16")), RunIdentity.from_json(told(config)[0])
+    assert saved.differences(now) == [line]
     with pytest.raises(ArgonneError, match="holds a different run"):
-        require_same(*comparable(saved, now), Path("x"))
+        require_same(saved, now, Path("x"))
     if group == "data":
-        assert require_same(*comparable(saved, now), Path("x"), accept_data_change=True) == [line]
+        assert require_same(saved, now, Path("x"), accept_data_change=True) == [line]
 
 
 @pytest.mark.parametrize(
@@ -219,10 +221,11 @@ def test_state_is_converted_only_where_the_command_names_the_precision(
 ) -> None:
     config = changed(base, "training", "precision", asked)
     now = told(config)
+    identity, conditions = RunIdentity.from_json(now[0]), now[1]
     saved = older(config, now, kept)
     with pytest.raises(ArgonneError, match=rf"would be converted \(precision.state: .*--precision {flag} to convert"):
-        changed_since(saved, *now, config)
-    (line,) = changed_since(saved, *now, replace(config, given=frozenset({"precision"})))
+        changed_since(saved, identity, conditions, config)
+    (line,) = changed_since(saved, identity, conditions, replace(config, given=frozenset({"precision"})))
     assert line.startswith("precision.state: ")
     assert announced([line, "data.shards: x", "seed: 1 -> 2"]) == [
         f"changed from here on: {line}",
@@ -234,4 +237,4 @@ def test_a_condition_that_was_not_kept_is_not_said_to_have_changed(base: RunConf
     identity, now = told(base)
     fewer: Callable[..., dict[str, Any]] = lambda *gone: {n: v for n, v in now.items() if n not in gone}  # noqa: E731
     saved = {"identity": identity, "conditions": {**fewer("kernels"), "torch": "2.0"}}
-    assert changed_since(saved, identity, now, base) == [f"torch: 2.0 -> {torch.__version__}"]
+    assert changed_since(saved, RunIdentity.from_json(identity), now, base) == [f"torch: 2.0 -> {torch.__version__}"]

@@ -1,85 +1,19 @@
-"""A run's directory: flags that round-trip, runs told apart, and a tidy past on continuing."""
+"""A run's directory: what the run is, and a tidy past on continuing."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from argonne.checkpoint import checkpoints
 from argonne.parallel import ArgonneError
-from argonne.training.config import RunConfig, RunFlags
-from argonne.training.layout_flags import ParallelFlags
 from argonne.training.report import Reports
 from argonne.training.run.continuation import continue_at
-from argonne.training.run.directory import (
-    differences,
-    read_run,
-    require_same,
-    schedule_identity,
-)
-
-IDENTITIES = st.recursive(
-    st.integers(0, 9) | st.text(max_size=4),
-    lambda inner: st.dictionaries(st.sampled_from(["model", "data", "seed"]), inner, min_size=1, max_size=3),
-    max_leaves=8,
-).filter(lambda found: isinstance(found, dict))
-
-
-def leaves(identity: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in identity.items():
-        found |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
-
-
-@given(IDENTITIES, st.data())
-def test_one_entry_that_differs_is_the_one_that_is_named(identity: dict[str, Any], data: st.DataObject) -> None:
-    changed = data.draw(st.sampled_from(sorted(leaves(identity))))
-    other = json.loads(json.dumps(identity))
-    *groups, name = changed.split(".")
-    inner = other
-    for group in groups:
-        inner = inner[group]
-    inner[name] = -1
-    assert differences(identity, json.loads(json.dumps(identity))) == []
-    assert [line.split(":")[0] for line in differences(identity, other)] == [changed]
-    assert [line.split(":")[0] for line in differences(other, identity)] == [changed]
-
-
-def test_differences_name_the_entry_and_both_values() -> None:
-    saved = {"model": {"hidden_size": 64, "vocab_size": 9}, "seed": 1, "data": ["a"], "tokenizer": "x" * 100}
-    wanted = {"model": {"hidden_size": 32, "vocab_size": 9}, "seed": 1, "data": ["a", "b"], "global_batch": 8}
-    assert differences(saved, wanted) == [
-        'data: ["a"] -> ["a", "b"]',
-        "global_batch: null -> 8",
-        "model.hidden_size: 64 -> 32",
-        f"tokenizer: {'x' * 24}...{'x' * 12} -> null",
-    ]
-
-
-def test_a_different_run_is_refused_naming_what_differs(tmp_path: Path) -> None:
-    require_same({"seed": 1}, {"seed": 1}, tmp_path)
-    with pytest.raises(ArgonneError) as refusal:
-        require_same({"seed": 1, "steps": 2}, {"seed": 3, "steps": 4}, tmp_path)
-    assert str(refusal.value) == (
-        f"output_dir={str(tmp_path)!r} holds a different run (seed: 1 -> 3; steps: 2 -> 4); "
-        "legal: the run's own flags, or another --output-dir"
-    )
-
-
-def test_the_layout_and_where_to_save_are_no_part_of_the_schedule() -> None:
-    plain = RunConfig()
-    moved = RunConfig(parallel=ParallelFlags(tensor_parallel=4), run=RunFlags(save_interval=1, stop_at_step=3))
-    assert schedule_identity(moved) == schedule_identity(plain)
-    for name in ("total_steps", "learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "gradient_clip"):
-        other = schedule_identity(replace(plain, training=replace(plain.training, **{name: 7})))
-        assert [line.split(":")[0] for line in differences(schedule_identity(plain), other)] == [name]
+from argonne.training.run.directory import read_run
+from argonne.training.run.file import StoredRun
+from argonne.training.run.identity import RunIdentity
 
 
 def fake_checkpoint(root: Path, step: int) -> Path:
@@ -94,7 +28,7 @@ def test_run_json_is_read_where_there_is_a_run(tmp_path: Path) -> None:
     assert read_run(tmp_path) is None
     run = {"identity": {"seed": 3}, "global_batch": 4, "first_layout": {"data": 1}}
     (tmp_path / "run.json").write_text(json.dumps(run))
-    assert read_run(tmp_path) == run
+    assert read_run(tmp_path) == StoredRun(RunIdentity(seed=3), 4, {"data": 1})
     for damaged in ('{"identity": ', "{}", "[]", "3"):
         (tmp_path / "run.json").write_text(damaged)
         with pytest.raises(ArgonneError, match="run.json' does not tell what the run is"):

@@ -8,7 +8,6 @@ every line of ``metrics.jsonl`` has, where and when to save, and what trades tim
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
@@ -18,8 +17,8 @@ from argonne.data import Shard, fingerprint
 from argonne.kernels.dispatch import uses_triton
 from argonne.parallel import Precision
 from argonne.parallel.errors import ArgonneError
-from argonne.training.config import DataFlags, RunConfig, TrainingFlags
-from argonne.training.run.directory import DATA, PRECISION_FLAGS, differences
+from argonne.training.config import RunConfig
+from argonne.training.run.identity import DATA, PRECISION_FLAGS, RunIdentity, differences, dtype_name
 
 Meaning = Literal["identity", "condition", "free"]
 
@@ -59,15 +58,6 @@ MEANINGS: Mapping[str, Meaning] = {
 }
 """What another value of each flag means where a run is continued."""
 
-_BEFORE_FLAGS: Mapping[str, dict[str, Any]] = {
-    "data": {"text_column": DataFlags().text_column},
-    "schedule": {
-        name: getattr(TrainingFlags(), name)
-        for name in ("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing", "z_loss")
-    },
-}
-"""What every run was before there were flags for it, by the group of the identity."""
-
 
 def conditions_of(
     config: RunConfig, precision: Precision, device: torch.device, validation: Collection[Shard]
@@ -85,33 +75,18 @@ def conditions_of(
     }
 
 
-def identity_of(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity that ``run.json`` or ``trainer.json`` tells.
-
-    Of older ones the flags tell the precision, and what had no flag yet was as a flag left out.
-    """
-    identity = dict(saved["identity"])
-    for group, before in _BEFORE_FLAGS.items():
-        if isinstance(kept := identity.get(group), dict):
-            identity[group] = before | kept
-    told = saved.get("flags", {}).get("training", {}).get("precision")
-    if told is not None:
-        identity.setdefault("precision", {"state": "float64" if told == "fp64" else "float32"})
-    return identity
-
-
 def changed_since(
-    saved: Mapping[str, Any], identity: Mapping[str, Any], conditions: Mapping[str, Any], config: RunConfig
+    saved: Mapping[str, Any], identity: RunIdentity, conditions: Mapping[str, Any], config: RunConfig
 ) -> list[str]:
     """What is not as in ``saved``, a checkpoint's ``trainer.json``, a line each.
 
     Raises:
         ArgonneError: the saved weights and moments would be converted, and no ``--precision`` asks for it.
     """
-    before = identity_of(saved)
-    changed = differences(*comparable(before, identity))
+    before = RunIdentity.of_saved(saved)
+    changed = before.differences(identity)
     if "precision" not in config.given and (lines := [line for line in changed if line.startswith("precision.")]):
-        kept, asked = (PRECISION_FLAGS[each["precision"]["state"]] for each in (before, identity))
+        kept, asked = (PRECISION_FLAGS[each.state_dtype] for each in (before, identity))
         raise ArgonneError(
             f"the checkpoint's weights and moments would be converted ({lines[0]}); legal: --precision {kept} to go "
             f"on as it is, or --precision {asked} to convert them on purpose"
@@ -120,24 +95,6 @@ def changed_since(
     return changed + differences(then, {name: value for name, value in conditions.items() if name in then})
 
 
-def comparable(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both without what one of them cannot tell: entries that older identities lack, or that depend on a condition."""
-    both = copy.deepcopy(dict(saved)), copy.deepcopy(dict(wanted))
-    for *groups, name in (("precision",), ("initial_loss_scale",), ("tokenizer", "boundary")):
-        inner: list[Any] = list(both)
-        for group in groups:
-            inner = [each.get(group, {}) for each in inner]
-        if not all(name in each for each in inner):
-            for each in inner:
-                each.pop(name, None)
-    return both
-
-
 def announced(changed: Collection[str]) -> list[str]:
     """The lines that tell of ``changed``, but for the data, of which the acceptance has told."""
     return [f"changed from here on: {line}" for line in changed if not line.startswith(DATA)]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``float32`` for ``torch.float32``."""
-    return str(dtype).removeprefix("torch.")

@@ -8,24 +8,22 @@ first Argonne always say: ``--num-proc``, ``--min-batch-size``, ``--disable-comp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from argonne.parallel import Layout
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import ResumeConfig, RunConfig
+from argonne.training.run.identity import RunIdentity
 
 
-def check_meaning(config: RunConfig, saved: Mapping[str, Any] | None = None) -> None:
+def check_meaning(config: RunConfig, saved: RunIdentity | None = None) -> None:
     """Raise ``ArgonneError`` for the first flag that this command names and that has no effect as things are.
 
-    ``saved`` is the identity of the run in the output directory. What the flags say against it is told elsewhere.
+    ``saved`` is the identity of the run in the output directory. What the flags say against it is refused elsewhere.
     """
     data, training, parallel, given = config.data, config.training, config.parallel, config.given
     _ = parallel.kind  # refuses two at once
     pipelined = parallel.pipeline_parallel != 1 or "pipeline_parallel" in given
     replicated = parallel.data_parallel * parallel.context_parallel > 1 or {"data_parallel", "context_parallel"} & given
-    made_before = saved is not None and saved.get("data", {}).get("streaming") is False
+    made_before = saved is not None and saved.is_streamed is False
     replicas = "--data-parallel or --context-parallel"
     schedule = "--pipeline-schedule interleaved"
     needs = (

@@ -32,6 +32,7 @@ from argonne.data import (
 )
 from argonne.data.lanes.adoption import adopt
 from argonne.training.config import DataFlags
+from argonne.training.run.identity import RunIdentity
 
 
 @dataclass(frozen=True)
@@ -66,21 +67,21 @@ class Corpora:
         cls,
         flags: DataFlags,
         seed: int,
-        saved: Mapping[str, Any] | None = None,
+        saved: RunIdentity | None = None,
     ) -> Corpora:
         """Find the shards and read their footers.
 
         Args:
             flags: of the data.
             seed: of the order of ``--no-streaming``.
-            saved: the ``identity`` of the run that is continued, if one is. With ``on_bad_shard="skip"`` what it
+            saved: the identity of the run that is continued, if one is. With ``on_bad_shard="skip"`` what it
                 had to do without stays away, and what can be opened no more keeps its place.
 
         Raises:
             DataError: a glob matches nothing, or a shard cannot be read.
         """
-        saved = saved or {}
-        listings = saved.get("shards") or []
+        saved = saved or RunIdentity()
+        listings = saved.shards
         globs = parse_globs(flags.data_glob or ())
         restored = flags.on_bad_shard == "skip" and not flags.accept_data_change and len(listings) == len(globs)
         parts = []
@@ -97,7 +98,7 @@ class Corpora:
         if flags.validation_glob:
             with naming("validation_glob", flags.validation_glob):
                 validation = open_shards(find_shards(flags.validation_glob), column=flags.text_column)
-        return cls(tuple(parts), validation, flags, seed, saved.get("lanes"), restored)
+        return cls(tuple(parts), validation, flags, seed, saved.lanes, restored)
 
     @functools.cached_property
     def lanes(self) -> int:
@@ -188,14 +189,13 @@ class Corpora:
         return Mixture(streams, [part.weight for part in self.parts])
 
     def adopted(
-        self, states: Mapping[int, LaneState], saved: Mapping[str, Any], same_tokens: bool
+        self, states: Mapping[int, LaneState], saved: RunIdentity, same_tokens: bool
     ) -> tuple[dict[int, LaneState], str]:
         """The lanes of a run that was saved with other data as they go on with this, and a line that says how."""
         found: dict[int, LaneState] = {}
         kept = total = 0
         for source, part in enumerate(self.parts):
-            listings = saved.get("shards") or []
-            listing = listings[source] if source < len(listings) else []
+            listing = saved.shards[source] if source < len(saved.shards) else []
             own = states_of_source(states, source, self.lanes) if listing else None
             if own is None:
                 continue
@@ -206,7 +206,7 @@ class Corpora:
                 lanes, here = adopt(own, listing, part.shards, same_tokens)
             found |= {source * self.lanes + lane: state for lane, state in enumerate(lanes)}
             kept, total = kept + here, total + self.lanes
-        line = f"{kept} of {total} lanes keep their places, the others begin their pass over the data anew"
+        line = f"{kept} of {total} lanes keep their places, the others restart their pass over the data"
         if not self.flags.streaming:
             line = f"{kept} of {total} lanes go on as many sequences into the shuffled order of the new data"
         return found, line

@@ -6,13 +6,47 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from argonne.checkpoint import CheckpointError, checkpoints, load_trainer
 from argonne.files import read_object, set_aside, write_json
+from argonne.training.run.identity import RunIdentity
 
 RUN = "run.json"
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """What a run's directory says that the run is."""
+
+    identity: RunIdentity
+    global_batch: int
+    """Sequences of an optimizer step."""
+    first_layout: Mapping[str, Any]
+    """The layout that the run began in: the fields of ``Layout``."""
+
+    @classmethod
+    def from_json(cls, run: Mapping[str, Any]) -> StoredRun:
+        """What ``run.json`` says. Raises ``ValueError`` naming what is missing or of another kind."""
+        missing = {each.name for each in fields(cls)} - set(run)
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        identity, first = RunIdentity.of_saved(run), run["first_layout"]
+        wrong = {
+            "global_batch": not _is_count(run["global_batch"]),
+            "first_layout": not isinstance(first, dict) or not _is_count(first.get("data", 1)),
+        }
+        for name, is_wrong in wrong.items():
+            if is_wrong:
+                raise ValueError(f"its {name} is of another kind")
+        return cls(identity, run["global_batch"], first)
+
+    @property
+    def first_replicas(self) -> int:
+        """Data-parallel ranks that the run began with."""
+        return int(self.first_layout.get("data", 1))
 
 
 def write_run(directory: Path, run: Mapping[str, Any]) -> None:
@@ -23,16 +57,16 @@ def write_run(directory: Path, run: Mapping[str, Any]) -> None:
     write_json(path, {"sha256": _seal(run), **run})
 
 
-def stored_run(directory: Path) -> dict[str, Any]:
+def stored_run(directory: Path) -> StoredRun:
     """What ``run.json`` says. Raises ``OSError`` or ``ValueError``: why it is not what a run wrote there."""
     run = read_object(directory / RUN)
     seal = run.pop("sha256", None)  # a run of an earlier version has none
     if seal is not None and seal != _seal(run):
         raise ValueError("it has changed since it was written (SHA-256 differs)")
-    return _checked(run)
+    return StoredRun.from_json(run)
 
 
-def run_of_checkpoints(directory: Path) -> tuple[dict[str, Any], Path] | None:
+def run_of_checkpoints(directory: Path) -> tuple[StoredRun, Path] | None:
     """What the newest intact ``trainer.json`` says of the run, and its checkpoint; None where there is none."""
     for checkpoint in reversed(checkpoints(directory)):
         try:
@@ -43,8 +77,7 @@ def run_of_checkpoints(directory: Path) -> tuple[dict[str, Any], Path] | None:
                 saved["global_batch"], training["initial_batch_size"] * training["gradient_accumulation_steps"]
             )
             first = layout if rest or not replicas else {**layout, "data": replicas}
-            names = ("identity", "global_batch", "layout", "flags", "versions")
-            return _checked({**{name: saved[name] for name in names}, "first_layout": first}), checkpoint
+            return StoredRun.from_json({**saved, "first_layout": first}), checkpoint
         except (CheckpointError, ValueError, KeyError, TypeError, ArithmeticError):
             continue
     return None
@@ -62,32 +95,6 @@ def mended_run(directory: Path) -> list[str]:
         source = found[1].name if found else "its checkpoints"
         wrong = f"is damaged ({error})" if os.path.lexists(directory / RUN) else "is missing"
         return [f"{RUN} {wrong} and was made again from {source}"]
-
-
-def _checked(run: dict[str, Any]) -> dict[str, Any]:
-    """``run``, if it is of the right make; raises ``ValueError``."""
-    missing = {"identity", "global_batch", "first_layout"} - set(run)
-    if missing:
-        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    identity, first = run["identity"], run["first_layout"]
-    wrong = {
-        "identity": not isinstance(identity, dict),
-        "global_batch": not _is_count(run["global_batch"]),
-        "first_layout": not isinstance(first, dict) or not _is_count(first.get("data", 1)),
-    }
-    if isinstance(identity, dict):
-        groups = ("data", "model", "tokenizer", "schedule")
-        wrong |= {f"identity.{name}": not isinstance(identity.get(name, {}), dict) for name in groups}
-        data = identity.get("data")
-        if isinstance(data, dict):
-            shards = data.get("shards") or []
-            listed = isinstance(shards, list) and all(isinstance(each, list) for each in shards)
-            wrong["identity.data.shards"] = not listed
-            wrong["identity.data.lanes"] = not _is_count(data.get("lanes") or 1)
-    for name, is_wrong in wrong.items():
-        if is_wrong:
-            raise ValueError(f"its {name} is of another kind")
-    return run
 
 
 def _is_count(value: Any) -> bool:

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from argonne.checkpoint import CheckpointError, checkpoints, load_trainer, resolve, trusted
+from argonne.checkpoint.format import TRAINER
 from argonne.launch.parse import parse
 from argonne.parallel.communication.collectives import collectively
 from argonne.parallel.communication.environment import restarts_left
 from argonne.parallel.errors import ArgonneError
-from argonne.training.config import DataFlags, ResumeConfig, RunConfig
-from argonne.training.run.conditions import announced, changed_since, identity_of
-from argonne.training.run.directory import differences, read_run
+from argonne.training.config import ResumeConfig, RunConfig
+from argonne.training.run.batch import batch_of_resume
+from argonne.training.run.checks import check
+from argonne.training.run.conditions import announced, changed_since
+from argonne.training.run.directory import read_run
 from argonne.training.run.flags_json import saved_flags
-from argonne.training.run.setup import accumulation_that_keeps, check, prepare, with_tokens
-from argonne.training.run.workflow import is_done, joined, restore, say, train
+from argonne.training.run.identity import RunIdentity, differences
+from argonne.training.run.job import joined, log
+from argonne.training.run.model import ModelBuilder
+from argonne.training.run.setup import prepare, with_tokens
+from argonne.training.run.workflow import is_done, restore, train
 from argonne.training.state import TrainingState
-
-Flags = TypeVar("Flags")
 
 # Changing these changes what the weights or the lanes mean; resume.py refuses it. The rest it announces.
 _FIXED = ("model", "data", "tokenizer")
@@ -29,38 +32,31 @@ _FIXED = ("model", "data", "tokenizer")
 
 def parse_resume(arguments: Sequence[str]) -> ResumeConfig:
     """The flags of ``resume.py``: those left out are as the checkpoint's run had them."""
-    told = parse(ResumeConfig, arguments)
-    batch = told.resume.batch_size
-    if batch is not None and "initial_batch_size" in told.given and batch != told.training.initial_batch_size:
+    named = parse(ResumeConfig, arguments)
+    batch = named.resume.batch_size
+    if batch is not None and "initial_batch_size" in named.given and batch != named.training.initial_batch_size:
         raise ArgonneError(
-            f"batch_size={batch} conflicts with initial_batch_size={told.training.initial_batch_size}: both are the "
+            f"batch_size={batch} conflicts with initial_batch_size={named.training.initial_batch_size}: both are the "
             "micro-batch; legal: one of them"
         )
-    return _overlaid(told, told.given, *_newest_flags(told.resume.checkpoint_path))
+    named = replace(named, arguments=tuple(arguments))
+    return _as_saved(named, *_newest_flags(named.resume.checkpoint_path))
 
 
-def _overlaid(told: ResumeConfig, given: frozenset[str], directory: Path, saved: RunConfig) -> ResumeConfig:
-    """The flags that checkpoint ``directory`` was ``saved`` with, changed where this command says so."""
-    config = ResumeConfig(
-        model=_overlay(saved.model, told.model, given),
-        data=_data_flags(saved.data, told.data, given, directory),
-        training=_overlay(saved.training, told.training, given),
-        parallel=told.parallel,  # the layout is that of the processes this command is given
-        launch=told.launch,
-        run=_overlay(
-            replace(saved.run, output_dir=directory.resolve().parent, stop_at_step=None, wall_time=None),
-            told.run,
-            given,
-        ),
-        resume=told.resume,
-        given=given,
-    )
-    if told.resume.batch_size is not None:
-        config = replace(config, training=replace(config.training, initial_batch_size=told.resume.batch_size))
-    return config
+def _as_saved(named: ResumeConfig, checkpoint: Path, saved: RunConfig) -> ResumeConfig:
+    """What the command names, and all else as in the flags that ``checkpoint`` was ``saved`` with."""
+    data, training = saved.data, saved.training
+    if data.tokenizer_path is not None and not data.tokenizer_path.is_dir():
+        data = replace(data, tokenizer_path=checkpoint)  # the original is gone; every checkpoint has a copy
+    if named.resume.batch_size is not None:
+        training = replace(training, initial_batch_size=named.resume.batch_size)
+    # The layout is that of the processes this command is given.
+    run = replace(saved.run, output_dir=checkpoint.resolve().parent, stop_at_step=None, wall_time=None)
+    default = replace(named, model=saved.model, data=data, training=training, run=run)
+    return parse(ResumeConfig, named.arguments, default)
 
 
-def check_resume(config: ResumeConfig, world_size: int) -> None:
+def check_resume(config: ResumeConfig, world_size: int, model: ModelBuilder | None = None) -> None:
     """Refuse what a resume cannot use; needs no peers."""
     flags, output = config.resume, config.run.output_dir
     found = resolve(flags.checkpoint_path)
@@ -71,47 +67,42 @@ def check_resume(config: ResumeConfig, world_size: int) -> None:
         )
     if restarts_left() or config.launch.max_restarts:
         _check_repeatable(config, elsewhere)
-    check(config, world_size)
+    check(config, world_size, model)
 
 
-def resume(config: ResumeConfig) -> int:
-    """Continue from a checkpoint; one rank of it, and its status."""
+def resume(config: ResumeConfig, model: ModelBuilder | None = None) -> int:
+    """Continue from a checkpoint; one rank of it, and its status. ``model`` is as of ``pretrain``."""
     flags = config.resume
     with joined(config) as groups:
         checkpoint, reports = trusted(flags.checkpoint_path, groups)
-        say(groups, *reports)
-        if reports:  # what was told so far may be of a checkpoint that is passed over
-            config = collectively(
-                lambda: _overlaid(config, config.given, checkpoint, saved_flags(checkpoint)), groups.world
-            )
-            collectively(lambda: check(config, groups.world.size), groups.world)
-        saved = collectively(lambda: _saved_run(checkpoint), groups.world)
-        accumulation, micro = config.training.gradient_accumulation_steps, config.training.initial_batch_size
-        if "gradient_accumulation_steps" not in config.given:
-            accumulation = accumulation_that_keeps(saved["global_batch"], micro, groups.data.size)
-        config.parallel.plan(groups.layout).check_micro_batches(accumulation)
+        log(groups, *reports)
+        if reports:  # the flags so far may be of a checkpoint that was skipped
+            config = collectively(lambda: _as_saved(config, checkpoint, saved_flags(checkpoint)), groups.world)
+            collectively(lambda: check(config, groups.world.size, model), groups.world)
+        saved, identity, global_batch = collectively(lambda: _saved_run(checkpoint), groups.world)
+        shape = batch_of_resume(config, groups.data.size, global_batch)
+        config.parallel.plan(groups.layout).check_micro_batches(shape.accumulation)
         if "initial_loss_scale" in config.given and "loss_scale" in saved and not flags.force_from_scratch:
             raise ArgonneError(
                 f"initial_loss_scale={config.training.initial_loss_scale} has no effect: the checkpoint has the scale "
                 "that it goes on with; legal: leave it out"
             )
-        workload = prepare(config, groups, identity_of(saved), _FIXED, lambda: checkpoint)
+        workload = prepare(config, groups, identity, _FIXED, lambda: checkpoint, model)
         became = changed_since(saved, workload.identity, workload.conditions, config)
-        batch = micro * accumulation * groups.data.size
-        became += differences({"global_batch": saved["global_batch"]}, {"global_batch": batch})
+        became += differences({"global_batch": global_batch}, {"global_batch": shape.global_batch})
         if flags.reset_optimizer:
-            became.append(f"optimizer: begun anew, with {flags.rewarmup_steps} steps of warm-up")
+            became.append(f"optimizer: reset, with {flags.rewarmup_steps} steps of warm-up")
 
         if not flags.force_from_scratch and is_done(config, checkpoint, groups):
             return 0
         workload = with_tokens(config, workload, groups)
         state = TrainingState.build(config, workload, groups)
         if flags.force_from_scratch:
-            say(groups, *announced(became))
+            log(groups, *announced(became))
             state.initialise(config.training.seed)
-            return train(config, workload, state, accumulation, None)
+            return train(config, workload, state, shape, None)
         restore(state, checkpoint, workload, became, flags.reset_optimizer, flags.rewarmup_steps)
-        return train(config, workload, state, accumulation, checkpoint)
+        return train(config, workload, state, shape, checkpoint)
 
 
 def _check_repeatable(config: ResumeConfig, elsewhere: bool) -> None:
@@ -123,25 +114,12 @@ def _check_repeatable(config: ResumeConfig, elsewhere: bool) -> None:
         f"output_dir={str(config.run.output_dir)!r}, which is not the checkpoint's run,": elsewhere,
         f"checkpoint_path={str(flags.checkpoint_path)!r}, a single step,": not checkpoints(flags.checkpoint_path),
     }
-    for what, told in once.items():
-        if told:
+    for what, is_asked in once.items():
+        if is_asked:
             raise ArgonneError(
                 f"{what} cannot go with restarts, which would begin there again; legal: do it without restarts up to "
                 "a first save (--stop-at-step), then resume the run's directory with them"
             )
-
-
-def _overlay(saved: Flags, told: Flags, given: frozenset[str]) -> Flags:
-    named = {f.name: getattr(told, f.name) for f in dataclasses.fields(told) if f.name in given}  # type: ignore[arg-type]
-    return replace(saved, **named)  # type: ignore[type-var]
-
-
-def _data_flags(saved: DataFlags, told: DataFlags, given: frozenset[str], checkpoint: Path) -> DataFlags:
-    flags = _overlay(saved, told, given)
-    path = flags.tokenizer_path
-    if path is not None and "tokenizer_path" not in given and not path.is_dir():
-        return replace(flags, tokenizer_path=checkpoint)  # the original is gone; every checkpoint has a copy
-    return flags
 
 
 def _newest_flags(path: Path) -> tuple[Path, RunConfig]:
@@ -156,9 +134,13 @@ def _newest_flags(path: Path) -> tuple[Path, RunConfig]:
     raise problem
 
 
-def _saved_run(checkpoint: Path) -> dict[str, Any]:
-    saved = load_trainer(checkpoint)
+def _saved_run(checkpoint: Path) -> tuple[dict[str, Any], RunIdentity, int]:
+    """What ``trainer.json`` says: all of it, the run's identity, and its global batch."""
+    saved, path = load_trainer(checkpoint), str(checkpoint / TRAINER)
     missing = {"identity", "global_batch"} - set(saved)
     if missing:
-        raise CheckpointError(f"{str(checkpoint / 'trainer.json')!r} lacks {', '.join(sorted(missing))}")
-    return saved
+        raise CheckpointError(f"{path!r} lacks {', '.join(sorted(missing))}")
+    try:
+        return saved, RunIdentity.of_saved(saved), saved["global_batch"]
+    except ValueError as error:
+        raise CheckpointError(f"{path!r} does not tell what the run is: {error}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections import ChainMap
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -14,30 +13,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from argonne.checkpoint import is_small, load_trainer, require_intact
+from argonne.checkpoint import load_trainer
 from argonne.checkpoint.format import TRAINER
-from argonne.data import (
-    DataError,
-    boundary_tokens,
-    load_tokenizer,
-    ranks_per_lane,
-    tokenizer_fingerprint,
-)
-from argonne.kernels.dispatch import Backend, interprets
-from argonne.models import ArgonneConfig
-from argonne.models.replicas import check_kind
-from argonne.parallel import Axis, Layout, Precision, ProcessGroups, choose_device, context_positions
+from argonne.data import boundary_tokens, load_tokenizer, ranks_per_lane, tokenizer_fingerprint
+from argonne.parallel import Precision, ProcessGroups
 from argonne.parallel.communication.collectives import collectively, gather_objects
-from argonne.parallel.communication.layout import require_divisible
-from argonne.parallel.data_parallel.kinds import check_shard
-from argonne.parallel.errors import ArgonneError
 from argonne.training.config import RunConfig
 from argonne.training.evaluation import held_out_sequences
-from argonne.training.run.conditions import comparable, conditions_of, dtype_name
-from argonne.training.run.conflicts import check_meaning
+from argonne.training.run.conditions import conditions_of
 from argonne.training.run.corpora import Corpora
-from argonne.training.run.directory import read_run, require_same, schedule_identity
+from argonne.training.run.directory import require_same
+from argonne.training.run.identity import RunIdentity
+from argonne.training.run.job import log
 from argonne.training.run.kept_tokenizer import fallback_tokenizer, from_json
+from argonne.training.run.model import ModelBuilder, ModelOfRun, argonne_model, own_model
 from argonne.training.run.token_caches import token_caches
 
 PRECISIONS = {
@@ -52,76 +41,26 @@ PRECISIONS = {
 class Workload:
     """What is trained, and on what: the same on every rank but for the tokenizer."""
 
-    model: ArgonneConfig
+    model: ModelOfRun
     precision: Precision
     data: Corpora
     tokenizer: PreTrainedTokenizerFast | None
     """On the ranks that read data; None elsewhere."""
     boundary: tuple[int, int] | None
-    identity: dict[str, Any]
-    """What makes this run this run, whatever its layout: JSON values."""
+    identity: RunIdentity
     conditions: dict[str, Any]
     """What it is computed and measured under, which may change on the way: JSON values."""
     held_out: Tensor | None
     """``held_out_sequences``; None where there is no held-out text."""
 
 
-def check(config: RunConfig, world_size: int) -> None:
-    """Refuse what can be refused without peers: flags, layout, shape, data files, tokenizer path.
-
-    Raises:
-        ArgonneError: in one line, what is wrong.
-    """
-    config.check()
-    saved = read_run(config.run.output_dir)
-    check_meaning(config, saved["identity"] if saved else None)
-    layout = config.parallel.layout(world_size)
-    check_kernels(config.training.kernels, choose_device(config.launch.device), config.training.precision)
-    model = config.model.resolve(config.data.block_size)
-    model.check_layout(layout)
-    plan = config.parallel.plan(layout)
-    plan.check_layers(model.num_hidden_layers)
-    check_kind(config.parallel.kind, plan.schedule if layout.pipeline > 1 else "")
-    check_shard(config.parallel.kind, config.parallel.fsdp_shard, layout.data * layout.context)
-    if saved is None:  # a run that is continued keeps its global batch
-        plan.check_micro_batches(config.training.gradient_accumulation_steps)
-    check_sequence(config.data.block_size, layout)
-    path = config.data.tokenizer_path
-    if path is not None and not path.is_dir():
-        raise DataError(
-            f"tokenizer_path={str(path)!r} does not exist; legal: the directory of a Hugging Face tokenizer"
-        )
-    if path is not None:
-        require_intact(path, is_small)
-    Corpora.open(config.data, config.training.seed, saved["identity"].get("data") if saved else None)
-    _check_output(config.run.output_dir)
-
-
-def check_kernels(kernels: Backend, device: torch.device, precision: str) -> None:
-    """Raise ``ArgonneError`` unless that backend can compute on ``device`` with that ``--precision``."""
-    if kernels != "triton":
-        return
-    if device.type != "cuda" and not interprets():
-        raise ArgonneError(f"kernels='triton' needs a GPU, but the device is {device}; legal: auto, torch")
-    if precision == "fp64":
-        raise ArgonneError("kernels='triton' does not compute in precision='fp64'; legal: auto, torch")
-
-
-def check_sequence(block_size: int, layout: Layout) -> None:
-    """Raise ``LayoutError`` unless a sequence of ``block_size`` can be shared out as ``layout`` asks."""
-    context_positions(block_size, Axis("context", layout.context))
-    if layout.sequence_parallel:
-        local = block_size // layout.context
-        name = "block_size / context_parallel" if layout.context > 1 else "block_size"
-        require_divisible(name, local, "tensor_parallel", layout.tensor)
-
-
 def prepare(
     config: RunConfig,
     groups: ProcessGroups,
-    saved: dict[str, Any] | None = None,
+    saved: RunIdentity | None = None,
     fixed: Collection[str] | None = None,
     kept_tokenizer: Callable[[], Path | None] = lambda: None,
+    model: ModelBuilder | None = None,
 ) -> Workload:
     """Settle the workload (collective), writing nothing: all that can be refused is refused here.
 
@@ -132,95 +71,30 @@ def prepare(
         fixed: the parts of it in which anything else is refused; all of them when left out.
         kept_tokenizer: finds the tokenizer that trained weights depend on (collective), if there are such; asked for
             once the flags are known to mean the run, and only when they name none.
+        model: makes the model that is trained in place of the flags'.
 
     Raises:
         ArgonneError: on every rank, what is wrong.
     """
-    directory = config.run.output_dir
     data = open_corpora(config, groups, saved)
     precision = resolve_precision(config.training.precision, groups.device)
-    identity: dict[str, Any] = {
-        "data": data.identity,
-        "seed": config.training.seed,
-        "schedule": schedule_identity(config),
-        "precision": {"state": dtype_name(precision.parameters)},
-    }
-    if precision.compute is torch.float16:
-        identity["initial_loss_scale"] = config.training.initial_loss_scale
+    identity = RunIdentity.of(config, data.identity, precision)
+    # Before anything that takes long.
+    early = identity if model else _with_shape(identity, config, saved)
+    _require_run(config, saved, early, fixed)
 
-    def compare(wanted: dict[str, Any]) -> list[str]:
-        if saved is None:
-            return []
-        names = [name for name in wanted if fixed is None or name in fixed]
-        before, now = comparable({n: saved.get(n) for n in names}, {n: wanted[n] for n in names})
-        return require_same(before, now, directory, config.data.accept_data_change)
+    tokenizer = _tokenizer(config, groups, data, saved, kept_tokenizer)
+    boundary = _boundary(config, groups, tokenizer)
+    facts = _tokenizer_facts(tokenizer, boundary, groups)
+    of_run = _model_of(config, groups, precision, facts["size"], model)
+    identity = identity.with_model(of_run.shape, facts)
+    accepted = _require_run(config, saved, identity, fixed)
 
-    # Before anything that takes long; of the vocabulary, the tokenizer has yet to tell.
-    kept_model = saved.get("model") if saved else None
-    shape = dataclasses.asdict(config.model.resolve(config.data.block_size))
-    early = {"model": shape | {"vocab_size": kept_model.get("vocab_size")}} if kept_model else {}
-    compare(identity | early)
-
-    reads_data = groups.model.rank == 0
-    path, text = config.data.tokenizer_path or kept_tokenizer(), ""
-    if path is None:
-
-        def find() -> str:
-            kept = saved.get("tokenizer", {}).get("fingerprint") if saved else None
-            return fallback_tokenizer(directory / "tokenizer", kept, data.shards, config.data.on_bad_shard)
-
-        told = gather_objects(collectively(lambda: find() if groups.is_first else "", groups.world), groups.world)
-        text = told[0]
-
-    def load() -> PreTrainedTokenizerFast | None:
-        if not reads_data:
-            return None
-        return from_json(text) if path is None else _tokenizer(path, config.data.trust_remote_code, saved is None)
-
-    tokenizer = collectively(load, groups.world)
-    boundary = None
-    if config.data.add_document_boundary_tokens:
-        boundary = collectively(lambda: boundary_tokens(tokenizer) if tokenizer else None, groups.world)
-
-    facts: dict[str, Any] = {}
-    if groups.is_first:
-        assert tokenizer is not None
-        facts = {"fingerprint": tokenizer_fingerprint(tokenizer), "size": _token_count(tokenizer)}
-        facts |= {"boundary": list(boundary)} if boundary else {}
-    facts = gather_objects(facts, groups.world)[0]
-    model = _model(config, facts["size"])
-    identity |= {"model": dataclasses.asdict(model), "tokenizer": facts}
-    accepted = compare(identity)
-
-    def enough() -> None:
-        if groups.is_first:
-            assert tokenizer is not None
-            data.check_block_size(tokenizer, boundary)
-
-    collectively(enough, groups.world)
-    held_out = None
-    if data.validation:
-        held_out = held_out_sequences(
-            data.validation,
-            tokenizer if groups.is_first else None,
-            config.data.block_size,
-            boundary,
-            config.data.validation_sequences,
-            groups,
-            config.data.validation_glob,
-            config.data.document_filters,
-        )
-    if groups.is_first:
-        for line in accepted:
-            print(f"accepted from here on: {line}")
-        sharing = ranks_per_lane(data.lanes, groups.data.size)
-        if sharing > 1 and config.data.streaming:
-            print(
-                f"data_parallel={groups.data.size} does not divide the {data.lanes} lanes: each is tokenised by "
-                f"{sharing} ranks, which take its samples in turn"
-            )
+    _require_text(data, tokenizer, boundary, groups)
+    held_out = _held_out(config, groups, data, tokenizer, boundary)
+    log(groups, *(f"accepted from here on: {line}" for line in accepted), *_lanes_note(config, groups, data))
     conditions = conditions_of(config, precision, groups.device, data.validation)
-    return Workload(model, precision, data, tokenizer, boundary, identity, conditions, held_out)
+    return Workload(of_run, precision, data, tokenizer, boundary, identity, conditions, held_out)
 
 
 def with_tokens(config: RunConfig, workload: Workload, groups: ProcessGroups) -> Workload:
@@ -233,27 +107,19 @@ def with_tokens(config: RunConfig, workload: Workload, groups: ProcessGroups) ->
         return workload
     directory, tokenizer, boundary = config.run.output_dir / "token_cache", workload.tokenizer, workload.boundary
     data = workload.data.with_caches(token_caches(workload.data, tokenizer, boundary, directory, groups))
-
-    def enough() -> None:
-        if groups.is_first:
-            assert tokenizer is not None
-            data.check_block_size(tokenizer, boundary)
-
-    collectively(enough, groups.world)
+    _require_text(data, tokenizer, boundary, groups)
     return replace(workload, data=data)
 
 
-def open_corpora(config: RunConfig, groups: ProcessGroups, saved: dict[str, Any] | None) -> Corpora:
+def open_corpora(config: RunConfig, groups: ProcessGroups, saved: RunIdentity | None) -> Corpora:
     """The data of a run, the same on every rank (collective): what one cannot open, none reads."""
-    kept = saved.get("data") if saved else None
-
-    data = collectively(lambda: Corpora.open(config.data, config.training.seed, kept), groups.world)
-    told = gather_objects(data.quarantined, groups.world)
+    data = collectively(lambda: Corpora.open(config.data, config.training.seed, saved), groups.world)
+    found = gather_objects(data.quarantined, groups.world)
     # The first rank's reason stands where several have one.
-    reasons = [dict(ChainMap(*of_ranks)) for of_ranks in zip(*told, strict=True)]
-    for part, away in zip(data.parts, reasons, strict=True) if groups.is_first else ():
+    reasons = [dict(ChainMap(*of_ranks)) for of_ranks in zip(*found, strict=True)]
+    for part, away in zip(data.parts, reasons, strict=True):
         for index, reason in sorted(away.items()):
-            print(f"shard {part.shards[index].path} {reason}; it is passed over (--on-bad-shard skip)", flush=True)
+            log(groups, f"shard {part.shards[index].path} {reason}; it is skipped (--on-bad-shard skip)")
     return collectively(lambda: data.without(reasons), groups.world)
 
 
@@ -264,65 +130,123 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
     return PRECISIONS[name]
 
 
-def accumulation_for(config: RunConfig, data_parallel: int, saved: dict[str, Any] | None) -> int:
-    """Micro-batches per step: the flag's, or what keeps the saved run's global batch in a new layout.
-
-    The flags mean the same run when their product with this layout, or with the run's first, is its batch.
-
-    Raises:
-        ArgonneError: the global batch cannot be kept, or is asked to be another.
-    """
-    micro, asked = config.training.initial_batch_size, config.training.gradient_accumulation_steps
+def _require_run(
+    config: RunConfig, saved: RunIdentity | None, now: RunIdentity, fixed: Collection[str] | None
+) -> list[str]:
+    """Refuse another run than the ``saved`` one, as far as ``now`` is settled; the differences that are accepted."""
     if saved is None:
-        return asked
-    kept = saved["global_batch"]
-    if kept not in (micro * asked * data_parallel, micro * asked * saved["first_layout"].get("data", 1)):
-        raise ArgonneError(
-            f"global batch {micro * asked * data_parallel} (initial_batch_size={micro} x gradient_accumulation_steps="
-            f"{asked} x data_parallel={data_parallel}) is not the run's {kept}; legal: a product of {kept}"
-        )
-    return accumulation_that_keeps(kept, micro, data_parallel)
+        return []
+    parts = [name for name in now.to_json() if fixed is None or name in fixed]
+    return require_same(saved, now, config.run.output_dir, config.data.accept_data_change, parts)
 
 
-def accumulation_that_keeps(global_batch: int, micro: int, data_parallel: int) -> int:
-    """Micro-batches per step that make ``global_batch``. Raises ``ArgonneError`` when none do."""
-    if global_batch % (micro * data_parallel):
-        raise ArgonneError(
-            f"micro-batch {micro} x data_parallel={data_parallel} does not divide the run's global batch of "
-            f"{global_batch}; legal: a product that does (resume.py may change the batch: say "
-            "--gradient-accumulation-steps too)"
-        )
-    return global_batch // (micro * data_parallel)
+def _with_shape(identity: RunIdentity, config: RunConfig, saved: RunIdentity | None) -> RunIdentity:
+    """``identity`` with the model's shape as far as the flags settle it: of the vocabulary, the tokenizer decides."""
+    if saved is None or not saved.model:
+        return identity
+    shape = dataclasses.asdict(config.model.resolve(config.data.block_size))
+    return replace(identity, model=shape | {"vocab_size": saved.model.get("vocab_size")})
 
 
-def _model(config: RunConfig, tokenizer_size: int) -> ArgonneConfig:
-    model = config.model.resolve(config.data.block_size)
-    if config.data.tokenizer_path is None and config.model.vocab_size is None:
-        return replace(model, vocab_size=tokenizer_size)
-    if model.vocab_size < tokenizer_size:
-        raise ArgonneError(
-            f"vocab_size={model.vocab_size} is less than the tokenizer's {tokenizer_size}; "
-            f"legal: --vocab-size {tokenizer_size} or more"
-        )
-    return model
+def _tokenizer(
+    config: RunConfig,
+    groups: ProcessGroups,
+    data: Corpora,
+    saved: RunIdentity | None,
+    kept_tokenizer: Callable[[], Path | None],
+) -> PreTrainedTokenizerFast | None:
+    """The tokenizer on the ranks that read data (collective): the flags', else the kept one, else one trained here."""
+    path, text = config.data.tokenizer_path or kept_tokenizer(), ""
+    if path is None:
+        directory, kept = config.run.output_dir / "tokenizer", saved.fingerprint if saved else None
+
+        def find() -> str:
+            return fallback_tokenizer(directory, kept, data.shards, config.data.on_bad_shard) if groups.is_first else ""
+
+        text = gather_objects(collectively(find, groups.world), groups.world)[0]
+
+    def load() -> PreTrainedTokenizerFast | None:
+        if groups.model.rank != 0:
+            return None
+        if path is None:
+            return from_json(text)
+        # A checkpoint's is what it was before the run's boundary tokens were its own.
+        own = load_trainer(path).get("special_tokens") if (path / TRAINER).exists() else None
+        return load_tokenizer(path, config.data.trust_remote_code, own, saved is None)
+
+    return collectively(load, groups.world)
 
 
-def _tokenizer(source: Path, trust_remote_code: bool, compare: bool) -> PreTrainedTokenizerFast:
-    """The tokenizer of a directory. A checkpoint's is what it was before the run's boundary tokens were its own."""
-    own = load_trainer(source).get("special_tokens") if (source / TRAINER).exists() else None
-    return load_tokenizer(source, trust_remote_code, own, compare)
+def _boundary(
+    config: RunConfig, groups: ProcessGroups, tokenizer: PreTrainedTokenizerFast | None
+) -> tuple[int, int] | None:
+    """The (BOS, EOS) ids to put around each document, if the flags ask for them (collective)."""
+    if not config.data.add_document_boundary_tokens:
+        return None
+    return collectively(lambda: boundary_tokens(tokenizer) if tokenizer else None, groups.world)
 
 
-def _token_count(tokenizer: PreTrainedTokenizerFast) -> int:
-    """One more than the largest id: some tokenizers leave ids out."""
-    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+def _tokenizer_facts(
+    tokenizer: PreTrainedTokenizerFast | None, boundary: tuple[int, int] | None, groups: ProcessGroups
+) -> dict[str, Any]:
+    """The tokenizer's part of the identity, on every rank (collective)."""
+    facts: dict[str, Any] = {}
+    if groups.is_first:
+        assert tokenizer is not None
+        # One more than the largest id: some tokenizers leave ids out.
+        size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+        facts = {"fingerprint": tokenizer_fingerprint(tokenizer), "size": size}
+        facts |= {"boundary": list(boundary)} if boundary else {}
+    return gather_objects(facts, groups.world)[0]
 
 
-def _check_output(path: Path) -> None:
-    existing = path
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise ArgonneError(f"output_dir={str(path)!r} cannot be made: {str(existing)!r} is not a directory")
-    if not os.access(existing, os.W_OK):
-        raise ArgonneError(f"output_dir={str(path)!r} cannot be written; legal: a directory that this user may write")
+def _model_of(
+    config: RunConfig, groups: ProcessGroups, precision: Precision, tokenizer_size: int, own: ModelBuilder | None
+) -> ModelOfRun:
+    """The flags' model, or one's own (collective)."""
+    if own is None:
+        return argonne_model(config, tokenizer_size)
+    return collectively(lambda: own_model(own, config, tokenizer_size, groups, precision), groups.world)
+
+
+def _require_text(
+    data: Corpora,
+    tokenizer: PreTrainedTokenizerFast | None,
+    boundary: tuple[int, int] | None,
+    groups: ProcessGroups,
+) -> None:
+    """Refuse data that does not fill a sequence (collective)."""
+
+    def check() -> None:
+        if groups.is_first:
+            assert tokenizer is not None
+            data.check_block_size(tokenizer, boundary)
+
+    collectively(check, groups.world)
+
+
+def _held_out(
+    config: RunConfig,
+    groups: ProcessGroups,
+    data: Corpora,
+    tokenizer: PreTrainedTokenizerFast | None,
+    boundary: tuple[int, int] | None,
+) -> Tensor | None:
+    """The held-out sequences on every rank, if there is such text (collective)."""
+    if not data.validation:
+        return None
+    flags, own = config.data, tokenizer if groups.is_first else None
+    limit, globs = flags.validation_sequences, flags.validation_glob
+    filters = flags.document_filters
+    return held_out_sequences(data.validation, own, flags.block_size, boundary, limit, groups, globs, filters)
+
+
+def _lanes_note(config: RunConfig, groups: ProcessGroups, data: Corpora) -> list[str]:
+    """What it costs that the lanes cannot be dealt out evenly."""
+    sharing = ranks_per_lane(data.lanes, groups.data.size)
+    if sharing == 1 or not config.data.streaming:
+        return []
+    return [
+        f"data_parallel={groups.data.size} does not divide the {data.lanes} lanes: each is tokenised by "
+        f"{sharing} ranks, which take its samples in turn"
+    ]

@@ -4,38 +4,44 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from argonne.checkpoint import CheckpointError, checkpoints, load_trainer, newest_valid
-from argonne.parallel import ProcessGroups, check_declarations, choose_device, process_groups
+from argonne.parallel import ProcessGroups, check_declarations
 from argonne.parallel.communication.collectives import collectively
-from argonne.parallel.communication.environment import place
 from argonne.parallel.errors import ArgonneError
 from argonne.training.batch_shape import BatchShape
 from argonne.training.config import RunConfig
-from argonne.training.run.conditions import announced, changed_since, identity_of
+from argonne.training.run.batch import batch_of
+from argonne.training.run.conditions import announced, changed_since
 from argonne.training.run.conflicts import in_vain
 from argonne.training.run.continuation import continue_at
-from argonne.training.run.directory import claim, read_run
+from argonne.training.run.directory import read_run
 from argonne.training.run.file import mended_run, write_run
 from argonne.training.run.flags_json import flags_to_json
+from argonne.training.run.identity import RunIdentity
+from argonne.training.run.job import joined, log
 from argonne.training.run.kept_tokenizer import keep
-from argonne.training.run.setup import Workload, accumulation_for, prepare, with_tokens
+from argonne.training.run.model import ModelBuilder
+from argonne.training.run.setup import Workload, prepare, with_tokens
 from argonne.training.state import TrainingState, versions
 from argonne.training.trainer import Trainer
 
 
-def pretrain(config: RunConfig) -> int:
-    """Begin the run of ``config``, or continue it from its newest valid checkpoint; one rank of it, and its status."""
+def pretrain(config: RunConfig, model: ModelBuilder | None = None) -> int:
+    """Begin the run of ``config``, or continue it from its newest valid checkpoint; one rank of it, and its status.
+
+    ``model`` makes the model that is trained, from an ``Execution`` and the number of tokens of the vocabulary:
+    anything that meets ``argonne.models.LanguageModel``. Left out, it is the Argonne model of the flags.
+    """
     directory = config.run.output_dir
     with joined(config) as groups:
         saved = collectively(lambda: read_run(directory), groups.world)
-        accumulation = accumulation_for(config, groups.data.size, saved)
-        config.parallel.plan(groups.layout).check_micro_batches(accumulation)
+        shape = batch_of(config, groups.data.size, saved)
+        config.parallel.plan(groups.layout).check_micro_batches(shape.accumulation)
         newest = functools.cache(lambda: _newest(directory, groups))
-        workload = prepare(config, groups, identity_of(saved) if saved else None, kept_tokenizer=newest)
+        workload = prepare(config, groups, saved.identity if saved else None, kept_tokenizer=newest, model=model)
         checkpoint, became = newest(), []
         if checkpoint is not None:
             if is_done(config, checkpoint, groups):
@@ -48,7 +54,7 @@ def pretrain(config: RunConfig) -> int:
             state.initialise(config.training.seed)
         else:
             restore(state, checkpoint, workload, became)
-        return train(config, workload, state, accumulation, checkpoint)
+        return train(config, workload, state, shape, checkpoint)
 
 
 def is_done(config: RunConfig, checkpoint: Path, groups: ProcessGroups) -> bool:
@@ -66,11 +72,11 @@ def is_done(config: RunConfig, checkpoint: Path, groups: ProcessGroups) -> bool:
         legal = f"more than {step}" if step < total else f"none, as the run is finished; to go on: {go_on}"
         raise ArgonneError(f"stop_at_step={stop} is before step {step}, where the run is; legal: {legal}")
     if step == total:
-        say(groups, f"the run is finished: {checkpoint} is step {step:,} of {total:,}, and nothing was done.")
-        say(groups, f"To go on: {go_on}")
+        log(groups, f"the run is finished: {checkpoint} is step {step:,} of {total:,}, and nothing was done.")
+        log(groups, f"To go on: {go_on}")
     elif step == stop:
-        say(groups, f"the run is at step {step:,} of {total:,}, where --stop-at-step {stop} stops: nothing was done.")
-        say(groups, "To go on: the same command with a later --stop-at-step, or without it")
+        log(groups, f"the run is at step {step:,} of {total:,}, where --stop-at-step {stop} stops: nothing was done.")
+        log(groups, "To go on: the same command with a later --stop-at-step, or without it")
     return step in (total, stop)
 
 
@@ -78,7 +84,7 @@ def _newest(directory: Path, groups: ProcessGroups) -> Path | None:
     """The newest valid checkpoint of a run (collective); None where it has none, valid or not."""
     found = checkpoints(directory)
     checkpoint, reports = newest_valid(found, groups)
-    say(groups, *reports)
+    log(groups, *reports)
     if found and checkpoint is None:
         raise CheckpointError(
             f"none of the {len(found)} checkpoints in output_dir={str(directory)!r} is valid ({reports[0]}); "
@@ -101,94 +107,78 @@ def restore(
     """
     state.restore(checkpoint, reset_optimizer, rewarmup_steps)
     trainer = load_trainer(checkpoint)
-    saved, now = identity_of(trainer), workload.identity
+    saved, now = RunIdentity.of_saved(trainer), workload.identity
     state.changes = [*trainer.get("changes", []), *({"step": state.step, "text": line} for line in became)]
-    say(state.model.groups, *announced(became))
-    same_tokens = all(
-        saved[group].get(name) == now[group].get(name)
-        for group, name in (("tokenizer", "fingerprint"), ("data", "text_column"), ("data", "filters"))
-    )
-    if saved["data"].get("shards") != now["data"]["shards"] or not same_tokens:
-        state.lanes, line = workload.data.adopted(state.lanes, saved["data"], same_tokens)
-        say(state.model.groups, f"the data has changed since {checkpoint.name}: {line}")
+    log(state.model.groups, *announced(became))
+    same_tokens = saved.tokens == now.tokens
+    if saved.shards != now.shards or not same_tokens:
+        state.lanes, line = workload.data.adopted(state.lanes, saved, same_tokens)
+        log(state.model.groups, f"the data has changed since {checkpoint.name}: {line}")
 
 
 def train(
-    config: RunConfig, workload: Workload, state: TrainingState, accumulation: int, checkpoint: Path | None
+    config: RunConfig, workload: Workload, state: TrainingState, shape: BatchShape, checkpoint: Path | None
 ) -> int:
     """Record what the run is, make its directory say what was true at the state's step, and go on from there.
 
     Returns the status that this process is to end with.
     """
-    groups, directory = state.model.groups, config.run.output_dir
+    groups = state.model.groups
     check_declarations(state.parameters, groups, values=True)
-    micro_batch = config.training.initial_batch_size
-    shape = BatchShape(micro_batch, accumulation, groups.data.size, config.data.block_size)
     trainer = Trainer(config, workload, state, shape)
-
-    def begin() -> None:
-        if groups.is_first:
-            before = read_run(directory)
-            layout = dataclasses.asdict(groups.layout)
-            run = {
-                "identity": workload.identity,
-                "conditions": workload.conditions,
-                "changes": state.changes,
-                "global_batch": shape.global_batch,
-                "layout": layout,
-                "first_layout": before["first_layout"] if before else layout,
-                "flags": flags_to_json(config),
-                "versions": versions(),
-            }
-            if config.data.tokenizer_path is None:
-                assert workload.tokenizer is not None
-                if keep(workload.tokenizer, directory / "tokenizer") and before:
-                    say(groups, f"{directory / 'tokenizer'} was missing or damaged, and was restored")
-            say(groups, *mended_run(directory))
-            write_run(directory, run)
-            say(groups, *continue_at(directory, state.step, trainer.reports))
-
-    collectively(begin, groups.world)
-    count = len(workload.data.shards)
-    mixed = f" of {len(workload.data.parts)} corpora" if len(workload.data.parts) > 1 else ""
-    shards = f"{count} shard{'s' if count > 1 else ''}{mixed}, {workload.data.lanes} lanes"
-    facts = [
-        f"{workload.model.parameter_count:,} parameters",
-        f"{groups.layout} on {groups.device.type}",
-        f"{shape.global_batch} x {config.data.block_size} tokens a step",
-        shards,
-        *state.model.facts(shape.accumulation, shape.micro_batch, shape.block_size),
-        f"continuing from {checkpoint}" if checkpoint else "from scratch",
-    ]
-    say(groups, " | ".join(facts))
-    say(groups, *in_vain(config, groups.layout))
-    if workload.model.hidden_size % workload.model.num_attention_heads:
-        say(groups, "note: transformers opens no Llama whose hidden_size is not divisible by num_attention_heads")
-    total, stop = config.training.total_steps, config.run.stop_at_step
-    if stop is not None and stop > total:
-        say(groups, f"note: --stop-at-step {stop} lies past the end of the run, which is at step {total}")
+    # One rank writes; what it cannot write, all refuse.
+    collectively(lambda: _begin(config, workload, state, shape, trainer) if groups.is_first else None, groups.world)
+    log(
+        groups, _summary(workload, state, shape, checkpoint), *in_vain(config, groups.layout), *_notes(config, workload)
+    )
     return trainer.run()
 
 
-@contextmanager
-def joined(config: RunConfig) -> Iterator[ProcessGroups]:
-    """The processes of the job, which has the run's directory to itself for as long as this lasts."""
-    layout = config.parallel.layout(place().world_size)
-    with process_groups(layout, choose_device(config.launch.device)) as groups:
-        directory = config.run.output_dir
-        own = collectively(lambda: claim(directory) if groups.is_first else None, groups.world)
-        try:
-            yield groups
-        except ArgonneError:
-            if own is not None:
-                own.undo()
-            raise
-        if own is not None:
-            own.release()
+def _begin(config: RunConfig, workload: Workload, state: TrainingState, shape: BatchShape, trainer: Trainer) -> None:
+    """Write ``run.json``, keep the tokenizer, and tidy the run's directory, all on one rank."""
+    groups, directory = state.model.groups, config.run.output_dir
+    before, layout = read_run(directory), dataclasses.asdict(groups.layout)
+    run = {
+        "identity": workload.identity.to_json(),
+        "conditions": workload.conditions,
+        "changes": state.changes,
+        "global_batch": shape.global_batch,
+        "layout": layout,
+        "first_layout": before.first_layout if before else layout,
+        "flags": flags_to_json(config),
+        "versions": versions(),
+    }
+    if config.data.tokenizer_path is None:
+        assert workload.tokenizer is not None
+        if keep(workload.tokenizer, directory / "tokenizer") and before:
+            log(groups, f"{directory / 'tokenizer'} was missing or damaged, and was restored")
+    log(groups, *mended_run(directory))
+    write_run(directory, run)
+    log(groups, *continue_at(directory, state.step, trainer.reports))
 
 
-def say(groups: ProcessGroups, *lines: str) -> None:
-    """Print from the first rank."""
-    if groups.is_first:
-        for line in lines:
-            print(line, flush=True)
+def _summary(workload: Workload, state: TrainingState, shape: BatchShape, checkpoint: Path | None) -> str:
+    """The line that training begins with."""
+    data, groups = workload.data, state.model.groups
+    mixed = f" of {len(data.parts)} corpora" if len(data.parts) > 1 else ""
+    facts = [
+        f"{state.model.parameter_count:,} parameters",
+        f"{groups.layout} on {groups.device.type}",
+        f"{shape.global_batch} x {shape.block_size} tokens a step",
+        f"{len(data.shards)} shard{'s' if len(data.shards) > 1 else ''}{mixed}, {data.lanes} lanes",
+        *state.model.facts(shape.accumulation, shape.micro_batch, shape.block_size),
+        f"continuing from {checkpoint}" if checkpoint else "from scratch",
+    ]
+    return " | ".join(facts)
+
+
+def _notes(config: RunConfig, workload: Workload) -> list[str]:
+    """What may surprise whoever asked for this run, though it is legal."""
+    notes = []
+    shape = workload.model.shape
+    if shape.get("hidden_size", 0) % shape.get("num_attention_heads", 1):
+        notes.append("note: transformers opens no Llama whose hidden_size is not divisible by num_attention_heads")
+    total, stop = config.training.total_steps, config.run.stop_at_step
+    if stop is not None and stop > total:
+        notes.append(f"note: --stop-at-step {stop} lies past the end of the run, which is at step {total}")
+    return notes

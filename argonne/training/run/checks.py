@@ -1,0 +1,87 @@
+"""What can be refused before any process is started, from the flags and the files that they name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from argonne.checkpoint import is_small, require_intact
+from argonne.data import DataError
+from argonne.kernels.dispatch import Backend, interprets
+from argonne.models.replicas import check_kind
+from argonne.parallel import Axis, Layout, choose_device, context_positions
+from argonne.parallel.communication.layout import require_divisible
+from argonne.parallel.data_parallel.kinds import check_shard
+from argonne.parallel.errors import ArgonneError
+from argonne.training.config import RunConfig
+from argonne.training.run.conflicts import check_meaning
+from argonne.training.run.corpora import Corpora
+from argonne.training.run.directory import read_run
+from argonne.training.run.model import ModelBuilder, check_own_model
+
+
+def check(config: RunConfig, world_size: int, model: ModelBuilder | None = None) -> None:
+    """Refuse what can be refused without peers: flags, layout, shape, data files, tokenizer path.
+
+    ``model`` is as of ``pretrain``; what it is is seen once there are processes.
+
+    Raises:
+        ArgonneError: in one line, what is wrong.
+    """
+    config.check()
+    saved = read_run(config.run.output_dir)
+    check_meaning(config, saved.identity if saved else None)
+    layout = config.parallel.layout(world_size)
+    check_kernels(config.training.kernels, choose_device(config.launch.device), config.training.precision)
+    plan = config.parallel.plan(layout)
+    if model is not None:
+        check_own_model(config)
+    else:
+        shape = config.model.resolve(config.data.block_size)
+        shape.check_layout(layout)
+        plan.check_layers(shape.num_hidden_layers)
+    check_kind(config.parallel.kind, plan.schedule if layout.pipeline > 1 else "")
+    check_shard(config.parallel.kind, config.parallel.fsdp_shard, layout.data * layout.context)
+    if saved is None:  # a run that is continued keeps its global batch
+        plan.check_micro_batches(config.training.gradient_accumulation_steps)
+    check_sequence(config.data.block_size, layout)
+    path = config.data.tokenizer_path
+    if path is not None and not path.is_dir():
+        raise DataError(
+            f"tokenizer_path={str(path)!r} does not exist; legal: the directory of a Hugging Face tokenizer"
+        )
+    if path is not None:
+        require_intact(path, is_small)
+    Corpora.open(config.data, config.training.seed, saved.identity if saved else None)
+    _check_output(config.run.output_dir)
+
+
+def check_kernels(kernels: Backend, device: torch.device, precision: str) -> None:
+    """Raise ``ArgonneError`` unless that backend can compute on ``device`` with that ``--precision``."""
+    if kernels != "triton":
+        return
+    if device.type != "cuda" and not interprets():
+        raise ArgonneError(f"kernels='triton' needs a GPU, but the device is {device}; legal: auto, torch")
+    if precision == "fp64":
+        raise ArgonneError("kernels='triton' does not compute in precision='fp64'; legal: auto, torch")
+
+
+def check_sequence(block_size: int, layout: Layout) -> None:
+    """Raise ``LayoutError`` unless a sequence of ``block_size`` can be shared out as ``layout`` asks."""
+    context_positions(block_size, Axis("context", layout.context))
+    if layout.sequence_parallel:
+        local = block_size // layout.context
+        name = "block_size / context_parallel" if layout.context > 1 else "block_size"
+        require_divisible(name, local, "tensor_parallel", layout.tensor)
+
+
+def _check_output(path: Path) -> None:
+    existing = path
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ArgonneError(f"output_dir={str(path)!r} cannot be made: {str(existing)!r} is not a directory")
+    if not os.access(existing, os.W_OK):
+        raise ArgonneError(f"output_dir={str(path)!r} cannot be written; legal: a directory that this user may write")

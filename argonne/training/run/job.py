@@ -1,0 +1,37 @@
+"""The processes of a run: joined, with its directory to themselves, and what the first of them prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from argonne.parallel import ProcessGroups, choose_device, process_groups
+from argonne.parallel.communication.collectives import collectively
+from argonne.parallel.communication.environment import place
+from argonne.parallel.errors import ArgonneError
+from argonne.training.config import RunConfig
+from argonne.training.run.directory import claim
+
+
+@contextmanager
+def joined(config: RunConfig) -> Iterator[ProcessGroups]:
+    """The processes of the job, which has the run's directory to itself for as long as this lasts."""
+    layout = config.parallel.layout(place().world_size)
+    with process_groups(layout, choose_device(config.launch.device)) as groups:
+        directory = config.run.output_dir
+        own = collectively(lambda: claim(directory) if groups.is_first else None, groups.world)
+        try:
+            yield groups
+        except ArgonneError:
+            if own is not None:
+                own.undo()
+            raise
+        if own is not None:
+            own.release()
+
+
+def log(groups: ProcessGroups, *lines: str) -> None:
+    """Print from the first rank."""
+    if groups.is_first:
+        for line in lines:
+            print(line, flush=True)
