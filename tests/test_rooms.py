@@ -29,9 +29,6 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 """What each package (``argonne``: the root itself) may import besides itself, however deep the import stands."""
 
-BEING_MOVED = {("argonne.launch.drive", "argonne.training.layout_flags")}
-"""Imports that are on their way to where they belong."""
-
 WITHIN_PARALLEL: dict[str, set[str]] = {
     "communication": set(),
     "sharding": {"communication"},
@@ -43,15 +40,6 @@ WITHIN_PARALLEL: dict[str, set[str]] = {
 """What each room of ``parallel`` may import besides itself and the files beside the rooms (``errors``, ``legal``)."""
 
 MOST_LINES = 350
-BEING_CUT = {
-    "tests/benchmarks/test_kernels.py",
-    "tests/checkpoint/test_checkpoint.py",
-    "tests/parallel/test_agreement.py",
-    "tests/parallel/test_data_parallel.py",
-    "tests/parallel/test_recording.py",
-}
-"""Longer files, which are on their way to being several."""
-
 Graph = Mapping[str, set[str]]
 
 
@@ -121,8 +109,7 @@ def test_packages_import_only_what_lies_below_them(graph: Graph) -> None:
         f"{module} imports {imported}"
         for module, found in graph.items()
         for imported in sorted(found)
-        if (module, imported) not in BEING_MOVED
-        and package_of(imported) not in MAY_IMPORT[package_of(module)] | {package_of(module)}
+        if package_of(imported) not in MAY_IMPORT[package_of(module)] | {package_of(module)}
     ]
     assert not upward, "\n".join(upward)
 
@@ -163,7 +150,7 @@ def test_no_file_is_longer_than_can_be_read_in_one_sitting() -> None:
         for room in rooms
         for path in (ROOT / room).rglob("*.py")
     }
-    assert not {name: count for name, count in lines.items() if count > MOST_LINES and name not in BEING_CUT}
+    assert not {name: count for name, count in lines.items() if count > MOST_LINES}
 
 
 PLANTED = {
