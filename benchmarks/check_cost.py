@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script, i
 
 import torch
 
-from argonne.checkpoint import save_checkpoint, weight_pieces
+from argonne.checkpoint import moment_pieces, save_checkpoint, weight_pieces
 from argonne.launch import drive, guarded, parse, world_size
 from argonne.models import ArgonneModel, Execution, build_replicas
 from argonne.models.config import preset
@@ -27,7 +27,7 @@ from argonne.parallel import ArgonneError, Layout, Precision, ProcessGroups, cho
 from argonne.parallel.communication.collectives import barrier, gather_objects
 from argonne.parallel.pipeline_parallel.plan import PipelinePlan
 from argonne.parallel.sharding.check import check_pieces
-from argonne.training.optimizer import build_optimizer, moment_pieces
+from argonne.training.optimizer import build_optimizer
 from benchmarks.report import environment, table
 from benchmarks.two import TwoOnCpu
 

@@ -122,8 +122,8 @@ def build(contestant: Contestant, flags: Flags, everyone: ProcessGroups) -> tupl
     groups = ProcessGroups.from_world(contestant.layout, everyone.device)
     precision = resolve_precision("auto", groups.device)
     plan = PipelinePlan.of(contestant.schedule, groups.pipeline.size)  # type: ignore[arg-type]
-    build_model = partial(ArgonneModel, flags.config, plan=plan)
-    model, replicas = build_replicas(build_model, Execution(groups, precision), contestant.kind)  # type: ignore[arg-type]
+    build_model = partial(ArgonneModel, flags.config)
+    model, replicas = build_replicas(build_model, Execution(groups, precision, plan=plan), contestant.kind)  # type: ignore[arg-type]
     learner = Learner(model=model, replicas=replicas, optimizer=build_optimizer(replicas.parameters, weight_decay=0.1))
     learner.initialise(seed=0)
     generator = torch.Generator().manual_seed(0)

@@ -63,17 +63,16 @@ class ArgonneModel(BaseModel):
 
     Args:
         config: the model's shape.
-        execution: processes, dtypes and kernels.
-        plan: the pipeline's schedule and stages, which lie along ``groups.pipeline``; ``1f1b`` when left out.
+        execution: processes, dtypes, kernels and the pipeline's plan.
 
     Raises:
         LayoutError: the shape cannot be shared out as the layout and the plan ask.
     """
 
-    def __init__(self, config: ArgonneConfig, execution: Execution, plan: PipelinePlan | None = None) -> None:
+    def __init__(self, config: ArgonneConfig, execution: Execution) -> None:
         super().__init__(execution)
         groups = execution.groups
-        self.config, self.plan = config, plan or PipelinePlan(groups.pipeline.size)
+        self.config, self.plan = config, execution.plan or PipelinePlan(groups.pipeline.size)
         self.check_layout(groups.layout)
         self.costs, spans = cut(config, self.plan.stages)
         held = {stage: spans[stage] for stage in self.plan.held(groups.pipeline.rank)}
@@ -112,6 +111,11 @@ class ArgonneModel(BaseModel):
     def parameter_count(self) -> int:
         """Parameters of the whole model, a tied head counted once (closed form)."""
         return self.config.parameter_count
+
+    @property
+    def masks_documents(self) -> bool:
+        """It does."""
+        return True
 
     @property
     def blocks(self) -> Sequence[nn.Module]:

@@ -110,6 +110,11 @@ class LanguageModel(Protocol):
         ...
 
     @property
+    def masks_documents(self) -> bool:
+        """Whether attention keeps the documents of a batch apart (``--document-mask``)."""
+        ...
+
+    @property
     def blocks(self) -> Sequence[nn.Module]:
         """The modules whose parameters FSDP gathers together, just before each is used: those of this rank."""
         ...

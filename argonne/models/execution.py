@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from argonne.kernels import Backend
-from argonne.parallel import Precision, ProcessGroups
+from argonne.parallel import PipelinePlan, Precision, ProcessGroups
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Execution:
     """The dtypes of parameters and of what is computed with them."""
     kernels: Backend = "auto"
     """What computes between the matrix products, and the loss: ``torch``, ``triton`` or ``auto`` (Triton on GPU)."""
+    plan: PipelinePlan | None = None
+    """The schedule of a pipeline and its stages, which lie along ``groups.pipeline``; None: ``1f1b``."""
     recompute: bool = False
     """Keep only the input of each block for backward, and compute the rest again: less memory, more time."""
 

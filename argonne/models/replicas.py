@@ -17,7 +17,8 @@ def build_replicas(
 ) -> tuple[LanguageModel, DataParallel]:
     """A model on the device of its groups and its replicas; its parameters are empty until something fills them.
 
-    Under ``fsdp`` a process allocates its share, and besides one block at a time, or what lies outside them.
+    Under ``fsdp`` a process allocates its share, and besides one block at a time, or what lies outside them; all of a
+    model that makes values of its own (parameters without an initialiser, buffers).
 
     Raises:
         ArgonneError: the model does not meet the contract, or the kind does not suit it.
@@ -28,7 +29,17 @@ def build_replicas(
         model = build(execution)
     require_contract(model)
     model.check_layout(groups.layout)
+    if shares and _has_values_of_its_own(model):
+        with groups.device:
+            model = build(execution)
     return model, replicas_of(model, execution, kind, shard)
+
+
+def _has_values_of_its_own(model: LanguageModel) -> bool:
+    """Whether something that is on ``meta`` is filled by nobody else: no initialiser of ours, and no checkpoint."""
+    assert isinstance(model, torch.nn.Module)
+    parameters = any(sharded.spec.initialiser is None for sharded in model.sharded_parameters())
+    return parameters or any(buffer.is_meta for buffer in model.buffers())
 
 
 def replicas_of(model: LanguageModel, execution: Execution, kind: Kind, shard: int | None = None) -> DataParallel:

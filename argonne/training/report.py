@@ -51,7 +51,7 @@ class Reports:
         text: str,
     ) -> None:
         """Bring all reports up to the state's step. ``lanes`` are all lanes of the run, ``text`` the model's."""
-        model, layout = workload.model, state.model.groups.layout
+        model, layout = state.model, state.model.groups.layout
         section = f"## Step {state.step} ({state.tokens:,} tokens, loss {self._loss:.3f})\n\n{_quote(text)}\n\n"
         title = f"{model.parameter_count / 1e6:,.1f}M parameters, {layout}, {state.tokens / 1e6:.2f}M tokens"
 
@@ -152,15 +152,15 @@ def _stats(
     lanes: Mapping[int, LaneState],
     global_batch: int,
 ) -> dict[str, Any]:
-    t, model, layout = config.training, workload.model, state.model.groups.layout
+    t, shape, layout = config.training, workload.model.shape, state.model.groups.layout
     return {
         "total_tokens": state.tokens,
         "batch_size": t.initial_batch_size,
         "global_steps": state.step,
-        "num_layers": model.num_hidden_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "hidden_size": model.hidden_size,
-        "model_params": model.parameter_count,
+        "num_layers": shape.get("num_hidden_layers"),
+        "num_attention_heads": shape.get("num_attention_heads"),
+        "hidden_size": shape.get("hidden_size"),
+        "model_params": state.model.parameter_count,
         "data_shards_seen": workload.data.shards_seen(lanes),
         "documents_seen": sum(lane.documents for lane in lanes.values()),
         "documents_dropped": dict(_dropped(lanes)),

@@ -24,7 +24,7 @@ from argonne.checkpoint import (
 from argonne.checkpoint.format import TRAINER
 from argonne.data import LaneState, special_tokens, write_tokenizer
 from argonne.files import write_json
-from argonne.models import ArgonneModel, Execution, build_replicas
+from argonne.models import Execution, build_replicas
 from argonne.parallel import ProcessGroups
 from argonne.parallel.communication.collectives import gather_objects
 from argonne.training.config import RunConfig
@@ -57,8 +57,10 @@ class TrainingState(Learner):
         t = config.training
         plan = config.parallel.plan(groups.layout)
         kind, shard = config.parallel.kind, config.parallel.fsdp_shard
-        execution = Execution(groups, workload.precision, t.kernels, recompute=not t.disable_gradient_checkpointing)
-        model, replicas = build_replicas(lambda e: ArgonneModel(workload.model, e, plan), execution, kind, shard)
+        recompute = not t.disable_gradient_checkpointing
+        execution = Execution(groups, workload.precision, t.kernels, plan, recompute)
+        torch.manual_seed(t.seed)  # for a model that draws values itself; ours are drawn by name
+        model, replicas = build_replicas(workload.model.build, execution, kind, shard)
         schedule = CosineSchedule(t.learning_rate, t.min_learning_rate, t.warmup_steps, t.total_steps)
         optimizer = build_optimizer(replicas.parameters, t.weight_decay, t.betas, t.adam_epsilon)
         loss_scale = LossScale.of(t.precision, t.initial_loss_scale)

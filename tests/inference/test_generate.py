@@ -187,7 +187,7 @@ def test_an_empty_prompt_is_refused() -> None:
 
 def continued(groups: ProcessGroups, schedule: str) -> list[int]:
     plan = PipelinePlan.of(schedule, groups.pipeline.size)  # type: ignore[arg-type]
-    model = ArgonneModel(CONFIG, Execution(groups, Precision(torch.float64, torch.float64)), plan)
+    model = ArgonneModel(CONFIG, Execution(groups, Precision(torch.float64, torch.float64), plan=plan))
     model.initialise(seed=2)
     return generate(model, PROMPT, Sampling(max_new_tokens=9), seed=8, stop=None)
 

@@ -147,8 +147,8 @@ def train(
     With a ``directory``, begins with the checkpoint of step ``start`` there, if that is not 0, and leaves one of
     step ``stop``.
     """
-    build = partial(ArgonneModel, case.config, plan=case.plan)
-    model, replicas = build_replicas(build, Execution(groups, DOUBLE), case.kind, case.shard)  # type: ignore[arg-type]
+    build = partial(ArgonneModel, case.config)
+    model, replicas = build_replicas(build, Execution(groups, DOUBLE, plan=case.plan), case.kind, case.shard)  # type: ignore[arg-type]
     optimizer = build_optimizer(replicas.parameters, weight_decay=0.1)
     learner = Learner(model=model, replicas=replicas, optimizer=optimizer, step=start)
     weights = weight_pieces(replicas.parameters)

@@ -20,7 +20,7 @@ def held(config: ArgonneConfig, layout: Layout, rank: int, plan: PipelinePlan) -
     """Elements of each parameter that a rank allocates."""
     groups = ProcessGroups.of_rank(layout, rank)
     with torch.device("meta"):
-        model = ArgonneModel(config, Execution(groups), plan)
+        model = ArgonneModel(config, Execution(groups, plan=plan))
     return {sharded.name: sharded.parameter.numel() for sharded in model.sharded_parameters()}
 
 

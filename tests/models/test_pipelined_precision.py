@@ -32,8 +32,8 @@ def losses(groups: ProcessGroups, schedule: str, kind: str = "replicate") -> lis
     found = []
     for precision in PRECISIONS:
         plan = PipelinePlan.of(schedule, groups.layout.pipeline)  # type: ignore[arg-type]
-        build = partial(ArgonneModel, CONFIG, plan=plan)
-        model, replicas = build_replicas(build, Execution(groups, precision), kind)  # type: ignore[arg-type]
+        build = partial(ArgonneModel, CONFIG)
+        model, replicas = build_replicas(build, Execution(groups, precision, plan=plan), kind)  # type: ignore[arg-type]
         initialise(replicas.parameters, seed=3)
         replicas.publish()
         evaluated = model.evaluate(Batch(ids[0], targets[0]), CrossEntropyLoss())

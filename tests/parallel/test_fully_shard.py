@@ -85,7 +85,7 @@ def pipelined_gradients_alive(groups: ProcessGroups, schedule: str) -> list[int]
     """Elements of whole gradients at the end of each backward of each stage of a pipeline."""
     plan = PipelinePlan.of(schedule, groups.pipeline.size)  # type: ignore[arg-type]
     model, strategy = build_replicas(
-        partial(ArgonneModel, CONFIG_OF_FOUR, plan=plan), Execution(groups, DOUBLE), "fsdp"
+        partial(ArgonneModel, CONFIG_OF_FOUR), Execution(groups, DOUBLE, plan=plan), "fsdp"
     )
     initialise(strategy.parameters, seed=3)
     strategy.publish()

@@ -37,8 +37,8 @@ def held_out(count: int) -> Tensor:
 
 def losses(groups: ProcessGroups, kind: str, schedule: str) -> list[float]:
     plan = PipelinePlan.of(schedule, groups.layout.pipeline)  # type: ignore[arg-type]
-    build = partial(ArgonneModel, CONFIG, plan=plan)
-    model, replicas = build_replicas(build, Execution(groups, DOUBLE), kind)  # type: ignore[arg-type]
+    build = partial(ArgonneModel, CONFIG)
+    model, replicas = build_replicas(build, Execution(groups, DOUBLE, plan=plan), kind)  # type: ignore[arg-type]
     initialise(replicas.parameters, seed=3)
     replicas.publish()
     return [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -46,8 +46,9 @@ def step(reports: Reports, number: int, loss: float = 2.5) -> None:
 
 def save(reports: Reports, number: int, text: str = "a text") -> None:
     data = SimpleNamespace(shards_seen=lambda lanes: 2 + max(lane.position.shard for lane in lanes.values()))
-    workload = SimpleNamespace(model=SHAPE, data=data, precision=SimpleNamespace(compute=torch.float16))
-    model = SimpleNamespace(groups=SimpleNamespace(layout=LAYOUT))
+    of_run = SimpleNamespace(shape=asdict(SHAPE))
+    workload = SimpleNamespace(model=of_run, data=data, precision=SimpleNamespace(compute=torch.float16))
+    model = SimpleNamespace(groups=SimpleNamespace(layout=LAYOUT), parameter_count=SHAPE.parameter_count)
     state = SimpleNamespace(step=number, tokens=120 * number, model=model)
     reports.save(CONFIG, cast(Any, workload), cast(Any, state), LANES, GLOBAL_BATCH, text)
 

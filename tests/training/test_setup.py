@@ -37,7 +37,7 @@ def settled(groups: ProcessGroups, config: RunConfig) -> dict[str, Any]:
         workload = prepare(config, groups)
     return {
         "identity": workload.identity,
-        "vocabulary": workload.model.vocab_size,
+        "vocabulary": workload.model.shape["vocab_size"],
         "held out": workload.held_out,
         "reads": workload.tokenizer is not None,
         "boundary": workload.boundary,
@@ -126,7 +126,7 @@ def test_without_a_tokenizer_one_is_trained_and_gives_the_vocabulary(
     plain = changed(changed(config, "data", tokenizer_path=None), "model", vocab_size=None)
     workload = prepare(plain, ALONE)
     assert "training a byte-level BPE" in capsys.readouterr().out
-    assert workload.model.vocab_size == (workload.identity.tokenizer or {})["size"]
+    assert workload.model.shape["vocab_size"] == (workload.identity.tokenizer or {})["size"]
     kept = config.run.output_dir.parent / "tokenizer"
     again = prepare(plain, ALONE, kept_tokenizer=lambda: kept)
     assert "training" not in capsys.readouterr().out

@@ -19,10 +19,13 @@ from argonne.training.config import RunConfig
 from argonne.training.run.conflicts import check_meaning
 from argonne.training.run.corpora import Corpora
 from argonne.training.run.directory import read_run
+from argonne.training.run.model import ModelBuilder, check_own_model
 
 
-def check(config: RunConfig, world_size: int) -> None:
+def check(config: RunConfig, world_size: int, model: ModelBuilder | None = None) -> None:
     """Refuse what can be refused without peers: flags, layout, shape, data files, tokenizer path.
+
+    ``model`` is as of ``pretrain``; what it is is seen once there are processes.
 
     Raises:
         ArgonneError: in one line, what is wrong.
@@ -32,10 +35,13 @@ def check(config: RunConfig, world_size: int) -> None:
     check_meaning(config, saved.identity if saved else None)
     layout = config.parallel.layout(world_size)
     check_kernels(config.training.kernels, choose_device(config.launch.device), config.training.precision)
-    model = config.model.resolve(config.data.block_size)
-    model.check_layout(layout)
     plan = config.parallel.plan(layout)
-    plan.check_layers(model.num_hidden_layers)
+    if model is not None:
+        check_own_model(config)
+    else:
+        shape = config.model.resolve(config.data.block_size)
+        shape.check_layout(layout)
+        plan.check_layers(shape.num_hidden_layers)
     check_kind(config.parallel.kind, plan.schedule if layout.pipeline > 1 else "")
     check_shard(config.parallel.kind, config.parallel.fsdp_shard, layout.data * layout.context)
     if saved is None:  # a run that is continued keeps its global batch

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from argonne.data import changes
-from argonne.models.config import ArgonneConfig
 from argonne.parallel import Precision
 from argonne.training.config import DataFlags, RunConfig, TrainingFlags
 
@@ -65,7 +64,7 @@ class RunIdentity:
     initial_loss_scale: float | None = None
     """In float16 only."""
     model: Mapping[str, Any] | None = None
-    """The fields of ``ArgonneConfig``."""
+    """``LanguageModel.shape``: the fields of ``ArgonneConfig``, or what a model of one's own says."""
     tokenizer: Mapping[str, Any] | None = None
     """``fingerprint`` and ``size``, and ``boundary``: its (BOS, EOS) ids where documents are given them."""
     others: Mapping[str, Any] = field(default_factory=dict)
@@ -83,9 +82,9 @@ class RunIdentity:
             initial_loss_scale=training.initial_loss_scale if precision.compute is torch.float16 else None,
         )
 
-    def with_model(self, model: ArgonneConfig, tokenizer: Mapping[str, Any]) -> RunIdentity:
+    def with_model(self, shape: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> RunIdentity:
         """The whole identity."""
-        return dataclasses.replace(self, model=dataclasses.asdict(model), tokenizer=tokenizer)
+        return dataclasses.replace(self, model=dict(shape), tokenizer=tokenizer)
 
     @classmethod
     def from_json(cls, saved: Any) -> RunIdentity:

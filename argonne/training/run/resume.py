@@ -21,6 +21,7 @@ from argonne.training.run.directory import read_run
 from argonne.training.run.flags_json import saved_flags
 from argonne.training.run.identity import RunIdentity, differences
 from argonne.training.run.job import joined, log
+from argonne.training.run.model import ModelBuilder
 from argonne.training.run.setup import prepare, with_tokens
 from argonne.training.run.workflow import is_done, restore, train
 from argonne.training.state import TrainingState
@@ -55,7 +56,7 @@ def _as_saved(named: ResumeConfig, checkpoint: Path, saved: RunConfig) -> Resume
     return parse(ResumeConfig, named.arguments, default)
 
 
-def check_resume(config: ResumeConfig, world_size: int) -> None:
+def check_resume(config: ResumeConfig, world_size: int, model: ModelBuilder | None = None) -> None:
     """Refuse what a resume cannot use; needs no peers."""
     flags, output = config.resume, config.run.output_dir
     found = resolve(flags.checkpoint_path)
@@ -66,18 +67,18 @@ def check_resume(config: ResumeConfig, world_size: int) -> None:
         )
     if restarts_left() or config.launch.max_restarts:
         _check_repeatable(config, elsewhere)
-    check(config, world_size)
+    check(config, world_size, model)
 
 
-def resume(config: ResumeConfig) -> int:
-    """Continue from a checkpoint; one rank of it, and its status."""
+def resume(config: ResumeConfig, model: ModelBuilder | None = None) -> int:
+    """Continue from a checkpoint; one rank of it, and its status. ``model`` is as of ``pretrain``."""
     flags = config.resume
     with joined(config) as groups:
         checkpoint, reports = trusted(flags.checkpoint_path, groups)
         log(groups, *reports)
         if reports:  # the flags so far may be of a checkpoint that was skipped
             config = collectively(lambda: _as_saved(config, checkpoint, saved_flags(checkpoint)), groups.world)
-            collectively(lambda: check(config, groups.world.size), groups.world)
+            collectively(lambda: check(config, groups.world.size, model), groups.world)
         saved, identity, global_batch = collectively(lambda: _saved_run(checkpoint), groups.world)
         shape = batch_of_resume(config, groups.data.size, global_batch)
         config.parallel.plan(groups.layout).check_micro_batches(shape.accumulation)
@@ -86,7 +87,7 @@ def resume(config: ResumeConfig) -> int:
                 f"initial_loss_scale={config.training.initial_loss_scale} has no effect: the checkpoint has the scale "
                 "that it goes on with; legal: leave it out"
             )
-        workload = prepare(config, groups, identity, _FIXED, lambda: checkpoint)
+        workload = prepare(config, groups, identity, _FIXED, lambda: checkpoint, model)
         became = changed_since(saved, workload.identity, workload.conditions, config)
         became += differences({"global_batch": global_batch}, {"global_batch": shape.global_batch})
         if flags.reset_optimizer:

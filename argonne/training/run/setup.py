@@ -16,10 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from argonne.checkpoint import load_trainer
 from argonne.checkpoint.format import TRAINER
 from argonne.data import boundary_tokens, load_tokenizer, ranks_per_lane, tokenizer_fingerprint
-from argonne.models import ArgonneConfig
 from argonne.parallel import Precision, ProcessGroups
 from argonne.parallel.communication.collectives import collectively, gather_objects
-from argonne.parallel.errors import ArgonneError
 from argonne.training.config import RunConfig
 from argonne.training.evaluation import held_out_sequences
 from argonne.training.run.conditions import conditions_of
@@ -28,6 +26,7 @@ from argonne.training.run.directory import require_same
 from argonne.training.run.identity import RunIdentity
 from argonne.training.run.job import log
 from argonne.training.run.kept_tokenizer import fallback_tokenizer, from_json
+from argonne.training.run.model import ModelBuilder, ModelOfRun, argonne_model, own_model
 from argonne.training.run.token_caches import token_caches
 
 PRECISIONS = {
@@ -42,7 +41,7 @@ PRECISIONS = {
 class Workload:
     """What is trained, and on what: the same on every rank but for the tokenizer."""
 
-    model: ArgonneConfig
+    model: ModelOfRun
     precision: Precision
     data: Corpora
     tokenizer: PreTrainedTokenizerFast | None
@@ -61,6 +60,7 @@ def prepare(
     saved: RunIdentity | None = None,
     fixed: Collection[str] | None = None,
     kept_tokenizer: Callable[[], Path | None] = lambda: None,
+    model: ModelBuilder | None = None,
 ) -> Workload:
     """Settle the workload (collective), writing nothing: all that can be refused is refused here.
 
@@ -71,6 +71,7 @@ def prepare(
         fixed: the parts of it in which anything else is refused; all of them when left out.
         kept_tokenizer: finds the tokenizer that trained weights depend on (collective), if there are such; asked for
             once the flags are known to mean the run, and only when they name none.
+        model: makes the model that is trained in place of the flags'.
 
     Raises:
         ArgonneError: on every rank, what is wrong.
@@ -79,20 +80,21 @@ def prepare(
     precision = resolve_precision(config.training.precision, groups.device)
     identity = RunIdentity.of(config, data.identity, precision)
     # Before anything that takes long.
-    _require_run(config, saved, _with_shape(identity, config, saved), fixed)
+    early = identity if model else _with_shape(identity, config, saved)
+    _require_run(config, saved, early, fixed)
 
     tokenizer = _tokenizer(config, groups, data, saved, kept_tokenizer)
     boundary = _boundary(config, groups, tokenizer)
     facts = _tokenizer_facts(tokenizer, boundary, groups)
-    model = _model(config, facts["size"])
-    identity = identity.with_model(model, facts)
+    of_run = _model_of(config, groups, precision, facts["size"], model)
+    identity = identity.with_model(of_run.shape, facts)
     accepted = _require_run(config, saved, identity, fixed)
 
     _require_text(data, tokenizer, boundary, groups)
     held_out = _held_out(config, groups, data, tokenizer, boundary)
     log(groups, *(f"accepted from here on: {line}" for line in accepted), *_lanes_note(config, groups, data))
     conditions = conditions_of(config, precision, groups.device, data.validation)
-    return Workload(model, precision, data, tokenizer, boundary, identity, conditions, held_out)
+    return Workload(of_run, precision, data, tokenizer, boundary, identity, conditions, held_out)
 
 
 def with_tokens(config: RunConfig, workload: Workload, groups: ProcessGroups) -> Workload:
@@ -198,17 +200,13 @@ def _tokenizer_facts(
     return gather_objects(facts, groups.world)[0]
 
 
-def _model(config: RunConfig, tokenizer_size: int) -> ArgonneConfig:
-    """The whole shape, with a row for every token."""
-    model = config.model.resolve(config.data.block_size)
-    if config.data.tokenizer_path is None and config.model.vocab_size is None:
-        return replace(model, vocab_size=tokenizer_size)
-    if model.vocab_size < tokenizer_size:
-        raise ArgonneError(
-            f"vocab_size={model.vocab_size} is less than the tokenizer's {tokenizer_size}; "
-            f"legal: --vocab-size {tokenizer_size} or more"
-        )
-    return model
+def _model_of(
+    config: RunConfig, groups: ProcessGroups, precision: Precision, tokenizer_size: int, own: ModelBuilder | None
+) -> ModelOfRun:
+    """The flags' model, or one's own (collective)."""
+    if own is None:
+        return argonne_model(config, tokenizer_size)
+    return collectively(lambda: own_model(own, config, tokenizer_size, groups, precision), groups.world)
 
 
 def _require_text(

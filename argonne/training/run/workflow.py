@@ -23,20 +23,25 @@ from argonne.training.run.flags_json import flags_to_json
 from argonne.training.run.identity import RunIdentity
 from argonne.training.run.job import joined, log
 from argonne.training.run.kept_tokenizer import keep
+from argonne.training.run.model import ModelBuilder
 from argonne.training.run.setup import Workload, prepare, with_tokens
 from argonne.training.state import TrainingState, versions
 from argonne.training.trainer import Trainer
 
 
-def pretrain(config: RunConfig) -> int:
-    """Begin the run of ``config``, or continue it from its newest valid checkpoint; one rank of it, and its status."""
+def pretrain(config: RunConfig, model: ModelBuilder | None = None) -> int:
+    """Begin the run of ``config``, or continue it from its newest valid checkpoint; one rank of it, and its status.
+
+    ``model`` makes the model that is trained, from an ``Execution`` and the number of tokens of the vocabulary:
+    anything that meets ``argonne.models.LanguageModel``. Left out, it is the Argonne model of the flags.
+    """
     directory = config.run.output_dir
     with joined(config) as groups:
         saved = collectively(lambda: read_run(directory), groups.world)
         shape = batch_of(config, groups.data.size, saved)
         config.parallel.plan(groups.layout).check_micro_batches(shape.accumulation)
         newest = functools.cache(lambda: _newest(directory, groups))
-        workload = prepare(config, groups, saved.identity if saved else None, kept_tokenizer=newest)
+        workload = prepare(config, groups, saved.identity if saved else None, kept_tokenizer=newest, model=model)
         checkpoint, became = newest(), []
         if checkpoint is not None:
             if is_done(config, checkpoint, groups):
@@ -157,7 +162,7 @@ def _summary(workload: Workload, state: TrainingState, shape: BatchShape, checkp
     data, groups = workload.data, state.model.groups
     mixed = f" of {len(data.parts)} corpora" if len(data.parts) > 1 else ""
     facts = [
-        f"{workload.model.parameter_count:,} parameters",
+        f"{state.model.parameter_count:,} parameters",
         f"{groups.layout} on {groups.device.type}",
         f"{shape.global_batch} x {shape.block_size} tokens a step",
         f"{len(data.shards)} shard{'s' if len(data.shards) > 1 else ''}{mixed}, {data.lanes} lanes",
@@ -170,7 +175,8 @@ def _summary(workload: Workload, state: TrainingState, shape: BatchShape, checkp
 def _notes(config: RunConfig, workload: Workload) -> list[str]:
     """What may surprise whoever asked for this run, though it is legal."""
     notes = []
-    if workload.model.hidden_size % workload.model.num_attention_heads:
+    shape = workload.model.shape
+    if shape.get("hidden_size", 0) % shape.get("num_attention_heads", 1):
         notes.append("note: transformers opens no Llama whose hidden_size is not divisible by num_attention_heads")
     total, stop = config.training.total_steps, config.run.stop_at_step
     if stop is not None and stop > total:

@@ -1,0 +1,94 @@
+"""Which model a run trains: the Argonne model of its flags, or one that meets the contract of ``argonne.models``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from argonne.models import ArgonneConfig, ArgonneModel, Execution, LanguageModel, require_contract
+from argonne.parallel import ArgonneError, LayoutError, Precision, ProcessGroups
+from argonne.training.config import ModelFlags, RunConfig, names_of
+
+ModelBuilder = Callable[[Execution, int], LanguageModel]
+"""Makes this rank's part of a model from how it is computed and the number of tokens of the vocabulary."""
+
+
+@dataclass(frozen=True)
+class ModelOfRun:
+    """What is known of a run's model before it is built."""
+
+    build: Callable[[Execution], LanguageModel]
+    shape: Mapping[str, Any]
+    """``LanguageModel.shape``: the model's part of the identity."""
+
+
+def argonne_model(config: RunConfig, tokenizer_size: int) -> ModelOfRun:
+    """The model of the flags, with a row for every token.
+
+    Raises:
+        ArgonneError: there are more tokens than the flags allow.
+    """
+    shape = _shape(config, tokenizer_size)
+    return ModelOfRun(lambda execution: ArgonneModel(shape, execution), dataclasses.asdict(shape))
+
+
+def own_model(
+    builder: ModelBuilder, config: RunConfig, tokenizer_size: int, groups: ProcessGroups, precision: Precision
+) -> ModelOfRun:
+    """A model that is not ours, built once on ``meta`` to see what it is.
+
+    Raises:
+        ArgonneError: it does not meet the contract, or does not offer what the flags ask of it.
+    """
+    with torch.device("meta"):
+        model = builder(Execution(groups, precision), tokenizer_size)
+    require_contract(model)
+    name = type(model).__name__
+    if not isinstance(model, torch.nn.Module):
+        raise ArgonneError(f"model={name} is no torch.nn.Module; legal: one that is")
+    model.check_layout(groups.layout)
+    if groups.pipeline.size > 1 and not model.stages:
+        raise LayoutError(
+            f"pipeline_parallel={groups.pipeline.size} needs stages, and model={name} offers none; legal: 1"
+        )
+    if config.data.block_size > model.longest_sequence:
+        raise ArgonneError(
+            f"block_size={config.data.block_size} is more than model={name} can see; legal: 1 to "
+            f"{model.longest_sequence}"
+        )
+    if config.data.document_mask and not model.masks_documents:
+        raise ArgonneError(
+            f"document_mask=True is not offered by model={name}; legal: leave it out (or a model whose attention heeds "
+            "batch.documents and whose masks_documents says so)"
+        )
+    try:
+        shape = json.loads(json.dumps(dict(model.shape), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ArgonneError(f"shape of model={name} is not made of JSON values: {error}; legal: JSON values") from None
+    return ModelOfRun(lambda execution: builder(execution, tokenizer_size), shape)
+
+
+def check_own_model(config: RunConfig) -> None:
+    """Raise ``ArgonneError`` if the command names a flag of the Argonne model, which another model does not read."""
+    for name in names_of(ModelFlags):
+        if name in config.given:
+            raise ArgonneError(
+                f"{name}={getattr(config.model, name)!r} has no effect on a model of one's own; legal: leave it out"
+            )
+
+
+def _shape(config: RunConfig, tokenizer_size: int) -> ArgonneConfig:
+    shape = config.model.resolve(config.data.block_size)
+    if config.data.tokenizer_path is None and config.model.vocab_size is None:
+        return replace(shape, vocab_size=tokenizer_size)
+    if shape.vocab_size < tokenizer_size:
+        raise ArgonneError(
+            f"vocab_size={shape.vocab_size} is less than the tokenizer's {tokenizer_size}; "
+            f"legal: --vocab-size {tokenizer_size} or more"
+        )
+    return shape
