@@ -124,6 +124,11 @@ def test_the_speeds_in_the_readme_are_those_that_were_measured() -> None:
     )
     assert "losses equal to 3e-6" in README
 
+    megatron = result("tp_peers_megatron_cpu")
+    assert f"({megatron['megatron_core']}, without its GPU kernels)" in README
+    assert f"{megatron['ratio_to_megatron_core']:.2f} times as fast" in README
+    assert f"with {megatron['cpu_of_megatron_core']:.2f} of the CPU time" in README
+
 
 def test_the_moved_run_in_the_readme_is_the_one_that_was_measured() -> None:
     moved = result("moved_run_cpu")
