@@ -23,9 +23,8 @@ from argonne.checkpoint import moment_pieces, save_checkpoint, weight_pieces
 from argonne.launch import drive, guarded, parse, world_size
 from argonne.models import ArgonneModel, Execution, build_replicas
 from argonne.models.config import preset
-from argonne.parallel import ArgonneError, Layout, Precision, ProcessGroups, choose_device, initialise, process_groups
+from argonne.parallel import ArgonneError, Layout, ProcessGroups, choose_device, initialise, process_groups
 from argonne.parallel.communication.collectives import barrier, gather_objects
-from argonne.parallel.pipeline_parallel.plan import PipelinePlan
 from argonne.parallel.sharding.check import check_pieces
 from argonne.training.optimizer import build_optimizer
 from benchmarks.report import environment, table
@@ -82,8 +81,8 @@ def run(flags: Flags) -> None:
 
 def times(flags: Flags, groups: ProcessGroups, kind: str, directory: Path) -> tuple[list[float], list[float]]:
     """Seconds of each save, which includes its check, and of the same check alone."""
-    build = partial(ArgonneModel, preset(flags.preset), plan=PipelinePlan.of("1f1b", groups.pipeline.size))
-    _, replicas = build_replicas(build, Execution(groups, Precision()), kind)  # type: ignore[arg-type]
+    build = partial(ArgonneModel, preset(flags.preset))
+    _, replicas = build_replicas(build, Execution(groups), kind)  # type: ignore[arg-type]
     initialise(replicas.parameters, seed=0)
     replicas.publish()
     weights = weight_pieces(replicas.parameters)

@@ -159,7 +159,9 @@ def run_until(words: Sequence[str], directory: Path, log: Path, last: int | None
             return metrics(directory)[-1]["step"]
         time.sleep(0.02)
     if job.wait():
-        raise SystemExit(f"{' '.join(words)}\nended with status {job.returncode}:\n{log.read_text(errors='replace')}")
+        raise SystemExit(
+            f"{' '.join(words)}\nended with status {job.returncode}:\n{log.read_text('utf-8', errors='replace')}"
+        )
     return metrics(directory)[-1]["step"]
 
 

@@ -72,6 +72,7 @@ class Trainer:
             groups = ProcessGroups.single(device)
             self.model = ArgonneModel(config, Execution(groups, PRECISIONS[precision], kernels="torch"))
         self.cross_entropy = CrossEntropyLoss()
+        self.recomputes = False
         self.model.initialise(seed=0)
         self.optimizer = build_optimizer(self.model.sharded_parameters(), weight_decay=0.1)
         generator = torch.Generator().manual_seed(0)
@@ -94,8 +95,9 @@ class Trainer:
             block.__dict__.pop("forward", None)
             if contestant.compiled:
                 block.forward = MethodType(self.compiled_forward, block)
+        self.recomputes = contestant.checkpointing
         for stage in self.model.stages.values():
-            stage.execution = replace(stage.execution, recompute=contestant.checkpointing)
+            stage.execution = replace(stage.execution, recompute=self.recomputes)
 
     def loss(self) -> torch.Tensor:
         """In nats, the mean of the micro-batch."""

@@ -170,7 +170,7 @@ def test_a_contestant_without_memory_has_a_row_that_says_so(
     loss = Trainer.loss
 
     def too_large(self: Trainer) -> torch.Tensor:
-        if not self.model.model.recompute:
+        if not self.recomputes:
             raise torch.OutOfMemoryError
         return loss(self)
 
@@ -210,12 +210,13 @@ def test_on_a_gpu_every_choice_takes_part() -> None:
 def test_kernels_and_checkpointing_are_switched_on_the_same_weights() -> None:
     trainer = Trainer(TINY, (2, 16), "fp32", CPU)
     trainer.become(Contestant("triton", compiled=False, checkpointing=True))
-    held = [m.backend for m in trainer.model.modules() if hasattr(m, "backend")]
-    assert len(held) == 1 + 4 * 4 + 1  # the model, the norms, attention and feed-forward of each block, the last norm
+    held = [getattr(m, name) for m in trainer.model.modules() for name in ("backend", "kernels") if hasattr(m, name)]
+    assert len(held) == 4 * 4 + 1  # the norms, attention and feed-forward of each block, the last norm
+    assert trainer.cross_entropy.kernels == "triton"
     assert set(held) == {"triton"}
-    assert trainer.model.model.recompute
+    assert trainer.recomputes
     trainer.become(EAGER)
-    assert not trainer.model.model.recompute
+    assert not trainer.recomputes
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from argonne.models import ArgonneConfig, ArgonneModel, Execution
+from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution
 from argonne.parallel import (
     Layout,
     Precision,
     ProcessGroups,
-    clip_gradients,
     complete_gradients,
+    data_parallel,
     global_gradient_norm,
 )
-from argonne.training.optimizer import build_optimizer, set_learning_rate
+from argonne.training.optimizer import build_optimizer
+from argonne.training.step import Learner, train_step
 from tests import dense
 from tests.losses import losses, summed_loss
 from tests.pool import RankPool
@@ -122,20 +123,16 @@ def train(
     model.initialise(seed=11)
     parameters = model.sharded_parameters()
     optimizer = build_optimizer(parameters, weight_decay=0.1)
+    replicas = data_parallel(model, groups, parameters=parameters)
+    learner = Learner(model=model, replicas=replicas, optimizer=optimizer)
     generator = torch.Generator().manual_seed(0)
     found = []
     for step in range(steps):
-        ids = torch.randint(0, config.vocab_size, (4, 17), generator=generator) // (1 + step % 3)
-        loss = losses(model, ids[:, :-1], ids[:, 1:]).mean()
-        loss.backward()
-        complete_gradients(parameters, groups)
-        clip_gradients(parameters, global_gradient_norm(parameters, groups), 1.0)
-        set_learning_rate(optimizer, 3e-3)
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(loss.item())
+        ids = torch.randint(0, config.vocab_size, (1, 4, 17), generator=generator) // (1 + step % 3)
+        batch = Batch(ids[..., :-1], ids[..., 1:], divisor=4 * 16 * groups.replicas.size)
+        found.append(train_step(learner, batch, CrossEntropyLoss(), 3e-3, gradient_clip=1.0).loss)
     moments = parts_of(model, groups, lambda parameter: optimizer.state[parameter]["exp_avg"])
-    return losses, parts_of(model, groups, lambda parameter: parameter), moments
+    return found, parts_of(model, groups, lambda parameter: parameter), moments
 
 
 TRAINED = ArgonneConfig(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def whole(precision: Precision = FP32, **training: Any) -> RunIdentity:
     """The identity of a run whose tokenizer is known."""
     config = RunConfig(training=TrainingFlags(**training))
     tokenizer = {"fingerprint": "t", "size": 300, "boundary": [0, 2]}
-    return RunIdentity.of(config, DATA, precision).with_model(preset("demo"), tokenizer)
+    return RunIdentity.of(config, DATA, precision).with_model(asdict(preset("demo")), tokenizer)
 
 
 def schedule_of(config: RunConfig) -> dict[str, Any]:

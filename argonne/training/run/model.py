@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def argonne_model(config: RunConfig, tokenizer_size: int) -> ModelOfRun:
         ArgonneError: there are more tokens than the flags allow.
     """
     shape = _shape(config, tokenizer_size)
-    return ModelOfRun(lambda execution: ArgonneModel(shape, execution), dataclasses.asdict(shape))
+    return ModelOfRun(partial(ArgonneModel, shape), dataclasses.asdict(shape))
 
 
 def own_model(
@@ -70,7 +71,7 @@ def own_model(
         shape = json.loads(json.dumps(dict(model.shape), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ArgonneError(f"shape of model={name} is not made of JSON values: {error}; legal: JSON values") from None
-    return ModelOfRun(lambda execution: builder(execution, tokenizer_size), shape)
+    return ModelOfRun(partial(_built, builder, tokenizer_size), shape)
 
 
 def check_own_model(config: RunConfig) -> None:
@@ -80,6 +81,10 @@ def check_own_model(config: RunConfig) -> None:
             raise ArgonneError(
                 f"{name}={getattr(config.model, name)!r} has no effect on a model of one's own; legal: leave it out"
             )
+
+
+def _built(builder: ModelBuilder, tokenizer_size: int, execution: Execution) -> LanguageModel:
+    return builder(execution, tokenizer_size)
 
 
 def _shape(config: RunConfig, tokenizer_size: int) -> ArgonneConfig:
