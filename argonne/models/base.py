@@ -18,6 +18,8 @@ from argonne.parallel import (
     LayoutError,
     ProcessGroups,
     ShardedParameter,
+    VocabParallelEmbedding,
+    VocabParallelHead,
     column_parallel_linear,
     gather_from_sequence_region,
     sharded_parameters,
@@ -30,7 +32,11 @@ class BaseModel(nn.Module):
 
     ``forward`` maps a micro-batch (``Batch``) to the last hidden values ``[batch * positions, hidden]``, or this rank's
     share of those rows under sequence parallelism. ``head`` holds the output weight. Attention must be causal.
+    ``head`` and ``blocks`` may be modules that are assigned (``self.head = ...``), or properties.
     """
+
+    left_to_subclasses = ("forward", "head")
+    """What it needs that the contract does not name; ``require_contract`` looks for these too."""
 
     def __init__(self, execution: Execution) -> None:
         super().__init__()
@@ -43,8 +49,11 @@ class BaseModel(nn.Module):
 
     @property
     def head(self) -> Head:
-        """The holder of the output weight."""
-        raise NotImplementedError
+        """The holder of the output weight: the module that is assigned to it."""
+        head = self._modules.get("head")
+        if not isinstance(head, VocabParallelEmbedding | VocabParallelHead):
+            raise NotImplementedError
+        return head
 
     @property
     def shape(self) -> Mapping[str, Any]:
@@ -64,8 +73,9 @@ class BaseModel(nn.Module):
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """None: FSDP gathers the whole model at once. A subclass that has blocks names them."""
-        return ()
+        """The modules of the list that is assigned to it. Without one, FSDP gathers the whole model at once."""
+        blocks = self._modules.get("blocks")
+        return list(blocks) if isinstance(blocks, nn.ModuleList | nn.Sequential) else []
 
     @property
     def stages(self) -> Mapping[int, nn.Module]:
