@@ -35,9 +35,6 @@ class BaseModel(nn.Module):
     ``head`` and ``blocks`` may be modules that are assigned (``self.head = ...``), or properties.
     """
 
-    left_to_subclasses = ("forward", "head")
-    """What it needs that the contract does not name; ``require_contract`` looks for these too."""
-
     def __init__(self, execution: Execution) -> None:
         super().__init__()
         self.execution = execution
@@ -46,6 +43,11 @@ class BaseModel(nn.Module):
     def groups(self) -> ProcessGroups:
         """The processes that share the model."""
         return self.execution.groups
+
+    @property
+    def left_to_subclasses(self) -> Sequence[str]:
+        """What it needs that the contract does not name, but for pipelines, whose stages do the work."""
+        return ("forward", "head") if self.groups.pipeline.size == 1 else ()
 
     @property
     def head(self) -> Head:
