@@ -15,7 +15,6 @@ from argonne.parallel import (
     ColumnParallelLinear,
     Layout,
     Normal,
-    PipelinePlan,
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelHead,
@@ -163,7 +162,3 @@ class Unstaged(Small):
 
     def check_layout(self, layout: Layout) -> None:
         pass
-
-
-def plan_of(layout: Layout) -> PipelinePlan:
-    return PipelinePlan.of("1f1b", layout.pipeline)
