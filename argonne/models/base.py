@@ -18,6 +18,8 @@ from argonne.parallel import (
     LayoutError,
     ProcessGroups,
     ShardedParameter,
+    VocabParallelEmbedding,
+    VocabParallelHead,
     column_parallel_linear,
     gather_from_sequence_region,
     sharded_parameters,
@@ -30,6 +32,7 @@ class BaseModel(nn.Module):
 
     ``forward`` maps a micro-batch (``Batch``) to the last hidden values ``[batch * positions, hidden]``, or this rank's
     share of those rows under sequence parallelism. ``head`` holds the output weight. Attention must be causal.
+    ``head`` and ``blocks`` may be modules that are assigned (``self.head = ...``), or properties.
     """
 
     def __init__(self, execution: Execution) -> None:
@@ -42,9 +45,17 @@ class BaseModel(nn.Module):
         return self.execution.groups
 
     @property
+    def left_to_subclasses(self) -> Sequence[str]:
+        """What it needs that the contract does not name, but for pipelines, whose stages do the work."""
+        return ("forward", "head") if self.groups.pipeline.size == 1 else ()
+
+    @property
     def head(self) -> Head:
-        """The holder of the output weight."""
-        raise NotImplementedError
+        """The holder of the output weight: the module that is assigned to it."""
+        head = self._modules.get("head")
+        if not isinstance(head, VocabParallelEmbedding | VocabParallelHead):
+            raise NotImplementedError
+        return head
 
     @property
     def shape(self) -> Mapping[str, Any]:
@@ -64,8 +75,9 @@ class BaseModel(nn.Module):
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """None: FSDP gathers the whole model at once. A subclass that has blocks names them."""
-        return ()
+        """The modules of the list that is assigned to it. Without one, FSDP gathers the whole model at once."""
+        blocks = self._modules.get("blocks")
+        return list(blocks) if isinstance(blocks, nn.ModuleList | nn.Sequential) else []
 
     @property
     def stages(self) -> Mapping[int, nn.Module]:

@@ -6,6 +6,7 @@ it. ``argonne.models.base.BaseModel`` has most of them already; ``docs/your-mode
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -175,12 +176,27 @@ class LanguageModel(Protocol):
 
 
 def require_contract(model: object) -> None:
-    """Raise ``ArgonneError`` naming what ``model`` lacks of ``LanguageModel``."""
-    wanted = [name for name in vars(LanguageModel) if not name.startswith("_")]
-    missing = [name for name in wanted if not hasattr(model, name)]
+    """Raise ``ArgonneError`` naming what ``model`` lacks of ``LanguageModel``, or has as something else."""
+    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise ArgonneError(f"model={name} is no torch.nn.Module; legal: one that is")
+    members = {member: found for member, found in vars(LanguageModel).items() if not member.startswith("_")}
+    missing = [member for member in (*members, *getattr(model, "left_to_subclasses", ())) if _lacks(model, member)]
     if missing:
-        listed = ", ".join(missing)
         raise ArgonneError(
-            f"model={type(model).__name__} has no {listed}; legal: a model with every member of "
+            f"model={name} has no {', '.join(missing)}; legal: a model with every member of "
             "argonne.models.LanguageModel (argonne.models.BaseModel has most of them)"
         )
+    for member, found in members.items():
+        is_value = isinstance(found, property)
+        if is_value == inspect.isroutine(getattr(model, member)):
+            is_now, legal = ("a method", "a property") if is_value else ("no method", "a method")
+            raise ArgonneError(f"{member} of model={name} is {is_now}; legal: {legal}")
+
+
+def _lacks(model: nn.Module, member: str) -> bool:
+    try:
+        found = getattr(model, member)
+    except (AttributeError, NotImplementedError):
+        return True
+    return getattr(found, "__func__", None) is nn.Module.forward

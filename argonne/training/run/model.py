@@ -46,12 +46,11 @@ def own_model(
     Raises:
         ArgonneError: it does not meet the contract, or does not offer what the flags ask of it.
     """
+    plan = config.parallel.plan(groups.layout)
     with torch.device("meta"):
-        model = builder(Execution(groups, precision), tokenizer_size)
+        model = builder(Execution(groups, precision, plan=plan), tokenizer_size)
     require_contract(model)
     name = type(model).__name__
-    if not isinstance(model, torch.nn.Module):
-        raise ArgonneError(f"model={name} is no torch.nn.Module; legal: one that is")
     model.check_layout(groups.layout)
     if groups.pipeline.size > 1 and not model.stages:
         raise LayoutError(
