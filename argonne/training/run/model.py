@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def argonne_model(config: RunConfig, tokenizer_size: int) -> ModelOfRun:
     shape, notes = _shape(config, tokenizer_size), []
     if shape.hidden_size % shape.num_attention_heads:
         notes.append("note: transformers opens no Llama whose hidden_size is not divisible by num_attention_heads")
-    return ModelOfRun(lambda execution: ArgonneModel(shape, execution), dataclasses.asdict(shape), tuple(notes))
+    return ModelOfRun(partial(ArgonneModel, shape), dataclasses.asdict(shape), tuple(notes))
 
 
 def own_model(
