@@ -88,7 +88,7 @@ class Block(nn.Module):
 class NeoX(BaseModel):
     """The embedding, the blocks, a last norm and a head of its own."""
 
-    longest_sequence = 2048
+    longest_sequence = 4096
 
     def __init__(self, config: Config, execution: Execution, vocabulary: int) -> None:
         super().__init__(execution)

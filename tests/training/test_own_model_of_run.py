@@ -124,15 +124,36 @@ class Strange(Small):
     shape = {"dtype": torch.float32}  # type: ignore[assignment] # noqa: RUF012
 
 
+class Remembering(Small):
+    def __init__(self, execution: Execution, vocabulary: int) -> None:
+        super().__init__(execution, vocabulary)
+        self.register_buffer("made_again", torch.zeros(2), persistent=False)
+        self.blocks[0].register_buffer("mean", torch.zeros(2))
+
+
+class Wide(Small):
+    """Of a shape that the Argonne model would have something to say about."""
+
+    @property
+    def shape(self) -> Any:
+        return {"hidden_size": [8, 4], "num_attention_heads": 0}
+
+
+def test_a_shape_may_be_any_json(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pretrain(elsewhere(config, tmp_path, stop_at_step=1), Wide) == 0
+    assert "note: " not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda execution, vocabulary: Forgetful(execution, vocabulary), "model=Forgetful has no shape; legal: "),
-        (lambda execution, vocabulary: Strange(execution, vocabulary), "shape of model=Strange is not made of JSON "),
+        (Forgetful, "model=Forgetful has no shape; legal: "),
+        (Strange, "shape of model=Strange is not made of JSON "),
+        (Remembering, "buffers of model=Remembering would be in no checkpoint: blocks.0.mean; legal: register_buffer("),
         (lambda execution, vocabulary: None, "model=NoneType is no torch.nn.Module; legal: "),
         (lambda execution, vocabulary: nn.Linear(2, 2), "model=Linear has no groups, shape, longest_sequence, "),
     ],
-    ids=["no shape", "no JSON", "nothing", "no model"],
+    ids=["no shape", "no JSON", "a buffer", "nothing", "no model"],
 )
 def test_what_does_not_meet_the_contract_is_refused_before_anything_is_written(
     config: RunConfig, tmp_path: Path, model: Any, message: str

@@ -26,6 +26,8 @@ class ModelOfRun:
     build: Callable[[Execution], LanguageModel]
     shape: Mapping[str, Any]
     """``LanguageModel.shape``: the model's part of the identity."""
+    notes: tuple[str, ...] = ()
+    """What may surprise whoever asked for this shape, though it is legal."""
 
 
 def argonne_model(config: RunConfig, tokenizer_size: int) -> ModelOfRun:
@@ -34,8 +36,10 @@ def argonne_model(config: RunConfig, tokenizer_size: int) -> ModelOfRun:
     Raises:
         ArgonneError: there are more tokens than the flags allow.
     """
-    shape = _shape(config, tokenizer_size)
-    return ModelOfRun(partial(ArgonneModel, shape), dataclasses.asdict(shape))
+    shape, notes = _shape(config, tokenizer_size), []
+    if shape.hidden_size % shape.num_attention_heads:
+        notes.append("note: transformers opens no Llama whose hidden_size is not divisible by num_attention_heads")
+    return ModelOfRun(partial(ArgonneModel, shape), dataclasses.asdict(shape), tuple(notes))
 
 
 def own_model(
@@ -50,11 +54,17 @@ def own_model(
     with torch.device("meta"):
         model = builder(Execution(groups, precision, plan=plan), tokenizer_size)
     require_contract(model)
+    assert isinstance(model, torch.nn.Module)
     name = type(model).__name__
     model.check_layout(groups.layout)
     if groups.pipeline.size > 1 and not model.stages:
         raise LayoutError(
             f"pipeline_parallel={groups.pipeline.size} needs stages, and model={name} offers none; legal: 1"
+        )
+    if unsaved := sorted({name for name, _ in model.named_buffers()} & set(model.state_dict())):
+        raise ArgonneError(
+            f"buffers of model={name} would be in no checkpoint: {', '.join(unsaved)}; legal: register_buffer(..., "
+            "persistent=False) for what can be made again, parameters for what is learnt"
         )
     if config.data.block_size > model.longest_sequence:
         raise ArgonneError(

@@ -174,10 +174,7 @@ def _summary(workload: Workload, state: TrainingState, shape: BatchShape, checkp
 
 def _notes(config: RunConfig, workload: Workload) -> list[str]:
     """What may surprise whoever asked for this run, though it is legal."""
-    notes = []
-    shape = workload.model.shape
-    if shape.get("hidden_size", 0) % shape.get("num_attention_heads", 1):
-        notes.append("note: transformers opens no Llama whose hidden_size is not divisible by num_attention_heads")
+    notes = list(workload.model.notes)
     total, stop = config.training.total_steps, config.run.stop_at_step
     if stop is not None and stop > total:
         notes.append(f"note: --stop-at-step {stop} lies past the end of the run, which is at step {total}")
