@@ -54,7 +54,7 @@ def drive(
         ArgonneError: the launcher's environment, or the flags of launching, are not usable.
     """
     environment.check()
-    flags, launched = config.launch, environment.place().launched
+    flags, launched = config.launch, environment.this_process().launched
     flags.check()
     if launched:
         processes = world_size()
@@ -70,7 +70,7 @@ def drive(
 
 def world_size() -> int:
     """The number of ranks in the launcher's environment; 1 without a launcher."""
-    return environment.place().world_size
+    return environment.this_process().world_size
 
 
 def guarded(body: Callable[[], None]) -> None:
@@ -93,7 +93,7 @@ def guarded(body: Callable[[], None]) -> None:
         if was_refused():
             leave_for_good(USAGE)
         reason = str(error).strip().splitlines()[0][:160]
-        log(f"rank {environment.place().rank} lost contact with another rank and stops: {reason}")
+        log(f"rank {environment.this_process().rank} lost contact with another rank and stops: {reason}")
         time.sleep(LAUNCHER_LOOKS_WITHIN)
         leave(PEER_LOST)
 
@@ -107,7 +107,7 @@ def _check_launched(flags: LaunchFlags) -> None:
             f"max_restarts={flags.restarts} is for ranks that this command starts itself, but a launcher did; "
             f"legal: the launcher's own flag, torchrun --max-restarts {flags.restarts} ..."
         )
-    here = environment.place()
+    here = environment.this_process()
     if flags.nproc is not None and flags.nproc not in (here.world_size, here.local_world_size):
         raise ArgonneError(
             f"nproc={flags.nproc} is for ranks that this command starts itself, but a launcher started "

@@ -11,7 +11,13 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from argonne.parallel.communication.environment import Place, place, restarts_left, under_driver, under_torchrun
+from argonne.parallel.communication.environment import (
+    JobProcess,
+    restarts_left,
+    this_process,
+    under_driver,
+    under_torchrun,
+)
 from argonne.parallel.errors import ArgonneError, LauncherError
 
 USAGE, PEER_LOST, NOTHING_GAINED = 2, 3, 4
@@ -55,7 +61,7 @@ def leave_for_good(status: int) -> NoReturn:
 
 def stopped_status(number: int) -> int:
     """The status of a process that a signal has stopped: a launcher other than ours must not take it for a fault."""
-    ours = under_driver() or not place().launched
+    ours = under_driver() or not this_process().launched
     return 128 + number if ours else 0
 
 
@@ -66,7 +72,7 @@ def refuse(error: ArgonneError) -> NoReturn:
     does not end the first rank before it has reported; if it never does, the fault was this rank's alone, or
     its node's, whose launcher hears nothing from the first: then the node's first rank reports it.
     """
-    here, message = _place(), str(error)
+    here, message = _this_process(), str(error)
     if here.rank != 0:
         # What somebody has set by hand for this very process no other one will report.
         if under_torchrun() or not isinstance(error, LauncherError):
@@ -89,8 +95,8 @@ def was_refused() -> bool:
     return False
 
 
-def _place() -> Place:
+def _this_process() -> JobProcess:
     try:
-        return place()
+        return this_process()
     except LauncherError:  # then this process is no rank of anything, and reports for itself
-        return Place()
+        return JobProcess()

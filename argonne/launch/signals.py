@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from argonne.launch.refusal import STOPPING
-from argonne.parallel.communication.environment import place
+from argonne.parallel.communication.environment import this_process
 
 ONE_REQUEST = 1.0
 """Seconds within which several signals are one request."""
@@ -76,7 +76,7 @@ class StopRequest:
                 return
         elif now - self._asked_at <= ONE_REQUEST:
             return
-        if not place().launched:  # else the launcher says it
+        if not this_process().launched:  # else the launcher says it
             with contextlib.suppress(OSError):
                 # Not by print: the main thread may be printing, and then never let go.
                 os.write(2, f"argonne: stopped by {number.name}. The same command continues the run.\n".encode())

@@ -150,7 +150,9 @@ import os
 import signal
 import sys
 from pathlib import Path
-from argonne.data import build_cache, cache, cache_build, find_shards, load_tokenizer, open_shards
+from argonne.data import build_cache, find_shards, load_tokenizer, open_shards
+from argonne.data.cache import build as cache_build
+from argonne.data.cache import store as cache
 
 def stop():
     global stopped

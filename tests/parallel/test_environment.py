@@ -11,7 +11,7 @@ from datetime import timedelta
 import pytest
 
 from argonne.parallel.communication import environment, rendezvous
-from argonne.parallel.communication.environment import Meeting, Place
+from argonne.parallel.communication.environment import JobProcess, Meeting
 from argonne.parallel.communication.rendezvous import meet
 from argonne.parallel.errors import LauncherError
 from tests.pool import free_port
@@ -74,13 +74,13 @@ def test_what_no_launcher_says_is_refused(
 
 def test_what_launchers_say_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     environment.check()
-    assert environment.place() == Place()
+    assert environment.this_process() == JobProcess()
     told = {**TWO, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1234"}
     own = {"ARGONNE_STARTED_AT": f"{time.time() - 100:.0f}", "OMP_NUM_THREADS": "4,2", "ARGONNE_RESTARTS_LEFT": "3"}
     for name, value in {**told, **own}.items():
         monkeypatch.setenv(name, value)
     environment.check()
-    assert environment.place() == Place(1, 2, 1, 2, True)
+    assert environment.this_process() == JobProcess(1, 2, 1, 2, True)
     assert environment.meeting() == Meeting("localhost", 1234)
     assert environment.restarts_left() == 3
     assert 99 <= environment.seconds_since_start() < 160
@@ -90,7 +90,7 @@ def test_a_scheduler_need_not_say_which_rank_of_its_node_this_is(monkeypatch: py
     monkeypatch.setenv("SLURM_LOCALID", "1")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert environment.place() == Place(1, 2, 1, 1, True)
+    assert environment.this_process() == JobProcess(1, 2, 1, 1, True)
 
 
 def test_where_nobody_listens_is_refused_in_one_line(
@@ -100,7 +100,7 @@ def test_where_nobody_listens_is_refused_in_one_line(
     monkeypatch.setattr(rendezvous, "_LOGS_AFTER", 0.1)
     nowhere = Meeting("127.0.0.1", free_port())
     with pytest.raises(LauncherError, match=f"nobody answers at MASTER_ADDR=127.0.0.1, MASTER_PORT={nowhere.port}"):
-        meet(Place(1, 2, launched=True), nowhere, timedelta(seconds=60))
+        meet(JobProcess(1, 2, launched=True), nowhere, timedelta(seconds=60))
     assert capsys.readouterr().err.count("rank 1 waits up to 0 s for rank 0: nobody answers at") == 1
 
 
@@ -110,12 +110,12 @@ def test_a_port_that_another_program_has_is_refused_by_the_rank_that_should_keep
         other.listen()
         taken = other.getsockname()[1]
         with pytest.raises(LauncherError, match=f"MASTER_PORT={taken} cannot be had"):
-            meet(Place(0, 2, launched=True), Meeting("127.0.0.1", taken), timedelta(seconds=60))
+            meet(JobProcess(0, 2, launched=True), Meeting("127.0.0.1", taken), timedelta(seconds=60))
 
 
 def test_ranks_that_nobody_gave_a_store_meet_in_one_of_the_first() -> None:
     where, patience = Meeting("127.0.0.1", free_port()), timedelta(seconds=60)
     with ThreadPoolExecutor(3) as threads:
-        stores = list(threads.map(lambda rank: meet(Place(rank, 3, launched=True), where, patience), range(3)))
+        stores = list(threads.map(lambda rank: meet(JobProcess(rank, 3, launched=True), where, patience), range(3)))
     stores[2].set("key", "value")
     assert [store.get("key") for store in stores] == [b"value"] * 3

@@ -48,7 +48,7 @@ _READ = 1 << 22
 
 
 @dataclass(frozen=True)
-class Span:
+class UnitRange:
     """What a unit is made of: consecutive row groups of one shard."""
 
     shard: int
@@ -68,7 +68,7 @@ class Span:
 class CachedUnit:
     """A unit as it lies in the cache."""
 
-    span: Span
+    span: UnitRange
     tokens: int
     documents: int
     dropped: Mapping[str, int]
@@ -85,7 +85,7 @@ class CachedUnit:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CachedUnit:
         """The inverse of `dataclasses.asdict`, by way of JSON."""
-        span = Span(**{**values["span"], "rows": tuple(values["span"]["rows"])})
+        span = UnitRange(**{**values["span"], "rows": tuple(values["span"]["rows"])})
         return cls(**{**values, "span": span, "unreadable": tuple(values["unreadable"])})
 
 
@@ -219,7 +219,7 @@ def cache_key(made_from: Mapping[str, Any]) -> str:
     return _seal(made_from)[:16]
 
 
-def cut_spans(shards: Sequence[Shard]) -> tuple[Span, ...]:
+def cut_spans(shards: Sequence[Shard]) -> tuple[UnitRange, ...]:
     """The corpus in order, cut into units: `UNITS` or so, of `MIN_UNIT_ROWS` to `MAX_UNIT_ROWS` rows.
 
     A row group stays whole however many rows it has, for it is decoded as a whole.
@@ -230,10 +230,10 @@ def cut_spans(shards: Sequence[Shard]) -> tuple[Span, ...]:
         first, rows = 0, 0
         for group, count in enumerate(shard.rows):
             if rows and rows + count > size:
-                spans.append(Span(index, first, shard.rows[first:group]))
+                spans.append(UnitRange(index, first, shard.rows[first:group]))
                 first, rows = group, 0
             rows += count
-        spans.append(Span(index, first, shard.rows[first:]))
+        spans.append(UnitRange(index, first, shard.rows[first:]))
     return tuple(spans)
 
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from argonne.data.cache.store import CachedUnit, Span, is_whole, padded, read_sealed, write_sealed, writing
+from argonne.data.cache.store import CachedUnit, UnitRange, is_whole, padded, read_sealed, write_sealed, writing
 from argonne.data.corpus.row_groups import RowGroups
 from argonne.data.corpus.shards import Shard
 from argonne.data.errors import DataError
@@ -74,7 +74,7 @@ class UnitMaker:
         """An encoder of this cache's tokenizer; one serves for all units."""
         return Encoder(PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(self.backend)))
 
-    def make(self, span: Span, encode: Encoder) -> Generator[Event, None, None]:
+    def make(self, span: UnitRange, encode: Encoder) -> Generator[Event, None, None]:
         """Make a unit unless it is there; what is there counts only if its checksum holds.
 
         Yields:
@@ -102,14 +102,14 @@ class UnitMaker:
             raise
         yield unit
 
-    def _kept(self, span: Span) -> CachedUnit | None:
+    def _kept(self, span: UnitRange) -> CachedUnit | None:
         content = read_sealed(self.path / f"{span.name}.json")
         unit = None if content is None else CachedUnit.from_dict(content)
         if unit is None or unit.span != span or (unit.unreadable and not self.skip_unreadable):
             return None
         return unit if is_whole(self.path, unit, np.dtype(self.dtype).itemsize, verify=True) else None
 
-    def _write(self, span: Span, encode: Encoder, file: IO[bytes]) -> Generator[Event, None, CachedUnit]:
+    def _write(self, span: UnitRange, encode: Encoder, file: IO[bytes]) -> Generator[Event, None, CachedUnit]:
         """Write one unit, and return what it is."""
         ends: list[int] = []
         rows: list[int] = []
@@ -148,14 +148,14 @@ class UnitMaker:
         return CachedUnit(span, tokens, len(ends), dict(dropped), tuple(unreadable), zlib.crc32(rest, crc))
 
 
-def in_this_process(maker: UnitMaker, spans: Sequence[Span]) -> Generator[Event, None, None]:
+def in_this_process(maker: UnitMaker, spans: Sequence[UnitRange]) -> Generator[Event, None, None]:
     """Make all units, one after the other, the tokenizer using its threads."""
     encode = maker.encoder()
     for span in spans:
         yield from maker.make(span, encode)
 
 
-def in_processes(maker: UnitMaker, spans: Sequence[Span], processes: int) -> Generator[Event, None, None]:
+def in_processes(maker: UnitMaker, spans: Sequence[UnitRange], processes: int) -> Generator[Event, None, None]:
     """Make all units in `processes` processes of one thread each; an empty Tally comes when there is no news.
 
     They end when this generator is closed or fails, and with this process, or the thread that began this, however
@@ -201,7 +201,7 @@ def in_processes(maker: UnitMaker, spans: Sequence[Span], processes: int) -> Gen
             process.join()
 
 
-def _next_span(workers: dict[Connection, SpawnProcess], connection: Connection, left: Iterator[Span]) -> None:
+def _next_span(workers: dict[Connection, SpawnProcess], connection: Connection, left: Iterator[UnitRange]) -> None:
     span = next(left, None)
     if span is None:
         del workers[connection]

@@ -16,7 +16,7 @@ from argonne.data.tokens.byte_pair import BytePair, Declined, byte_pair, contain
 from argonne.data.tokens.filters import TokenIds
 from argonne.data.tokens.tokenizer import plain_backend
 from argonne.data.tokens.windows import Windows
-from argonne.parallel.communication.environment import place
+from argonne.parallel.communication.environment import this_process
 
 BATCH_ROWS_VARIABLE, DEFAULT_BATCH_ROWS, MIN_BATCH_ROWS = "RESUME_TOKENIZER_BATCH_ROWS", 64, 16
 WORKERS_VARIABLE, MAX_DEFAULT_WORKERS, MIN_WORKERS = "RESUME_TOKENIZER_WORKERS", 8, 1
@@ -151,7 +151,7 @@ def _threads(workers: int, process: int) -> ThreadPoolExecutor:
 def _processors() -> int:
     """Of this machine, this rank's share."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, here // place().local_world_size)
+    return max(1, here // this_process().local_world_size)
 
 
 def _ids(encoding: Encoding) -> TokenIds:

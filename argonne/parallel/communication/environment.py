@@ -29,7 +29,7 @@ _YEAR_2001 = 1e9  # seconds since the epoch
 
 
 @dataclass(frozen=True)
-class Place:
+class JobProcess:
     """Which process of the job this is; without a launcher, its only one."""
 
     rank: int = 0
@@ -79,8 +79,8 @@ class Meeting:
             time.sleep(0.5)
 
 
-def place() -> Place:
-    """This process's place in the job.
+def this_process() -> JobProcess:
+    """Which process of the job this is.
 
     Raises:
         LauncherError: RANK, WORLD_SIZE or what goes with them is not usable.
@@ -93,7 +93,7 @@ def place() -> Place:
             raise LauncherError(
                 f"RANK={os.environ['RANK']} is set but WORLD_SIZE is not; legal: both, as a launcher sets them, or none"
             )
-        return Place(local_rank=local_rank)
+        return JobProcess(local_rank=local_rank)
     world_size = _whole("WORLD_SIZE", 1)
     assert world_size is not None
     rank = _whole("RANK", 0, world_size - 1)
@@ -108,7 +108,7 @@ def place() -> Place:
         raise LauncherError(
             f"LOCAL_RANK={local_rank} is not legal with LOCAL_WORLD_SIZE={here}; legal: 0 to {here - 1}"
         )
-    return Place(rank, world_size, local_rank, here or 1, True)
+    return JobProcess(rank, world_size, local_rank, here or 1, True)
 
 
 def meeting() -> Meeting:
@@ -125,7 +125,7 @@ def meeting() -> Meeting:
 
 def check() -> None:
     """Raise ``LauncherError`` for the first thing that a launcher's environment should not hold."""
-    where = place()
+    where = this_process()
     found = meeting()
     if where.launched and where.world_size > 1 and not found.hosted:
         found.require_known_host()

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from argonne.parallel.communication.collectives import barrier
-from argonne.parallel.communication.environment import meeting, place
+from argonne.parallel.communication.environment import meeting, this_process
 from argonne.parallel.communication.groups import ProcessGroups
 from argonne.parallel.communication.layout import Layout
 from argonne.parallel.communication.rendezvous import meet
@@ -37,7 +37,7 @@ def choose_device(kind: str) -> torch.device:
         return torch.device("cpu")
     if not available:
         raise LayoutError("device='cuda' was asked for, but this machine has no CUDA device; legal: cpu, auto")
-    here = place()
+    here = this_process()
     # Ranks that were started by hand may not be told which of their node's they are.
     local_rank = here.rank % torch.cuda.device_count() if here.local_rank is None else here.local_rank
     if local_rank >= torch.cuda.device_count():
@@ -55,7 +55,7 @@ def process_groups(layout: Layout, device: torch.device) -> Iterator[ProcessGrou
     or by hand); without them this process is the whole job. Gloo serves CPU tensors, NCCL those on GPUs.
     On an exception the groups are left as they are: a peer may be gone, and waiting for it would hang.
     """
-    here = place()
+    here = this_process()
     layout.require_world_size(here.world_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)

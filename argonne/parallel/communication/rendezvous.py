@@ -16,7 +16,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from argonne.parallel.communication.environment import Meeting, Place
+from argonne.parallel.communication.environment import JobProcess, Meeting
 from argonne.parallel.errors import LauncherError
 
 _LOOKS_EVERY = 0.05  # seconds
@@ -26,23 +26,23 @@ _AGENT_ANSWERS_WITHIN = 15.0  # seconds: it has a store before it has ranks
 _NEIGHBOUR_ANSWERS_WITHIN = 60.0  # seconds: ranks on one machine are started together
 
 
-def meet(place: Place, meeting: Meeting, timeout: timedelta) -> dist.Store:
+def meet(process: JobProcess, meeting: Meeting, timeout: timedelta) -> dist.Store:
     """A store of this job's processes, new for each attempt (collective over all ranks).
 
     Raises:
         LauncherError: where the ranks should meet, no store can be.
         torch.distributed.DistError: some rank has not come within ``timeout``.
     """
-    if place.rank == 0 and not meeting.hosted:
-        store = _host(place, meeting)
+    if process.rank == 0 and not meeting.hosted:
+        store = _host(process, meeting)
         store.set_timeout(timeout)
     else:
-        _await_answer(place, meeting, timeout)
-        store = dist.TCPStore(meeting.address, meeting.port, place.world_size, is_master=False, timeout=timeout)
-    return fresh_store(store, place.rank, place.world_size, timeout)
+        _await_answer(process, meeting, timeout)
+        store = dist.TCPStore(meeting.address, meeting.port, process.world_size, is_master=False, timeout=timeout)
+    return fresh_store(store, process.rank, process.world_size, timeout)
 
 
-def _host(place: Place, meeting: Meeting) -> dist.TCPStore:
+def _host(process: JobProcess, meeting: Meeting) -> dist.TCPStore:
     """Keep the store in this process, on which the others call."""
     with socket.socket() as probe:  # a store that cannot listen says so in many lines
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -55,7 +55,7 @@ def _host(place: Place, meeting: Meeting) -> dist.TCPStore:
     within = timedelta(seconds=_AGENT_ANSWERS_WITHIN)
     try:
         return dist.TCPStore(
-            meeting.address, meeting.port, place.world_size, is_master=True, timeout=within, wait_for_workers=False
+            meeting.address, meeting.port, process.world_size, is_master=True, timeout=within, wait_for_workers=False
         )
     except dist.DistError:
         raise LauncherError(
@@ -63,7 +63,7 @@ def _host(place: Place, meeting: Meeting) -> dist.TCPStore:
         ) from None
 
 
-def _await_answer(place: Place, meeting: Meeting, timeout: timedelta) -> None:
+def _await_answer(process: JobProcess, meeting: Meeting, timeout: timedelta) -> None:
     """Wait until somebody listens where the ranks meet; the store itself would wait in silence."""
     patience = timeout.total_seconds()
     if meeting.hosted:
@@ -81,9 +81,9 @@ def _await_answer(place: Place, meeting: Meeting, timeout: timedelta) -> None:
             raise LauncherError(
                 f"nobody answers at {meeting} ({reason}), for {patience:.0f} s; legal: where rank 0 is started too"
             )
-        if waited > _LOGS_AFTER and place.is_first_here and not logged:
+        if waited > _LOGS_AFTER and process.is_first_here and not logged:
             logged = True
-            _log(f"rank {place.rank} waits up to {patience:.0f} s for rank 0: nobody answers at {meeting} ({reason})")
+            _log(f"rank {process.rank} waits up to {patience:.0f} s for rank 0: nobody answers at {meeting} ({reason})")
         time.sleep(_LOOKS_EVERY)
 
 

@@ -13,7 +13,7 @@ from argonne.parallel.sharding.region import Region
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Start and shape."""
-Place = tuple[int, ...]
+Coordinates = tuple[int, ...]
 """A rank's number along each axis on which regions have holders."""
 AXES = ("tensor", "pipeline", "replicas")
 
@@ -38,7 +38,7 @@ class Claim:
 class Ranks:
     """Where every rank of the job stands."""
 
-    def __init__(self, places: Sequence[Place]) -> None:
+    def __init__(self, places: Sequence[Coordinates]) -> None:
         self.places = places
         self._at = {place: rank for rank, place in enumerate(places)}
         self.sizes = [len({place[number] for place in places}) for number in range(len(AXES))]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from argonne.parallel import ProcessGroups, choose_device, process_groups
 from argonne.parallel.communication.collectives import collectively
-from argonne.parallel.communication.environment import place
+from argonne.parallel.communication.environment import this_process
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import RunConfig
 from argonne.training.run.directory import claim
@@ -16,7 +16,7 @@ from argonne.training.run.directory import claim
 @contextmanager
 def joined(config: RunConfig) -> Iterator[ProcessGroups]:
     """The processes of the job, which has the run's directory to itself for as long as this lasts."""
-    layout = config.parallel.layout(place().world_size)
+    layout = config.parallel.layout(this_process().world_size)
     with process_groups(layout, choose_device(config.launch.device)) as groups:
         directory = config.run.output_dir
         own = collectively(lambda: claim(directory) if groups.is_first else None, groups.world)
