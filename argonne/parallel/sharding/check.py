@@ -26,8 +26,8 @@ SAMPLE = 1 << 11
 TOLERANCE = 1e-3
 """How far two copies of a value may be apart, in units of the largest: not all kernels repeat their last bits."""
 
-Key = tuple[str, tuple[int, ...]]
-"""A tensor and where the box begins in it."""
+Key = tuple[str, tuple[int, ...], tuple[int, ...]]
+"""A tensor, where a box begins in it, and the box's shape."""
 
 
 def check_declarations(
@@ -81,7 +81,7 @@ def check_pieces(pieces: Sequence[tuple[str, Region, Tensor]], groups: ProcessGr
         for those in together.values()
     ]
     weights = [those[0] for those in together.values() if not own]
-    copies = {(name, r.start): part.detach() for name, r, part in weights if _has_copies(r, groups)}
+    copies = {(name, r.start, r.shape): part.detach() for name, r, part in weights if _has_copies(r, groups)}
     _check(claims, copies, groups, own, None)
 
 
@@ -209,7 +209,8 @@ def _has_copies(region: Region, groups: ProcessGroups) -> bool:
 def _copies(sharded: ShardedParameter, tensor: Tensor, groups: ProcessGroups) -> dict[Key, Tensor]:
     """The parts of ``tensor``, which belongs to a parameter, that other ranks have too."""
     regions = sharded.spec.regions
-    return {(r.name, r.start): r.part_of(tensor) for r in regions if _has_copies(r, groups) and not tensor.is_meta}
+    held = [r for r in regions if _has_copies(r, groups) and not tensor.is_meta]
+    return {(r.name, r.start, r.shape): r.part_of(tensor) for r in held}
 
 
 def _sample(part: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, islice, product
 
 import numpy as np
@@ -13,6 +13,8 @@ from argonne.parallel.sharding.region import Region
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Start and shape."""
+Boxes = Sequence[tuple[int, Box]]
+"""Boxes with the rank that has each."""
 Coordinates = tuple[int, ...]
 """A rank's number along each axis on which regions have holders."""
 AXES = ("tensor", "pipeline", "replicas")
@@ -71,9 +73,12 @@ def fault_of_tensor(claims: Sequence[tuple[int, Claim]], ranks: Ranks) -> str | 
         fits = len(start) == len(shape) == len(whole)
         if not fits or any(a < 0 or n < 0 or a + n > size for a, n, size in zip(start, shape, whole, strict=True)):
             return f"{named}: rank {rank} claims {indices(start, shape)}; legal: indices within the whole tensor"
-        if 0 not in shape:
-            boxes.setdefault((start, shape), {})[rank] = claim
+    claims, copies = _owned_and_copies(claims, ranks)
+    for rank, claim in claims:
+        if 0 not in claim.region.shape:
+            boxes.setdefault((claim.region.start, claim.region.shape), {})[rank] = claim
     faults = [fault for box, held in boxes.items() if (fault := _fault_of_holders(box, held, ranks))][:1]
+    faults += [fault for copy, owned in copies if not faults and (fault := _fault_of_copy(copy, owned))][:1]
     counts = _counts(boxes, whole)
     if counts is not None:
         doubled = next(_boxes_where(*counts, 2), None)
@@ -89,6 +94,43 @@ def fault_of_tensor(claims: Sequence[tuple[int, Claim]], ranks: Ranks) -> str | 
     if not all(claim.is_declared for _, claim in claims):
         legal = "a declaration in shard_specs(), without which it counts as replicated"
     return f"{named}: {', and '.join(faults)}; legal: {legal}"
+
+
+def _owned_and_copies(
+    claims: Sequence[tuple[int, Claim]], ranks: Ranks
+) -> tuple[Sequence[tuple[int, Claim]], list[tuple[Boxes, Boxes]]]:
+    """The claims that must make up the tensor once, and each copy of a part of it beside its owner's.
+
+    Where replicas share out the rows of a parameter that is held by several tensor-parallel ranks, each of these cuts
+    rows of its own, as other things may lie before them in its parameter: their boxes agree in sum only.
+    """
+    if not any(claim.region.replicas and len(claim.region.holders) > 1 for _, claim in claims):
+        return claims, []
+    owned: list[tuple[int, Claim]] = []
+    parts: dict[tuple[tuple[int, ...], int], list[tuple[int, Box]]] = {}
+    for rank, claim in claims:
+        region, place = claim.region, ranks.places[rank][0]
+        if place in region.holders and 0 not in region.shape:
+            parts.setdefault((region.holders, place), []).append((rank, (region.start, region.shape)))
+        if place not in region.holders[1:]:
+            alone = replace(region, holders=(place,)) if place in region.holders else region
+            owned.append((rank, replace(claim, region=alone)))
+    copies: list[tuple[Boxes, Boxes]] = [
+        (boxes, parts.get((holders, holders[0]), [])) for (holders, at), boxes in parts.items() if at != holders[0]
+    ]
+    return owned, copies
+
+
+def _fault_of_copy(copy: Boxes, owned: Boxes) -> str | None:
+    """Whether the boxes of a copy cover what those of its owner cover."""
+    mine, theirs = {box for _, box in copy}, {box for _, box in owned}
+    if mine == theirs:
+        return None
+    edges = _edges(mine | theirs)
+    if (_cells(mine, edges) == _cells(theirs, edges)).all():
+        return None
+    here, there = (ranks_of([rank for rank, _ in boxes]) for boxes in (copy, owned))
+    return f"{here} and {there} are to hold the same and do not: {indices(*min(mine ^ theirs))} is on one side only"
 
 
 def _said(claim: Claim, what: str) -> object:
@@ -122,17 +164,24 @@ def _counts(boxes: Iterable[Box], whole: tuple[int, ...]) -> tuple[np.ndarray, l
     boxes = list(boxes)
     if len(boxes) == 1 and boxes[0][1] == whole:
         return None
-    edges = []
-    for dim, size in enumerate(whole):
-        cuts = {0, size}
-        for start, shape in boxes:
-            cuts |= {start[dim], start[dim] + shape[dim]}
-        edges.append(sorted(cuts))
+    edges = _edges([*boxes, ((0,) * len(whole), whole)])
+    counts = _cells(boxes, edges)
+    return None if (counts == 1).all() else (counts, edges)
+
+
+def _edges(boxes: Collection[Box]) -> list[list[int]]:
+    """Where boxes begin and end, along each dimension."""
+    dims = range(len(next(iter(boxes))[0]))
+    return [sorted({edge for start, shape in boxes for edge in (start[d], start[d] + shape[d])}) for d in dims]
+
+
+def _cells(boxes: Iterable[Box], edges: list[list[int]]) -> np.ndarray:
+    """How many of the boxes have each cell of the grid of the edges."""
     numbers = [{edge: number for number, edge in enumerate(cuts)} for cuts in edges]
     counts = np.zeros([len(cuts) - 1 for cuts in edges], dtype=np.int32)
     for start, shape in boxes:
         counts[tuple(slice(n[a], n[a + e]) for n, a, e in zip(numbers, start, shape, strict=True))] += 1
-    return None if (counts == 1).all() else (counts, edges)
+    return counts
 
 
 def _boxes_where(counts: np.ndarray, edges: list[list[int]], least: int) -> Iterator[Box]:
