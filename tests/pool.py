@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from argonne.parallel import Layout, ProcessGroups
-from tests.warm import SERVERS, environment
+from tests.warm import INTERPRETING, SERVERS, environment
 
 JOINS = 24
 """Jobs that a rank joins before it is replaced: FSDP keeps the groups of those before, and their threads poll."""
@@ -83,7 +83,8 @@ def _start(number: int) -> tuple[Any, Any]:
     if sys.platform == "linux":
         with tempfile.TemporaryDirectory() as home, Listener(os.path.join(home, "pipe")) as listener:
             words = ["-m", "tests.pool", os.path.join(home, "pipe")]
-            process = SERVERS.start(words, environment(RANK=str(number)), sys.__stderr__.fileno())
+            servers = INTERPRETING if os.environ.get("TRITON_INTERPRET") == "1" else SERVERS
+            process = servers.start(words, environment(RANK=str(number)), sys.__stderr__.fileno())
             return process, listener.accept()
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()

@@ -150,6 +150,8 @@ class Servers:
 
 
 SERVERS = Servers()
+INTERPRETING = Servers()
+"""Of processes in which Triton interprets: it settles that when it is imported, which servers do."""
 
 
 def environment(**variables: str) -> dict[str, str]:
