@@ -133,11 +133,6 @@ class ArgonneModel(BaseModel):
         return self._stages[self.plan.stages - 1].head
 
     @property
-    def has_last(self) -> bool:
-        """Whether this rank holds the last stage."""
-        return self.plan.stages - 1 in self._stages
-
-    @property
     def defers_weight_gradients(self) -> bool:
         """Under zero bubble: see ``DataParallel.begin``."""
         return self.groups.pipeline.size > 1 and self.plan.schedule == "zb"

@@ -47,11 +47,8 @@ class Stage(nn.Module):
         lm_head: VocabParallelHead | None,
     ) -> None:
         super().__init__()
-        self.span, self.execution, self._rotary = (
-            span,
-            execution,
-            (rotary,),
-        )  # no part of it, whoever moves or shards it
+        self.span, self.execution = span, execution
+        self._rotary = (rotary,)  # in a tuple: it is no part of the stage, whoever moves or shards it
         self.embed_tokens = embed_tokens
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
