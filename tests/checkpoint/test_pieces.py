@@ -20,6 +20,7 @@ from argonne.parallel import (
     ProcessGroups,
     RowParallelLinear,
     VocabParallelEmbedding,
+    initialise,
     sharded_parameters,
 )
 from tests.pool import RankPool
@@ -70,6 +71,7 @@ def test_moments_are_pieces_of_any_optimizer_under_the_names_that_it_gives_them(
     groups = ProcessGroups.single()
     model = small(groups)
     parameters = sharded_parameters(model, groups)
+    initialise(parameters, seed=0)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model(torch.arange(5)).square().sum().backward()
     sgd.step()
