@@ -20,15 +20,18 @@ class RMSNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.eps, self.backend = eps, backend
+        self.token_blocks: int | None = None
+        """As of ``rms_norm``."""
         self.weight = nn.Parameter(torch.ones(hidden, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., hidden]`` -> the same."""
-        return rms_norm(x, self.weight, self.eps, backend=self.backend)
+        return rms_norm(x, self.weight, self.eps, token_blocks=self.token_blocks, backend=self.backend)
 
     def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of ``x + residual``, and that sum."""
-        return rms_norm(x, self.weight, self.eps, residual=residual, backend=self.backend)
+        blocks = self.token_blocks
+        return rms_norm(x, self.weight, self.eps, residual=residual, token_blocks=blocks, backend=self.backend)
 
 
 class RotaryEmbedding(nn.Module):

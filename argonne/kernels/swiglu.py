@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from argonne.kernels.dispatch import Backend, refuse, uses_triton
 
 
-def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: Backend = "auto") -> Tensor:
+VECTOR = 64
+"""Columns at a multiple of which no vector instruction of any CPU leaves a rest to be computed one by one."""
+
+
+def swiglu(gate: Tensor, up: Tensor | None = None, *, pinned: bool = False, backend: Backend = "auto") -> Tensor:
     """``silu(gate) * up``, elementwise; half-width input is computed in float32 and rounded once.
 
     Args:
         gate: ``[..., columns]``, any strides; or, without ``up``, ``[..., 2 * columns]``: gate, then up.
         up: like ``gate``.
+        pinned: give each element the same bits wherever it lies. PyTorch's sigmoid on a CPU has others for the last
+            few of a run, where its length is no multiple of ``VECTOR``; this way takes longer there.
         backend: ``torch``, ``triton`` or ``auto``.
 
     Returns:
@@ -35,4 +44,21 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: Backend = "auto")
     if up is None:
         gate, up = gate.chunk(2, dim=-1)
     accurate = torch.promote_types(gate.dtype, torch.float32)
-    return (F.silu(gate.to(accurate)) * up.to(accurate)).to(gate.dtype)
+    silu = _PinnedSilu.apply if pinned else F.silu
+    return (silu(gate.to(accurate)) * up.to(accurate)).to(gate.dtype)
+
+
+class _PinnedSilu(torch.autograd.Function):
+    """``x * sigmoid(x)`` of operations whose every element is computed alike: exponentials, sums and quotients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        sigmoid = torch.exp(-x).add_(1).reciprocal_()
+        ctx.save_for_backward(x, sigmoid)
+        return x * sigmoid
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        x, sigmoid = ctx.saved_tensors
+        return torch.rsub(sigmoid, 1).mul_(x).add_(1).mul_(sigmoid).mul_(gradient)

@@ -154,7 +154,7 @@ def last_logits(hidden: Tensor, head: Head, groups: ProcessGroups, batch: int, p
     if groups.sequence_parallel:
         hidden = gather_from_sequence_region(hidden, axis)
     chosen = hidden.unflatten(0, (batch, -1))[:, position]
-    local = column_parallel_linear(chosen, head.weight, head.bias, axis, head.precision)
+    local = column_parallel_linear(chosen, head.weight, head.bias, axis, head.precision, cut=head.cut)
     whole = rearrange(all_gather(local, axis), "rank batch token -> batch (rank token)")
     # Only the last ranks have padding, so that it lies behind every real token.
     return whole[:, : head.range.vocabulary]

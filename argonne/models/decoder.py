@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from argonne import kernels
 from argonne.kernels import apply_rope_packed, rope_tables, swiglu
+from argonne.kernels.swiglu import VECTOR
 from argonne.models.config import ArgonneConfig
 from argonne.models.execution import Execution
 from argonne.parallel import (
@@ -29,6 +30,7 @@ from argonne.parallel import (
 )
 from argonne.parallel.communication.groups import Axis
 from argonne.parallel.context_parallel.variable_length import DocumentBounds, can_vary_length, document_bounds
+from argonne.parallel.tensor_parallel.token_blocks import token_blocks
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class RMSNorm(kernels.RMSNorm):
         dtype, backend = execution.precision.parameters, execution.kernels
         super().__init__(config.hidden_size, config.rms_norm_eps, dtype=dtype, backend=backend)
         self.groups = execution.groups
+        self.token_blocks = token_blocks(self.groups.tensor, self.groups.sequence_parallel)
 
     def shard_specs(self) -> dict[str, ShardSpec]:
         return {"weight": replicated("weight", self.weight.shape, self.groups, Constant(1.0), used="between")}
@@ -146,7 +149,8 @@ class FeedForward(nn.Module):
         super().__init__()
         groups, precision, self.kernels = execution.groups, execution.precision, execution.kernels
         ranks = groups.tensor.size
-        uneven = groups.layout.uneven_shards
+        uneven, blocks = groups.layout.uneven_shards, groups.tensor.blocks
+        self.is_pinned = blocks is not None and config.intermediate_size // blocks % VECTOR != 0
         gate, up = (Partition.split(n, config.intermediate_size, ranks, uneven) for n in ("gate_proj", "up_proj"))
         self.gate_up_proj = ColumnParallelLinear(
             config.hidden_size,
@@ -165,7 +169,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[tokens, hidden]``, or this rank's share of the tokens -> the same."""
-        return self.down_proj(swiglu(self.gate_up_proj(x), backend=self.kernels))
+        return self.down_proj(swiglu(self.gate_up_proj(x), pinned=self.is_pinned, backend=self.kernels))
 
 
 class Block(nn.Module):

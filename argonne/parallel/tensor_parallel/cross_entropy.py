@@ -100,7 +100,7 @@ class ShardedSoftmax:
         return found, SavedLogits(exponentials, shift)
 
     def losses(self, statistics: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of each position, from every rank's ``[ranks, 3 or 4, tokens]``, and the softmax's ``sums``.
+        """The loss of each position, from ``[ranks or blocks, 3 or 4, tokens]`` of the whole, and the softmax's ``sums``.
 
         Those are ``[2, tokens]``: the highest logit, and the log of the sum of exponentials above it. They are kept
         apart, and the loss is a difference of logits first: so it does not suffer when all logits are large.
@@ -142,6 +142,24 @@ class ShardedSoftmax:
         return scale, scale * (1 + 2 * z_loss * (sums[0] + sums[1])) if z_loss else scale
 
 
+def softmax_parts(
+    arithmetic: type[ShardedSoftmax], ids: Tensor, vocabulary: VocabularyRange, objective: Objective, axis: Axis
+) -> list[tuple[ShardedSoftmax, slice]]:
+    """A rank's part of the softmax with its columns, or the parts of its canonical blocks, if ``axis`` has such.
+
+    What is combined of blocks (maxima, sums) does not depend on which rank has them.
+    """
+    count = axis.own_blocks
+    blocks, rows = vocabulary.blocks(count), vocabulary.rows // count
+    columns = [slice(number * rows, number * rows + block.tokens) for number, block in enumerate(blocks)]
+    return [(arithmetic(ids, block, objective), own) for block, own in zip(blocks, columns, strict=True)]
+
+
+def columns_of(logits: Tensor, columns: slice) -> Tensor:
+    """Some columns of ``[tokens, vocabulary]``, as a matrix of their own where they are not all."""
+    return logits if columns == slice(0, logits.shape[1]) else logits[:, columns].contiguous()
+
+
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -153,24 +171,28 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         objective: Objective,
         arithmetic: type[ShardedSoftmax],
     ) -> Any:
-        local = arithmetic(targets, vocabulary, objective)
-        pieces = [local[chunk].statistics(logits[chunk])[0] for chunk in _chunks(logits)]
-        statistics = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
-        losses, sums = local.losses(all_gather(statistics, axis))
+        parts = softmax_parts(arithmetic, targets, vocabulary, objective, axis)
+        pieces = [
+            torch.stack([part[chunk].statistics(columns_of(logits[chunk], columns))[0] for part, columns in parts])
+            for chunk in _chunks(logits)
+        ]
+        statistics = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+        losses, sums = parts[0][0].losses(all_gather(statistics, axis).flatten(0, 1))
         ctx.save_for_backward(logits, targets, sums)
-        ctx.vocabulary, ctx.objective, ctx.arithmetic = vocabulary, objective, arithmetic
+        ctx.vocabulary, ctx.objective, ctx.axis, ctx.arithmetic = vocabulary, objective, axis, arithmetic
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         logits, targets, sums = ctx.saved_tensors
-        local = ctx.arithmetic(targets, ctx.vocabulary, ctx.objective)
+        parts = softmax_parts(ctx.arithmetic, targets, ctx.vocabulary, ctx.objective, ctx.axis)
         logits_gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
         for chunk in _chunks(logits):
-            here = local[chunk]
-            saved = here.save(logits[chunk], sums[:, chunk])
-            here.gradient(saved, sums[:, chunk], gradient[chunk], out=logits_gradient[chunk])
+            for part, columns in parts:
+                here, out = part[chunk], logits_gradient[chunk][:, columns]
+                saved = here.save(columns_of(logits[chunk], columns), sums[:, chunk])
+                here.gradient(saved, sums[:, chunk], gradient[chunk], out=out)
         return logits_gradient, None, None, None, None, None
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from argonne.parallel.communication.groups import ProcessGroups
+from argonne.parallel.communication.groups import Axis, ProcessGroups
 from argonne.parallel.communication.regions import (
     gather_from_region,
     reduce_from_region,
@@ -17,6 +17,7 @@ from argonne.parallel.communication.regions import (
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.sharding.initialisation import Initialiser, Normal
 from argonne.parallel.sharding.region import Region, ShardSpec
+from argonne.parallel.tensor_parallel.blocks import Block, Cut
 from argonne.parallel.tensor_parallel.linear import bias_initialiser_of
 from argonne.parallel.tensor_parallel.precision import Precision
 from argonne.parallel.tensor_parallel.products import column_parallel_linear
@@ -38,16 +39,32 @@ class VocabularyRange:
     rows: int
 
     @classmethod
-    def of_rank(cls, vocabulary: int, ranks: int, rank: int) -> VocabularyRange:
-        """The part of ``rank``; every rank has the same number of rows, the last ones fewer tokens."""
-        rows = -(-vocabulary // ranks)
-        rows = -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
+    def of_rank(cls, vocabulary: int, ranks: int, rank: int, blocks: int | None = None) -> VocabularyRange:
+        """The part of ``rank``; every rank has the same number of rows, the last ones fewer tokens.
+
+        With canonical ``blocks`` of the vocabulary (a multiple of ``ranks``) it is cut between them.
+        """
+        rows = -(-vocabulary // (blocks or ranks))
+        rows = -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE * ((blocks or ranks) // ranks)
         start = min(rank * rows, vocabulary)
         return cls(vocabulary, start, min(start + rows, vocabulary), rows)
+
+    def blocks(self, count: int) -> list[VocabularyRange]:
+        """Itself, in ``count`` parts with as many rows each."""
+        rows = self.rows // count
+        starts = [min(self.start + number * rows, self.stop) for number in range(count)]
+        return [VocabularyRange(self.vocabulary, start, min(start + rows, self.stop), rows) for start in starts]
 
     @property
     def tokens(self) -> int:
         return self.stop - self.start
+
+    def cut(self, axis: Axis) -> tuple[Block, ...]:
+        """The rows of each canonical block of ``axis`` that this rank has; none in fast mode."""
+        if axis.blocks is None:
+            return ()
+        rows = self.rows // axis.own_blocks
+        return tuple((range(number * rows, (number + 1) * rows),) for number in range(axis.own_blocks))
 
     def localise(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Row numbers for ``ids`` (0 where another rank has the token), and where this rank has it."""
@@ -85,7 +102,8 @@ class _VocabParallel(nn.Module):
         super().__init__()
         self.axis = groups.tensor
         self.sequence_parallel = groups.sequence_parallel
-        self.range = VocabularyRange.of_rank(vocabulary, self.axis.size, self.axis.rank)
+        self.range = VocabularyRange.of_rank(vocabulary, self.axis.size, self.axis.rank, self.axis.blocks)
+        self.cut = Cut(outputs=self.range.cut(self.axis))
         self.initialiser = initialiser or Normal(hidden**-0.5)
         self.precision = precision
         self.weight = nn.Parameter(torch.zeros(self.range.rows, hidden, dtype=precision.parameters))
@@ -186,4 +204,4 @@ def vocab_parallel_logits(x: Tensor, holder: VocabParallelEmbedding | VocabParal
 def _logits_of_rows(x: Tensor, holder: VocabParallelEmbedding | VocabParallelHead) -> Tensor:
     """Those of padding too."""
     axis, precision = holder.axis, holder.precision
-    return column_parallel_linear(x, holder.weight, holder.bias, axis, precision, holder.sequence_parallel)
+    return column_parallel_linear(x, holder.weight, holder.bias, axis, precision, holder.sequence_parallel, holder.cut)

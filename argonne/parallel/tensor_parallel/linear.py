@@ -20,8 +20,10 @@ from argonne.parallel.sharding.declare import replicated
 from argonne.parallel.sharding.initialisation import Constant, Initialiser, Normal
 from argonne.parallel.sharding.partition import Partition, check_partition
 from argonne.parallel.sharding.region import Region, ShardSpec
+from argonne.parallel.tensor_parallel.blocks import Cut, cut_parts
 from argonne.parallel.tensor_parallel.precision import Precision
 from argonne.parallel.tensor_parallel.products import column_parallel_linear, local_linear
+from argonne.parallel.tensor_parallel.token_blocks import add_bias, token_blocks
 
 
 class ColumnParallelLinear(nn.Module):
@@ -76,6 +78,7 @@ class ColumnParallelLinear(nn.Module):
         self.initialiser = initialiser or Normal(in_features**-0.5)
         self.precision = precision
         self.splits = [part.local_features(self.axis.rank) for part in self.parts]
+        self.cut = Cut(outputs=cut_parts(self.parts, self.axis))
         self.weight = nn.Parameter(torch.empty(sum(self.splits), in_features, dtype=precision.parameters))
         self.bias = nn.Parameter(torch.empty(sum(self.splits), dtype=precision.parameters)) if bias else None
 
@@ -84,7 +87,9 @@ class ColumnParallelLinear(nn.Module):
 
         Under sequence parallelism ``[tokens / ranks, ..., in_features]`` -> ``[tokens, ..., local features]``.
         """
-        y = column_parallel_linear(x, self.weight, self.bias, self.axis, self.precision, self.sequence_parallel)
+        y = column_parallel_linear(
+            x, self.weight, self.bias, self.axis, self.precision, self.sequence_parallel, self.cut
+        )
         if not self.gather_output:
             return y
         (part,) = self.parts
@@ -173,6 +178,8 @@ class RowParallelLinear(nn.Module):
         self.initialiser = initialiser or Normal(self.in_features**-0.5)
         self.bias_initialiser = bias_initialiser_of(bias, bias_initialiser)
         self.precision = precision
+        self.cut = Cut(inputs=cut_parts((self.part,), self.axis))
+        self.token_blocks = token_blocks(self.axis, self.sequence_parallel)
         local = self.part.local_features(self.axis.rank)
         self.weight = nn.Parameter(torch.empty(out_features, local, dtype=precision.parameters))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=precision.parameters)) if bias else None
@@ -184,14 +191,14 @@ class RowParallelLinear(nn.Module):
         """
         if not self.input_is_parallel:
             x = scatter_to_region(x, self.axis)
-        if self.axis.group is None:
+        if self.axis.group is None and not self.cut:
             return local_linear(x, self.weight, self.bias, self.precision)
-        partial = local_linear(x, self.weight, None, self.precision)
+        partial = local_linear(x, self.weight, None, self.precision, self.cut)
         if self.sequence_parallel and partial.ndim < 2:
             raise ArgonneError(f"x {list(x.shape)} has no tokens to share out; legal: [tokens, ..., local features]")
         leave = reduce_scatter_to_sequence_region if self.sequence_parallel else reduce_from_region
         y = leave(partial, self.axis)
-        return y if self.bias is None else y + self.bias.to(self.precision.compute)
+        return y if self.bias is None else add_bias(y, self.bias.to(self.precision.compute), self.token_blocks)
 
     def shard_specs(self) -> dict[str, ShardSpec]:
         regions = tuple(

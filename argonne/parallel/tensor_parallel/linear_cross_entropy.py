@@ -6,7 +6,7 @@ tokens at a time, and turned into their part of the gradients before the next on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,8 +17,9 @@ from argonne.parallel.communication.collectives import all_gather
 from argonne.parallel.communication.groups import Axis
 from argonne.parallel.communication.recording import site
 from argonne.parallel.communication.regions import copy_to_region, gather_from_sequence_region
+from argonne.parallel.communication.tree import tree_sum
 from argonne.parallel.errors import ArgonneError
-from argonne.parallel.tensor_parallel.cross_entropy import Objective, ShardedSoftmax
+from argonne.parallel.tensor_parallel.cross_entropy import Objective, ShardedSoftmax, softmax_parts
 from argonne.parallel.tensor_parallel.embedding import VocabParallelEmbedding, VocabParallelHead, VocabularyRange
 from argonne.parallel.tensor_parallel.gemm import product
 from argonne.parallel.tensor_parallel.products import add_product
@@ -52,16 +53,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
         used = weight[: vocabulary.tokens].to(x.dtype)
         used_bias = None if bias is None else bias[: vocabulary.tokens].to(x.dtype)
-        local = arithmetic(targets, vocabulary, objective)
+        parts = softmax_parts(arithmetic, targets, vocabulary, objective, axis)
         accurate = torch.promote_types(x.dtype, torch.float32)
         losses, sums = (x.new_empty(*shape, len(x), dtype=accurate) for shape in ((), (2,)))
         gradients = _Gradients(ctx, x, weight, accurate) if trains and reduction == "sum" else None
-        for chunk in _chunks(x, vocabulary):
-            here = local[chunk]
-            statistics, saved = here.statistics(_logits(x[chunk], used, used_bias))
-            losses[chunk], sums[:, chunk] = here.losses(all_gather(statistics, axis))
+        for chunk in _chunks(x, vocabulary, axis):
+            here = [(part[chunk], columns) for part, columns in parts]
+            found = [part.statistics(_logits(x[chunk], used, used_bias, columns)) for part, columns in here]
+            statistics = all_gather(torch.stack([own for own, _ in found]), axis).flatten(0, 1)
+            losses[chunk], sums[:, chunk] = here[0][0].losses(statistics)
             if gradients is not None:
-                gradients.add(chunk, here.gradient(saved, sums[:, chunk], None), x, used)
+                made = (part.gradient(saved, sums[:, chunk], None) for (part, _), (_, saved) in zip(here, found, strict=True))
+                gradients.add(chunk, made, [columns for _, columns in here], x, used)
         if reduction == "none":
             ctx.save_for_backward(x, used, used_bias, targets, sums)
             return losses
@@ -76,12 +79,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             made = [None if g is None else g.mul_(gradient) for g in ctx.saved_tensors]
             return *made, *(None,) * 7
         x, used, used_bias, targets, sums = ctx.saved_tensors
-        local = ctx.arithmetic(targets, ctx.vocabulary, ctx.objective)
+        parts = softmax_parts(ctx.arithmetic, targets, ctx.vocabulary, ctx.objective, ctx.axis)
         gradients = _Gradients(ctx, x, used, sums.dtype, rows=ctx.vocabulary.rows)
-        for chunk in _chunks(x, ctx.vocabulary):
-            here = local[chunk]
-            saved = here.save(_logits(x[chunk], used, used_bias), sums[:, chunk])
-            gradients.add(chunk, here.gradient(saved, sums[:, chunk], gradient[chunk]), x, used)
+        for chunk in _chunks(x, ctx.vocabulary, ctx.axis):
+            made = []
+            for part, columns in parts:
+                saved = part[chunk].save(_logits(x[chunk], used, used_bias, columns), sums[:, chunk])
+                made.append(part[chunk].gradient(saved, sums[:, chunk], gradient[chunk]))
+            gradients.add(chunk, made, [columns for _, columns in parts], x, used)
         return *gradients.result(), *(None,) * 7
 
 
@@ -91,20 +96,26 @@ class _Gradients:
     def __init__(self, ctx: Any, x: Tensor, weight: Tensor, accurate: torch.dtype, rows: int | None = None) -> None:
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         shape = (rows or weight.shape[0], weight.shape[1])
-        self.tokens = ctx.vocabulary.tokens
         self.weight_dtype, self.bias_dtype = ctx.weight_dtype, ctx.bias_dtype
         self.of_x = torch.empty_like(x) if needs_x else None
         self.of_weight = x.new_zeros(shape, dtype=accurate) if needs_weight else None
         self.of_bias = x.new_zeros(shape[:1], dtype=accurate) if needs_bias else None
 
-    def add(self, chunk: slice, logits_gradient: Tensor, x: Tensor, used: Tensor) -> None:
-        rounded = logits_gradient.to(x.dtype)
+    def add(
+        self, chunk: slice, of_logits: Iterable[Tensor], columns: Sequence[slice], x: Tensor, used: Tensor
+    ) -> None:
+        """What comes of the gradients of a chunk's logits, of all its columns or of those of each canonical block."""
+        of_x = []
+        for gradient, own in zip(of_logits, columns, strict=True):
+            rounded = gradient.to(x.dtype)
+            if self.of_x is not None:
+                of_x.append(product(rounded, used[own].t()))
+            if self.of_weight is not None:
+                add_product(self.of_weight[own], rounded, x[chunk])
+            if self.of_bias is not None:
+                self.of_bias[own] += rounded.sum(0, dtype=self.of_bias.dtype)
         if self.of_x is not None:
-            self.of_x[chunk] = product(rounded, used.t())
-        if self.of_weight is not None:
-            add_product(self.of_weight[: self.tokens], rounded, x[chunk])
-        if self.of_bias is not None:
-            self.of_bias[: self.tokens] += rounded.sum(0, dtype=self.of_bias.dtype)
+            self.of_x[chunk] = tree_sum(of_x)
 
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         of_weight = None if self.of_weight is None else self.of_weight.to(self.weight_dtype)
@@ -162,18 +173,19 @@ def vocab_parallel_linear_cross_entropy(
     )
 
 
-def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight^T + bias``; where the vocabulary asks for it, in rows that are a little apart."""
-    columns = len(weight)
-    padding = -columns % _ROW.get(x.device.type, 1)
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, columns: slice) -> Tensor:
+    """``x @ weight^T + bias`` of some columns; where the vocabulary asks for it, in rows that are a little apart."""
+    weight, bias = weight[columns], None if bias is None else bias[columns]
+    padding = -len(weight) % _ROW.get(x.device.type, 1)
     if not padding or torch.compiler.is_compiling():
         return product(x, weight, bias)
-    out = x.new_empty(len(x), columns + padding)[:, :columns]
+    out = x.new_empty(len(x), len(weight) + padding)[:, : len(weight)]
     return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 
-def _chunks(x: Tensor, vocabulary: VocabularyRange) -> Iterator[slice]:
-    """The same on every rank: each chunk has a collective."""
-    tokens = max(_FEWEST, _CHUNK.get(x.device.type, 1 << 28) // vocabulary.rows)
+def _chunks(x: Tensor, vocabulary: VocabularyRange, axis: Axis) -> Iterator[slice]:
+    """The same on every rank: each chunk has a collective. Of canonical blocks, the same at every number of ranks."""
+    rows = vocabulary.rows * (1 if axis.blocks is None else axis.size)
+    tokens = max(_FEWEST, _CHUNK.get(x.device.type, 1 << 28) // rows)
     for start in range(0, len(x), tokens):
         yield slice(start, start + tokens)

@@ -14,6 +14,7 @@ from argonne.parallel.communication.groups import Axis
 from argonne.parallel.communication.recording import site
 from argonne.parallel.communication.reduction import start_sum, start_sum_and_scatter
 from argonne.parallel.errors import ArgonneError
+from argonne.parallel.tensor_parallel.blocks import WHOLE, Cut
 from argonne.parallel.tensor_parallel.deferral import accumulate, current_queue
 from argonne.parallel.tensor_parallel.gemm import as_matrix, product, suits_onednn
 from argonne.parallel.tensor_parallel.precision import Precision
@@ -29,16 +30,23 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, shares_tokens: bool, precision: Precision
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        axis: Axis,
+        shares_tokens: bool,
+        precision: Precision,
+        cut: Cut,
     ) -> Tensor:
-        ctx.axis, ctx.shares_tokens, ctx.site = axis, shares_tokens, site()
+        ctx.axis, ctx.shares_tokens, ctx.site, ctx.cut = axis, shares_tokens, site(), cut
         used = weight.to(precision.compute)
         ctx.main = weight if precision.accumulate_in_product and weight.requires_grad else None
         ctx.parameters = (weight, bias) if current_queue() is not None else None
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(x, used)
         whole = all_gather(x, axis).flatten(0, 1) if shares_tokens else x
-        return product(whole, used, None if bias is None else bias.to(precision.compute))
+        return cut.forward(whole, used, None if bias is None else bias.to(precision.compute))
 
     @staticmethod
     @once_differentiable
@@ -48,7 +56,7 @@ class _Product(torch.autograd.Function):
         gathering = start_all_gather(x, ctx.axis, ctx.site) if ctx.shares_tokens and needs_weight else None
         x_gradient = weight_gradient = bias_gradient = summing = None
         if needs_x:
-            x_gradient = product(gradient, weight.t())
+            x_gradient = ctx.cut.input_gradient(gradient, weight)
         if gathering is not None:
             x = gathering.wait()
         if x_gradient is not None:
@@ -61,7 +69,7 @@ class _Product(torch.autograd.Function):
             weight_gradient, bias_gradient = _parameter_gradients(ctx, needs_weight, needs_bias, gradient, x)
         if summing is not None:
             x_gradient = summing.wait()
-        return x_gradient, weight_gradient, bias_gradient, None, None, None
+        return x_gradient, weight_gradient, bias_gradient, None, None, None, None
 
 
 def _parameter_gradients(
@@ -73,11 +81,11 @@ def _parameter_gradients(
     if needs_weight:
         columns = as_matrix(x)
         if ctx.main is None:
-            weight_gradient = product(rows.t(), columns.t()).to(ctx.weight_dtype)
+            weight_gradient = ctx.cut.weight_gradient(rows, columns).to(ctx.weight_dtype)
         else:
             add_product(_main_gradient(ctx.main), rows, columns)
     if needs_bias:
-        bias_gradient = rows.sum(0).to(ctx.bias_dtype)
+        bias_gradient = ctx.cut.bias_gradient(rows).to(ctx.bias_dtype)
     return weight_gradient, bias_gradient
 
 
@@ -89,12 +97,14 @@ def _accumulate_later(ctx: Any, needs_weight: bool, needs_bias: bool, gradient: 
             accumulate(parameter, found)
 
 
-def local_linear(x: Tensor, weight: Tensor, bias: Tensor | None, precision: Precision) -> Tensor:
+def local_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, precision: Precision, cut: Cut = WHOLE
+) -> Tensor:
     """``x @ weight^T + bias`` in the compute dtype, without communication: as cheap as ``F.linear``."""
     _require_fit(x, weight)
     onednn = torch.is_grad_enabled() and suits_onednn(x) and precision.compute == torch.float32
-    if precision.accumulate_in_product or onednn or current_queue() is not None:
-        return _Product.apply(x, weight, bias, Axis("none"), False, precision)
+    if cut or precision.accumulate_in_product or onednn or current_queue() is not None:
+        return _Product.apply(x, weight, bias, Axis("none"), False, precision, cut)
     compute = precision.compute
     return F.linear(x, weight.to(compute), None if bias is None else bias.to(compute))
 
@@ -106,6 +116,7 @@ def column_parallel_linear(
     axis: Axis,
     precision: Precision,
     sequence_parallel: bool = False,
+    cut: Cut = WHOLE,
 ) -> Tensor:
     """``x @ weight^T + bias`` for this rank's rows of the weight.
 
@@ -117,6 +128,7 @@ def column_parallel_linear(
         axis: the ranks that have the other rows.
         precision: the dtypes; weight and bias are in that of the parameters.
         sequence_parallel: dimension 0 of ``x`` is shared out over ``axis``.
+        cut: this rank's canonical blocks of the rows, of an axis that has such (``Axis.blocks``).
 
     Returns:
         ``[..., local_out]`` of all tokens. The gradient of ``x`` is the sum over the ranks.
@@ -125,9 +137,9 @@ def column_parallel_linear(
         ArgonneError: the shapes do not fit each other.
     """
     if axis.group is None:
-        return local_linear(x, weight, bias, precision)
+        return local_linear(x, weight, bias, precision, cut)
     _require_fit(x, weight, sequence_parallel)
-    return _Product.apply(x, weight, bias, axis, sequence_parallel, precision)
+    return _Product.apply(x, weight, bias, axis, sequence_parallel, precision, cut)
 
 
 def _require_fit(x: Tensor, weight: Tensor, shares_tokens: bool = False) -> None:

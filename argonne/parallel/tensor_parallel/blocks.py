@@ -1,0 +1,165 @@
+"""Matrix products cut into canonical blocks, so that no bit of them depends on how many ranks share them out.
+
+Features that are shared out are a fixed number of blocks along the whole axis (``Axis.blocks``), of which a rank has
+some in a row. What is added up over them is added block by block, as one aligned tree; what is only laid side by side
+is computed block by block, or at once where that is seen to give the same bits (arXiv 2511.17826 does so for inference).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from argonne.parallel.communication.groups import Axis
+from argonne.parallel.communication.tree import tree_sum
+from argonne.parallel.errors import LayoutError
+from argonne.parallel.sharding.partition import Partition
+from argonne.parallel.tensor_parallel.gemm import product, suits_onednn
+
+Block = tuple[range, ...]
+"""The local features of one canonical block: a run of each tensor that is fused."""
+
+
+def cut_parts(parts: Sequence[Partition], axis: Axis) -> tuple[Block, ...]:
+    """This rank's canonical blocks of fused parts, in the features that it has of them; none in fast mode.
+
+    Raises:
+        LayoutError: the blocks of a part are not the axis's, or a rank does not hold its own in their order.
+    """
+    if axis.blocks is None:
+        return ()
+    for part in parts:
+        order = [block for held in part.held for block in held]
+        if part.features % axis.blocks or not part.is_even or order != list(range(part.features // part.block)):
+            raise LayoutError(
+                f"{part.name or 'features'} of {part.features} over {axis.size} ranks is not shared out in {axis.blocks} "
+                "equal blocks, as a reproducible run asks; legal: a multiple of them, in the order of the ranks"
+            )
+    sizes = [part.features // axis.blocks for part in parts]
+    count = axis.own_blocks
+    return tuple(
+        tuple(
+            range(count * sum(sizes[:i]) + block * size, count * sum(sizes[:i]) + (block + 1) * size)
+            for i, size in enumerate(sizes)
+        )
+        for block in range(count)
+    )
+
+
+def take(x: Tensor, dim: int, block: Block) -> Tensor:
+    """The features of a block along ``dim``, contiguous: what a product's bits might depend on is always the same."""
+    runs = [x.narrow(dim, run.start, len(run)) for run in block if len(run)]
+    return runs[0].contiguous() if len(runs) == 1 else torch.cat(runs, dim)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the features of a weight ``[out, in]`` are cut into canonical blocks: one side of it, or none (fast mode)."""
+
+    inputs: tuple[Block, ...] = ()
+    outputs: tuple[Block, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.inputs or self.outputs)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``x @ weight^T + bias``."""
+        if not self:
+            return product(x, weight, bias)
+        y = _summed(x, weight, self.inputs) if self.inputs else _columns(x, weight, self.outputs)
+        return y if bias is None else y.add_(bias)
+
+    def input_gradient(self, gradient: Tensor, weight: Tensor) -> Tensor:
+        """``gradient @ weight``."""
+        if self.outputs:
+            return _summed_over_rows(gradient, weight, self.outputs)
+        return _columns(gradient, weight.t(), self.inputs) if self.inputs else product(gradient, weight.t())
+
+    def weight_gradient(self, gradient: Tensor, x: Tensor) -> Tensor:
+        """``gradient^T @ x`` of matrices."""
+        if self.outputs:
+            return _rows(gradient, x, self.outputs)
+        a, b = gradient.t(), x.t()
+        return _columns(a, b, self.inputs) if self.inputs else product(a, b)
+
+    def bias_gradient(self, gradient: Tensor) -> Tensor:
+        """The sum of the rows of a matrix."""
+        if not self.outputs:
+            return gradient.sum(0)
+        out = gradient.new_empty(gradient.shape[1])
+        for run in (run for block in self.outputs for run in block):
+            # On its own: in which order a column is added up depends on where in the matrix it is.
+            out[run.start : run.stop] = gradient[:, run.start : run.stop].contiguous().sum(0)
+        return out
+
+
+WHOLE = Cut()
+"""Not cut: fast mode."""
+
+
+def _summed(a: Tensor, b: Tensor, blocks: Sequence[Block]) -> Tensor:
+    """``a @ b^T`` of ``[..., k]`` and ``[n, k]``: each block of ``k`` on its own, their products added as a tree."""
+    return tree_sum([product(take(a, -1, block), take(b, 1, block)) for block in blocks])
+
+
+def _summed_over_rows(a: Tensor, b: Tensor, blocks: Sequence[Block]) -> Tensor:
+    """``a @ b`` of ``[..., k]`` and ``[k, n]``, likewise."""
+    return tree_sum([product(take(a, -1, block), take(b, 0, block).t()) for block in blocks])
+
+
+def _columns(a: Tensor, b: Tensor, blocks: tuple[Block, ...]) -> Tensor:
+    """``a @ b^T`` of ``[..., k]`` and ``[n, k]``, whose columns are as if each block of ``n`` were on its own."""
+    alike = _columns_are_alike(_kind(a), _kind(b), blocks, suits_onednn(a))
+    return product(a, b) if alike else _by_columns(a, b, blocks)
+
+
+def _rows(a: Tensor, b: Tensor, blocks: tuple[Block, ...]) -> Tensor:
+    """``a^T @ b`` of ``[k, m]`` and ``[k, n]``, whose rows are as if each block of ``m`` were on its own."""
+    alike = _rows_are_alike(_kind(a), _kind(b), blocks, suits_onednn(a))
+    return product(a.t(), b.t()) if alike else _by_rows(a, b, blocks)
+
+
+def _by_columns(a: Tensor, b: Tensor, blocks: Sequence[Block]) -> Tensor:
+    out = a.new_empty(*a.shape[:-1], b.shape[0])
+    for run in (run for block in blocks for run in block if len(run)):
+        out[..., run.start : run.stop] = product(a, b[run.start : run.stop].contiguous())
+    return out
+
+
+def _by_rows(a: Tensor, b: Tensor, blocks: Sequence[Block]) -> Tensor:
+    out = a.new_empty(a.shape[1], b.shape[1])
+    for run in (run for block in blocks for run in block if len(run)):
+        out[run.start : run.stop] = product(a[:, run.start : run.stop].contiguous().t(), b.t())
+    return out
+
+
+_Kind = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]
+
+
+def _kind(x: Tensor) -> _Kind:
+    return tuple(x.shape), x.stride(), x.dtype, x.device
+
+
+@functools.cache
+def _columns_are_alike(a: _Kind, b: _Kind, blocks: tuple[Block, ...], onednn: bool) -> bool:
+    """Whether the library's product at once has the bits of the blocks' products: tried once for each shape."""
+    x, y = _drawn(a, 1), _drawn(b, 2)
+    return torch.equal(product(x, y), _by_columns(x, y, blocks))
+
+
+@functools.cache
+def _rows_are_alike(a: _Kind, b: _Kind, blocks: tuple[Block, ...], onednn: bool) -> bool:
+    x, y = _drawn(a, 1), _drawn(b, 2)
+    return torch.equal(product(x.t(), y.t()), _by_rows(x, y, blocks))
+
+
+@torch.no_grad()
+def _drawn(kind: _Kind, seed: int) -> Tensor:
+    """Random values in a tensor of that kind, from a stream of their own."""
+    shape, stride, dtype, device = kind
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device).copy_(values)
