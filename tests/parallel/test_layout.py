@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -16,6 +18,7 @@ from argonne.parallel import (
     choose_device,
     process_groups,
 )
+from argonne.parallel.communication.groups import JOINT_AXES
 from argonne.parallel.communication.layout import divisors, require_divisible
 from tests.pool import RankPool
 
@@ -122,6 +125,35 @@ def join_with_another_layout(groups: ProcessGroups) -> str:
 def test_process_groups_refuse_a_layout_of_another_size(ranks: RankPool) -> None:
     for message in ranks.run(Layout(tensor=2), join_with_another_layout):
         assert message.startswith("world size 2 does not match the layout tensor=3")
+
+
+@given(st.integers(1, 96), st.integers(1, 12))
+def test_canonical_blocks_are_refused_unless_each_rank_has_a_subtree_or_all(blocks: int, tensor: int) -> None:
+    legal = [size for size in range(1, blocks + 1) if size == 1 or blocks in [size * 2**k for k in range(7)]]
+    groups = ProcessGroups.of_rank(Layout(tensor=tensor, data=2), tensor - 1)
+    assert not groups.reproducible
+    if tensor in legal:
+        found = groups.in_blocks(blocks)
+        assert found.reproducible
+        assert (found.tensor.blocks, found.tensor.own_blocks * tensor) == (blocks, blocks)
+        for name in ("world", *AXES, *JOINT_AXES):
+            before, after = getattr(groups, name), getattr(found, name)
+            assert replace(before, summation="tree", blocks=after.blocks) == after
+            assert name == "tensor" or (after.blocks, after.own_blocks) == (None, 1)
+        assert (found.layout, found.device, found.mesh) == (groups.layout, groups.device, groups.mesh)
+        return
+    with pytest.raises(LayoutError) as refusal:
+        groups.in_blocks(blocks)
+    assert str(refusal.value) == (
+        f"tensor_parallel={tensor} does not share out {blocks} canonical blocks in subtrees of one size; "
+        f"legal sizes: {', '.join(map(str, legal))}"
+    )
+
+
+@pytest.mark.parametrize("blocks", [0, -4])
+def test_a_number_of_canonical_blocks_below_one_is_refused(blocks: int) -> None:
+    with pytest.raises(LayoutError, match=rf"^canonical blocks={blocks} are no number of blocks; legal: 1 or more$"):
+        ProcessGroups.single().in_blocks(blocks)
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,15 +33,19 @@ class Pending:
     work: Any = None
     entry: recording.Collective | None = None
     in_graph: bool = False
+    finish: Callable[[Tensor], Tensor] | None = None
+    """What makes the result of what was received, where that is not it yet."""
 
     def wait(self) -> Tensor:
         """The result, once it may be read."""
         if self.in_graph:
-            return torch.ops._c10d_functional.wait_tensor(self.result)
-        if self.work is not None:
-            self.work.wait()
-        recording.complete(self.entry)
-        return self.result
+            received = torch.ops._c10d_functional.wait_tensor(self.result)
+        else:
+            if self.work is not None:
+                self.work.wait()
+            recording.complete(self.entry)
+            received = self.result
+        return received if self.finish is None else self.finish(received)
 
 
 def start_all_reduce(tensor: Tensor, axis: Axis, site: str | None = None, *, wait: bool = False) -> Pending:
@@ -81,11 +85,7 @@ def start_reduce_scatter(tensor: Tensor, axis: Axis, site: str | None = None, *,
     """
     if axis.group is None:
         return Pending(tensor)
-    if tensor.shape[0] % axis.size:
-        raise ArgonneError(
-            f"dimension 0 of {list(tensor.shape)} cannot be shared out over {axis.name} in equal parts; "
-            f"legal: a multiple of {axis.size}"
-        )
+    require_equal_parts(tensor, axis)
     tensor = tensor.contiguous()
     if torch.compiler.is_compiling():
         name = axis.group.group_name
@@ -95,6 +95,15 @@ def start_reduce_scatter(tensor: Tensor, axis: Axis, site: str | None = None, *,
     entry = recording.announce("reduce_scatter", axis, tensor, site, is_async=not wait)
     work = _reduce_scatter_tensor(result, tensor, group=axis.group, async_op=not wait)
     return Pending(result, work, entry)
+
+
+def require_equal_parts(tensor: Tensor, axis: Axis) -> None:
+    """Raise ``ArgonneError`` unless dimension 0 of ``tensor`` can be cut into a part for each rank of ``axis``."""
+    if tensor.shape[0] % axis.size:
+        raise ArgonneError(
+            f"dimension 0 of {list(tensor.shape)} cannot be shared out over {axis.name} in equal parts; "
+            f"legal: a multiple of {axis.size}"
+        )
 
 
 def all_reduce(tensor: Tensor, axis: Axis, site: str | None = None) -> Tensor:

@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from argonne.parallel.communication.layout import AXES, Layout
+from argonne.parallel.communication.layout import AXES, Layout, require_blocks
 
-Summation = Literal["fast"]
-"""How numbers of several ranks are added. ``fast``: in whatever order the library of collectives takes."""
+Summation = Literal["fast", "tree"]
+"""How numbers of several ranks are added. ``fast``: in whatever order the library of collectives takes. ``tree``: in
+one aligned binary tree over the ranks in their order, the same for every element (``tree.py``)."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,13 @@ class Axis:
     """The global rank of each member."""
     summation: Summation = "fast"
     """In what order ``reduction.py`` adds what the members have."""
+    blocks: int | None = None
+    """Canonical blocks of the whole axis, where its sums are trees; None: as many as ranks."""
+
+    @property
+    def own_blocks(self) -> int:
+        """Canonical blocks of this rank: neighbours, which are a subtree of the axis's sums."""
+        return 1 if self.blocks is None else self.blocks // self.size
 
 
 JOINT_AXES = {
@@ -117,6 +125,23 @@ class ProcessGroups:
     def without_sequence_parallel(self) -> ProcessGroups:
         """The same processes, for layers whose ranks all have all tokens: heads and patches outside the blocks."""
         return replace(self, layout=replace(self.layout, sequence_parallel=False))
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether every sum is made in an order that does not depend on the layout."""
+        return self.tensor.summation == "tree"
+
+    def in_blocks(self, blocks: int) -> ProcessGroups:
+        """The same processes, whose sums are trees and whose tensor axis has ``blocks`` canonical blocks.
+
+        Raises:
+            LayoutError: the tensor-parallel ranks cannot each have a subtree of so many blocks.
+        """
+        require_blocks(blocks, self.layout.tensor)
+        names = ("world", *AXES, *JOINT_AXES)
+        axes: dict[str, Any] = {name: replace(getattr(self, name), summation="tree") for name in names}
+        axes["tensor"] = replace(axes["tensor"], blocks=blocks)
+        return replace(self, **axes)
 
     @property
     def coordinates(self) -> dict[str, int]:

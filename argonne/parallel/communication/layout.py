@@ -82,5 +82,20 @@ def require_divisible(field: str, value: int, by: str, size: int) -> None:
         raise LayoutError(f"{field}={value} is not divisible by {by}={size}; legal sizes: {_listed(divisors(value))}")
 
 
+def require_blocks(blocks: int, tensor: int) -> None:
+    """Raise ``LayoutError`` unless ``tensor`` ranks can each have a subtree of the tree over ``blocks`` blocks.
+
+    That takes a power of two of them on each rank, or one rank that has them all.
+    """
+    if blocks < 1:
+        raise LayoutError(f"canonical blocks={blocks} are no number of blocks; legal: 1 or more")
+    legal = [size for size in divisors(blocks) if size == 1 or (blocks // size).bit_count() == 1]
+    if tensor not in legal:
+        raise LayoutError(
+            f"tensor_parallel={tensor} does not share out {blocks} canonical blocks in subtrees of one size; "
+            f"legal sizes: {_listed(legal)}"
+        )
+
+
 def _listed(values: Iterable[int]) -> str:
     return ", ".join(str(value) for value in values)

@@ -11,7 +11,7 @@ from typing import get_args
 
 from torch import Tensor
 
-from argonne.parallel.communication import collectives
+from argonne.parallel.communication import collectives, tree
 from argonne.parallel.communication.collectives import Pending
 from argonne.parallel.communication.groups import Axis, Summation
 from argonne.parallel.errors import ArgonneError
@@ -32,6 +32,8 @@ def start_sum(tensor: Tensor, axis: Axis, site: str | None = None, *, wait: bool
     """
     if axis.summation == "fast":
         return collectives.start_all_reduce(tensor, axis, site, wait=wait)
+    if axis.summation == "tree":
+        return tree.start_tree_sum(tensor, axis, site, wait=wait)
     raise _unknown(axis)
 
 
@@ -48,6 +50,8 @@ def start_sum_and_scatter(tensor: Tensor, axis: Axis, site: str | None = None, *
     """Begin ``sum_and_scatter``; as for ``start_sum``."""
     if axis.summation == "fast":
         return collectives.start_reduce_scatter(tensor, axis, site, wait=wait)
+    if axis.summation == "tree":
+        return tree.start_tree_sum_and_scatter(tensor, axis, site, wait=wait)
     raise _unknown(axis)
 
 
