@@ -80,6 +80,8 @@ class ArgonneModel(BaseModel):
         self.lm_head = None
         if any(span.is_last for span in held.values()) and not config.tie_word_embeddings:
             self.lm_head = VocabParallelHead(*_vocabulary(config, execution), **_weights(config, execution))
+        if self.model.embed_tokens is not None and config.tie_word_embeddings and groups.reproducible:
+            self.model.embed_tokens.separate_lookup()
         self.rotary = RotaryTables(config, execution)
         # Not registered: the modules in them are those above.
         self._stages = {number: self._stage(span) for number, span in held.items()}
@@ -186,7 +188,7 @@ class ArgonneModel(BaseModel):
         shared = {"sequence": sequence} | ({} if documents is None else {"documents": documents})
         ids = local.ids.flatten(0, 1).contiguous()
         total = pipeline.forward_backward(ids, torch.arange(micro_batches), loss_of, **shared)
-        return self._from_last(total, ())
+        return self._from_last(total, (), torch.float64 if self.groups.reproducible else None)
 
     def pipeline(self, micro_batches: int, batch: int, sequence: int) -> Pipeline:
         """The pipeline for steps of this shape, built when it is first needed."""

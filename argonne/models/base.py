@@ -25,6 +25,7 @@ from argonne.parallel import (
     sharded_parameters,
 )
 from argonne.parallel.communication.collectives import all_gather
+from argonne.parallel.communication.reduction import sum_of_losses
 
 
 class BaseModel(nn.Module):
@@ -112,7 +113,7 @@ class BaseModel(nn.Module):
             value = self._loss(micro_batch, loss) / batch.divisor
             value.backward()
             losses.append(value.detach())
-        return torch.stack(losses).sum()
+        return sum_of_losses(losses, self.groups.replicas)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, loss: LossFunction) -> Tensor:

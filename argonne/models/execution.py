@@ -28,6 +28,14 @@ class Execution:
     recompute: bool = False
     """Keep only the input of each block for backward, and compute the rest again: less memory, more time."""
 
+    reproducible: int | None = None
+    """Canonical blocks along the tensor axis, for the same bits at every layout (docs/reproducibility.md): the groups'
+    sums are trees then, and ``groups`` says so (``ProcessGroups.in_blocks``). None: as ``groups`` has it."""
+
+    def __post_init__(self) -> None:
+        if self.reproducible is not None:
+            object.__setattr__(self, "groups", self.groups.in_blocks(self.reproducible))
+
     def run(self, block: Callable[..., Tensor], x: Tensor, *inputs: object) -> Tensor:
         """``block(x, *inputs)``, recomputed in backward if this execution recomputes."""
         if self.recompute and torch.is_grad_enabled():

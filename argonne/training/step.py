@@ -79,7 +79,10 @@ def _forward_backward(learner: Learner, batch: Batch, loss: LossFunction) -> flo
     model, scale = learner.model, learner.loss_scale.scale
     learner.replicas.begin(len(batch.ids), deferred=model.defers_weight_gradients)
     own = model.forward_backward(replace(batch, divisor=batch.divisor / scale), loss)
-    total = sum_over(own, model.groups.replicas).item() / scale
+    found = sum_over(own, model.groups.replicas)
+    if model.groups.reproducible and own.dtype != learner.parameters[0].parameter.dtype:
+        found = found.float()  # it was added up in float64 (sum_of_losses)
+    total = found.item() / scale
     _require_finite(learner, "loss", total)
     return total
 

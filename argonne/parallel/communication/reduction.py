@@ -7,8 +7,10 @@ in rank order (``tensor_parallel/cross_entropy.py``). Nobody else adds what come
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import get_args
 
+import torch
 from torch import Tensor
 
 from argonne.parallel.communication import collectives, tree
@@ -53,6 +55,15 @@ def start_sum_and_scatter(tensor: Tensor, axis: Axis, site: str | None = None, *
     if axis.summation == "tree":
         return tree.start_tree_sum_and_scatter(tensor, axis, site, wait=wait)
     raise _unknown(axis)
+
+
+def sum_of_losses(losses: Sequence[Tensor], axis: Axis) -> Tensor:
+    """What the losses of a rank's micro-batches add up to, in their order; in a reproducible run in float64.
+
+    There, additions of so few numbers of 24 bits do not round: what the replicas' sums add up to has no order.
+    """
+    stacked = torch.stack(list(losses))
+    return stacked.sum() if axis.summation == "fast" else stacked.double().sum()
 
 
 def sum_of_two(tensor: Tensor, axis: Axis, first: int, second: int) -> Tensor:

@@ -49,6 +49,10 @@ class TreeSum:
             level += 1
         self._sums.append((level, leaf))
 
+    def clear(self) -> None:
+        """Forget what was added."""
+        self._sums.clear()
+
     def total(self) -> Tensor:
         """The sum of all leaves; the next leaf begins another.
 

@@ -23,8 +23,11 @@ class Replicate(DataParallel):
 
     def __init__(self, parameters: Sequence[ShardedParameter], groups: ProcessGroups, bucket_bytes: int) -> None:
         super().__init__(parameters, groups)
+        if groups.reproducible:
+            self.sum_as_leaves(parameters)
         trained = [s.parameter for s in parameters if s.parameter.requires_grad]
-        self._buckets = plan_buckets(trained, bucket_bytes)
+        aliases = [alias for s in parameters for alias in s.aliases]
+        self._buckets = plan_buckets(trained, bucket_bytes) + plan_buckets(aliases, bucket_bytes)
         self._buffers: list[Tensor] = []
         self._sent: list[int] = []  # the version of each buffer when it was sent
         self._views: list[list[Tensor]] = []
@@ -43,7 +46,9 @@ class Replicate(DataParallel):
         for bucket, buffer, views in zip(self._buckets, self._buffers, self._views, strict=True):
             buffer.zero_()
             for parameter, view in zip(bucket, views, strict=True):
-                parameter.grad = view
+                parameter.grad = view if self.leaves is None else None
+        if self.leaves is not None:
+            self.leaves.begin(micro_batches)
 
     def complete(self) -> None:
         self._reduction.finish()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from argonne.parallel.communication.groups import Axis, ProcessGroups
+from argonne.parallel.data_parallel.leaves import LeafSums, add_aliases
 from argonne.parallel.sharding.gradients import sum_partial_gradients
 from argonne.parallel.sharding.spec import ShardedParameter
 
@@ -26,6 +27,14 @@ class DataParallel:
         self.parameters = list(parameters)
         """What the optimizer updates, norm and clipping see and a checkpoint saves."""
         self.groups = groups
+        self.leaves: LeafSums | None = None
+        """What adds up the micro-batches of a reproducible run; see ``sum_as_leaves``."""
+        if groups.reproducible and groups.replicas.size == 1:
+            self.sum_as_leaves(self.parameters)
+
+    def sum_as_leaves(self, declared: Sequence[ShardedParameter]) -> None:
+        """From here on the gradients that backward makes, of ``declared``, are leaves of one tree."""
+        self.leaves = LeafSums(declared)
 
     def begin(self, micro_batches: int, deferred: bool = False) -> None:
         """Call before the backward passes of an optimizer step. Gradients that are there are dropped.
@@ -35,10 +44,16 @@ class DataParallel:
         so that nothing is sent before ``complete``.
         """
         for sharded in self.parameters:
-            sharded.parameter.grad = None
+            for parameter in (sharded.parameter, *sharded.aliases):
+                parameter.grad = None
+        if self.leaves is not None:
+            self.leaves.begin(micro_batches)
 
     def complete(self) -> None:
         """Call after the backward passes: every gradient in ``parameters`` is then that of the global batch."""
+        if self.leaves is not None:
+            self.leaves.finish()
+            add_aliases(self.parameters)
         sum_partial_gradients(self.parameters, self.groups)
 
     def publish(self) -> None:

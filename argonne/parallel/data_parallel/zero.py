@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -57,9 +57,18 @@ class ShardedOptimizer(DataParallel):
 
     def __init__(self, parameters: Sequence[ShardedParameter], groups: ProcessGroups, bucket_bytes: int) -> None:
         super().__init__([_own_rows(sharded, groups) for sharded in parameters], groups)
+        if groups.reproducible:
+            self.sum_as_leaves(parameters)
         trained = [s.parameter for s in parameters if s.parameter.requires_grad]
-        own = {id(s.parameter): o.parameter for s, o in zip(parameters, self.parameters, strict=True)}
+        aliases = [alias for s in parameters for alias in s.aliases]
+        own = {
+            id(whole): rows
+            for s, o in zip(parameters, self.parameters, strict=True)
+            for whole, rows in zip((s.parameter, *s.aliases), (o.parameter, *o.aliases), strict=True)
+        }
         buckets = plan_buckets(trained, bucket_bytes)
+        self._published = len(buckets)  # those of aliases lie where these do
+        buckets += plan_buckets(aliases, bucket_bytes)
         self._buckets = [list(_slots(bucket, own, groups)) for bucket in buckets]
         self._widths = [sum(slot.width for slot in bucket) for bucket in self._buckets]
         self._reduction = OverlappedReduction(buckets, self._start)
@@ -82,7 +91,8 @@ class ShardedOptimizer(DataParallel):
     @torch.no_grad()
     def publish(self) -> None:
         gathering: tuple[list[_BucketSlot], Pending] | None = None
-        for bucket, width in zip(reversed(self._buckets), reversed(self._widths), strict=True):
+        slots, widths = self._buckets[: self._published], self._widths[: self._published]
+        for bucket, width in zip(reversed(slots), reversed(widths), strict=True):
             values = bucket[0].own.new_zeros(1, width)
             for slot in bucket:
                 values[0, slot.own_columns] = slot.own.view(-1)
@@ -117,10 +127,16 @@ def _own_rows(sharded: ShardedParameter, groups: ProcessGroups) -> ShardedParame
             "legal: contiguous parameters of one dimension or more"
         )
     rows = rows_of_rank(len(whole), groups.replicas)
+    own, *aliases = (_rows(parameter, rows) for parameter in (whole, *sharded.aliases))
+    narrowed = narrow_rows(sharded, rows, own, (groups.replicas.rank,))
+    return replace(narrowed, aliases=tuple(aliases))
+
+
+def _rows(whole: nn.Parameter, rows: range) -> nn.Parameter:
     own = nn.Parameter(whole.data[rows.start : rows.stop])
     if gradient_dtype(whole) != whole.dtype:
         own.grad_dtype = gradient_dtype(whole)
-    return narrow_rows(sharded, rows, own, (groups.replicas.rank,))
+    return own
 
 
 def _slots(

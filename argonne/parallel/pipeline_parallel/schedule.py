@@ -22,6 +22,7 @@ from torch.distributed.pipelining import (
 )
 
 from argonne.parallel.communication.groups import Axis
+from argonne.parallel.communication.reduction import sum_of_losses
 from argonne.parallel.pipeline_parallel.plan import PipelinePlan, Work, bubble_fraction
 from argonne.parallel.pipeline_parallel.stages import Activation
 from argonne.parallel.tensor_parallel.deferral import Queue, deferring
@@ -145,7 +146,7 @@ class Pipeline:
             self._schedule.step(*arguments, return_outputs=False, **options, **shared)
         finally:
             self._loss = None
-        return torch.stack([loss.detach() for loss in losses]).sum() if self.has_last else None
+        return sum_of_losses([loss.detach() for loss in losses], self.axis) if self.has_last else None
 
     def _loss_of(self, output: Tensor, targets: Tensor) -> Tensor:
         assert self._loss is not None

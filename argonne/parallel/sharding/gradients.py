@@ -13,6 +13,7 @@ from argonne.parallel.communication.recording import is_checking
 from argonne.parallel.communication.reduction import sum_of_two, sum_over
 from argonne.parallel.errors import LayoutError
 from argonne.parallel.sharding.check import check_gradients
+from argonne.parallel.sharding.exact import exact_square_sum
 from argonne.parallel.sharding.spec import ShardedParameter
 
 
@@ -109,14 +110,18 @@ def global_gradient_norm(parameters: Sequence[ShardedParameter], groups: Process
 
     Each element counts once, on the rank that owns its region. Call after ``complete_gradients``.
     """
+    owned = (
+        gradient[region.local_index]
+        for sharded in parameters
+        if (gradient := sharded.parameter.grad) is not None
+        for region in sharded.spec.regions
+        if region.is_owner(groups)
+    )
+    if groups.reproducible:
+        return exact_square_sum(owned, groups.world, groups.device).sqrt()
     total = torch.zeros((), dtype=torch.float64, device=groups.device)
-    for sharded in parameters:
-        gradient = sharded.parameter.grad
-        if gradient is None:
-            continue
-        for region in sharded.spec.regions:
-            if region.is_owner(groups):
-                total += torch.linalg.vector_norm(gradient[region.local_index], dtype=torch.float64) ** 2
+    for part in owned:
+        total += torch.linalg.vector_norm(part, dtype=torch.float64) ** 2
     return sum_over(total, groups.world).sqrt()
 
 

@@ -31,6 +31,13 @@ class Sharded(Protocol):
     def shard_specs(self) -> dict[str, ShardSpec]: ...
 
 
+@runtime_checkable
+class Aliased(Protocol):
+    """A module some of whose own parameters have ``ShardedParameter.aliases``, by name."""
+
+    def gradient_aliases(self) -> dict[str, tuple[nn.Parameter, ...]]: ...
+
+
 @dataclass(frozen=True)
 class ShardedParameter:
     """A parameter of a model together with its declaration; the region names are absolute."""
@@ -40,6 +47,13 @@ class ShardedParameter:
     spec: ShardSpec
     is_declared: bool = True
     """Whether a module says so; otherwise it is taken to be ``replicated``."""
+    aliases: tuple[nn.Parameter, ...] = ()
+    """Parameters of the same memory, by which other uses of the weight have sums of their own for their gradients."""
+
+    @property
+    def trained(self) -> tuple[nn.Parameter, ...]:
+        """The parameter and its aliases, if it is trained."""
+        return (self.parameter, *self.aliases) if self.parameter.requires_grad else ()
 
 
 def sharded_parameters(model: nn.Module, groups: ProcessGroups) -> list[ShardedParameter]:
@@ -77,7 +91,8 @@ def sharded_parameters(model: nn.Module, groups: ProcessGroups) -> list[ShardedP
             if spec_or_none is None and groups.sequence_parallel and parameter.requires_grad and not _is_norm(module):
                 unknown_use.append(f"{qualified} of {type(module).__name__}")
             spec = spec_or_none or replicated(qualified, parameter.shape, groups, used="between")
-            found.append(ShardedParameter(qualified, parameter, spec, spec_or_none is not None))
+            aliases = module.gradient_aliases().get(name, ()) if isinstance(module, Aliased) else ()
+            found.append(ShardedParameter(qualified, parameter, spec, spec_or_none is not None, aliases))
     if unknown_use:
         rest = f" and {len(unknown_use) - 4} more" if len(unknown_use) > 4 else ""
         raise LayoutError(

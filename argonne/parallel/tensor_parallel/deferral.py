@@ -35,8 +35,10 @@ def current_queue() -> Queue | None:
 
 @torch.no_grad()
 def accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Add to ``parameter.grad`` as a backward pass would."""
+    """Add to ``parameter.grad`` as a backward pass would, and call the hooks that it would."""
     if parameter.grad is None:
         parameter.grad = gradient
     else:
         parameter.grad.add_(gradient)
+    for hook in list((parameter._post_accumulate_grad_hooks or {}).values()):
+        hook(parameter)

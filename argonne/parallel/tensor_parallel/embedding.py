@@ -128,6 +128,19 @@ class VocabParallelEmbedding(_VocabParallel):
         precision: the dtypes.
     """
 
+    _lookup: tuple[nn.Parameter, ...] = ()  # in a tuple: it is no parameter of its own
+
+    def separate_lookup(self) -> None:
+        """Give the lookup an alias of the weight, so that its gradient and a tied head's are summed on their own.
+
+        Stages of a pipeline that hold a tied weight sum the two so; see ``ShardedParameter.aliases``. Call it once the
+        weight has its place in memory.
+        """
+        self._lookup = (nn.Parameter(self.weight.data),)
+
+    def gradient_aliases(self) -> dict[str, tuple[nn.Parameter, ...]]:
+        return {"weight": self._lookup}
+
     def forward(self, ids: Tensor) -> Tensor:
         """Integer ids ``[...]`` -> ``[..., hidden]`` in the compute dtype, the same on every rank.
 
@@ -136,7 +149,8 @@ class VocabParallelEmbedding(_VocabParallel):
         if self.sequence_parallel and ids.ndim < 1:
             raise ArgonneError("a single id cannot be shared out under sequence parallelism; legal: [tokens, ...]")
         rows, mine = self.range.localise(ids)
-        vectors = F.embedding(rows, self.weight).to(self.precision.compute)
+        (weight,) = self._lookup or (self.weight,)
+        vectors = F.embedding(rows, weight).to(self.precision.compute)
         leave = reduce_scatter_to_sequence_region if self.sequence_parallel else reduce_from_region
         return leave(vectors.masked_fill(~mine.unsqueeze(-1), 0), self.axis)
 
