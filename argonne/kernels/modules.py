@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -20,18 +22,20 @@ class RMSNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.eps, self.backend = eps, backend
-        self.token_blocks: int | None = None
-        """As of ``rms_norm``."""
         self.weight = nn.Parameter(torch.ones(hidden, dtype=dtype))
+
+    @property
+    def weights(self) -> Sequence[Tensor]:
+        """The weight; a subclass may have one for each of several runs of rows, as of ``rms_norm``."""
+        return (self.weight,)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., hidden]`` -> the same."""
-        return rms_norm(x, self.weight, self.eps, token_blocks=self.token_blocks, backend=self.backend)
+        return rms_norm(x, self.weights, self.eps, backend=self.backend)
 
     def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of ``x + residual``, and that sum."""
-        blocks = self.token_blocks
-        return rms_norm(x, self.weight, self.eps, residual=residual, token_blocks=blocks, backend=self.backend)
+        return rms_norm(x, self.weights, self.eps, residual=residual, backend=self.backend)
 
 
 class RotaryEmbedding(nn.Module):

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import overload
 
 import torch
 from torch import Tensor
 
 from argonne.kernels.dispatch import Backend, refuse, uses_triton
-from argonne.parallel.tensor_parallel.token_blocks import in_token_blocks
+from argonne.parallel.tensor_parallel.token_blocks import in_token_blocks, scale_tokens
 
 
 @overload
 def rms_norm(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Sequence[Tensor],
     eps: float,
     *,
     residual: None = None,
-    token_blocks: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor: ...
 
@@ -26,22 +26,20 @@ def rms_norm(
 @overload
 def rms_norm(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Sequence[Tensor],
     eps: float,
     *,
     residual: Tensor,
-    token_blocks: int | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]: ...
 
 
 def rms_norm(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Sequence[Tensor],
     eps: float,
     *,
     residual: Tensor | None = None,
-    token_blocks: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``s / sqrt(mean(s^2) + eps) * weight`` over the last dimension, of ``s = x`` or ``s = x + residual``.
@@ -50,11 +48,10 @@ def rms_norm(
 
     Args:
         x: ``[..., hidden]``, any strides.
-        weight: ``[hidden]``, of any floating dtype.
+        weight: ``[hidden]``, of any floating dtype; or several of the same values, one for each of as many equal runs
+            of rows, of which each has its own gradient (``parallel/tensor_parallel/token_blocks.py``).
         eps: added to the mean square.
         residual: like ``x``; to be added first.
-        token_blocks: add up the weight's gradient within so many equal runs of rows, and these as one aligned tree
-            (``parallel/tensor_parallel/token_blocks.py``); in one go when left out.
         backend: ``torch``, ``triton`` or ``auto``.
 
     Returns:
@@ -63,44 +60,40 @@ def rms_norm(
     Raises:
         KernelError: the shapes or dtypes do not fit, or the backend cannot compute them.
     """
-    if x.dim() == 0 or weight.shape != x.shape[-1:]:
-        refuse("weight", list(weight.shape), f"{list(x.shape[-1:])} as in x")
+    weights = (weight,) if isinstance(weight, Tensor) else tuple(weight)
+    for of_block in weights:
+        if x.dim() == 0 or of_block.shape != x.shape[-1:]:
+            refuse("weight", list(of_block.shape), f"{list(x.shape[-1:])} as in x")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         refuse("residual", f"{list(residual.shape)} {residual.dtype}", f"{list(x.shape)} {x.dtype} as x")
-    if uses_triton(backend, x=x, weight=weight, residual=residual):
-        y, total = _triton(x, residual, weight, eps, token_blocks)
+    if uses_triton(backend, x=x, weight=weights[0], residual=residual):
+        y, total = _triton(x, residual, weights, eps)
         return y if residual is None else (y, total)
     accurate = torch.promote_types(x.dtype, torch.float32)
     if residual is None:
-        return _reference(x.to(accurate), weight, eps, token_blocks).to(x.dtype)
+        return _reference(x.to(accurate), weights, eps).to(x.dtype)
     values = x.to(accurate) + residual
     total = values.to(x.dtype)
     if total.dtype != accurate:
         # The norm is of the rounded sum, but the two gradients of the sum are added before they are rounded.
         values = values + (total.to(accurate) - values).detach()
-    return _reference(values, weight, eps, token_blocks).to(x.dtype), total
+    return _reference(values, weights, eps).to(x.dtype), total
 
 
-def _reference(values: Tensor, weight: Tensor, eps: float, token_blocks: int | None) -> Tensor:
-    scale = torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
-    normal, weight = values * scale, weight.to(values.dtype)
-    if token_blocks is None or not (torch.is_grad_enabled() and weight.requires_grad):
-        return normal * weight
-    rows, of_blocks = in_token_blocks(normal, weight, token_blocks)
-    return (rows * of_blocks).view(values.shape)
+def _reference(values: Tensor, weights: Sequence[Tensor], eps: float) -> Tensor:
+    normal = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
+    return scale_tokens(normal, [weight.to(values.dtype) for weight in weights])
 
 
-def _triton(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, token_blocks: int | None
-) -> tuple[Tensor, Tensor]:
-    """The norm and the sum, in one launch; in one for each token block where the weight's gradient asks for it."""
+def _triton(x: Tensor, residual: Tensor | None, weights: Sequence[Tensor], eps: float) -> tuple[Tensor, Tensor]:
+    """The norm and the sum: one launch for each weight."""
     from argonne.kernels.gpu.rms_norm import call
 
-    if token_blocks is None or not (torch.is_grad_enabled() and weight.requires_grad):
-        y, total, _ = call(x, residual, weight, eps)
+    if len(weights) == 1:
+        y, total, _ = call(x, residual, weights[0], eps)
         return y, total
-    rows, weights = in_token_blocks(x, weight, token_blocks)
-    others = [None] * token_blocks if residual is None else residual.reshape(rows.shape).unbind()
-    parts = [call(*part, own[0], eps)[:2] for *part, own in zip(rows.unbind(), others, weights.unbind(), strict=True)]
+    rows = in_token_blocks(x, len(weights))
+    others = [None] * len(weights) if residual is None else in_token_blocks(residual, len(weights))
+    parts = [call(own, other, weight, eps)[:2] for own, other, weight in zip(rows, others, weights, strict=True)]
     y, total = (torch.stack(found).view(x.shape) for found in zip(*parts, strict=True))
     return y, total

@@ -11,7 +11,6 @@ from torch.autograd.function import once_differentiable
 
 from argonne.kernels.dispatch import Backend, refuse, uses_triton
 
-
 VECTOR = 64
 """Columns at a multiple of which no vector instruction of any CPU leaves a rest to be computed one by one."""
 

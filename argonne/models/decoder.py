@@ -6,6 +6,7 @@ the whole tensors it holds under their Llama names.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ from argonne.parallel import (
 )
 from argonne.parallel.communication.groups import Axis
 from argonne.parallel.context_parallel.variable_length import DocumentBounds, can_vary_length, document_bounds
-from argonne.parallel.tensor_parallel.token_blocks import token_blocks
+from argonne.parallel.tensor_parallel.token_blocks import token_aliases
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,15 @@ class RMSNorm(kernels.RMSNorm):
         dtype, backend = execution.precision.parameters, execution.kernels
         super().__init__(config.hidden_size, config.rms_norm_eps, dtype=dtype, backend=backend)
         self.groups = execution.groups
-        self.token_blocks = token_blocks(self.groups.tensor, self.groups.sequence_parallel)
+        self._aliases = token_aliases(self.weight, self.groups)
+
+    @property
+    def weights(self) -> Sequence[Tensor]:
+        """One for each token block, in a reproducible run."""
+        return self._aliases or (self.weight,)
+
+    def gradient_aliases(self) -> dict[str, tuple[nn.Parameter, ...]]:
+        return {"weight": self._aliases}
 
     def shard_specs(self) -> dict[str, ShardSpec]:
         return {"weight": replicated("weight", self.weight.shape, self.groups, Constant(1.0), used="between")}

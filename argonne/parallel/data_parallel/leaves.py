@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from argonne.parallel.communication.tree import TreeSum
+from argonne.parallel.communication.tree import TreeSum, tree_sum
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.sharding.spec import ShardedParameter
 
@@ -52,8 +52,8 @@ class LeafSums:
         for key, seen in self._seen.items():
             if seen != expected:
                 raise ArgonneError(
-                    f"{self._names[key]} had a gradient in {seen} of {expected} micro-batches, which a reproducible sum "
-                    "cannot place; legal: a gradient in each, or in none"
+                    f"{self._names[key]} had a gradient in {seen} of {expected} micro-batches, which a reproducible "
+                    "sum cannot place; legal: a gradient in each, or in none"
                 )
 
     @torch.no_grad()
@@ -76,8 +76,9 @@ def _take(sums: weakref.ref[LeafSums], parameter: Tensor) -> None:
 def add_aliases(parameters: Sequence[ShardedParameter]) -> None:
     """Add to each gradient those of the parameter's aliases, once all are summed over micro-batches and replicas."""
     for sharded in parameters:
+        found = [parameter.grad for parameter in sharded.aliases if parameter.grad is not None]
+        if found:
+            total, own = tree_sum(found), sharded.parameter.grad
+            sharded.parameter.grad = total if own is None else own.add_(total)
         for alias in sharded.aliases:
-            if alias.grad is not None:
-                own = sharded.parameter.grad
-                sharded.parameter.grad = alias.grad if own is None else own.add_(alias.grad)
-                alias.grad = None
+            alias.grad = None

@@ -1,8 +1,9 @@
 """Matrix products cut into canonical blocks, so that no bit of them depends on how many ranks share them out.
 
 Features that are shared out are a fixed number of blocks along the whole axis (``Axis.blocks``), of which a rank has
-some in a row. What is added up over them is added block by block, as one aligned tree; what is only laid side by side
-is computed block by block, or at once where that is seen to give the same bits (arXiv 2511.17826 does so for inference).
+some in a row. What is added up over them is added block by block, as one aligned tree (arXiv 2511.17826 does so for
+inference); what is only laid side by side is computed block by block, or at once where that is seen to give the same
+bits.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def cut_parts(parts: Sequence[Partition], axis: Axis) -> tuple[Block, ...]:
         order = [block for held in part.held for block in held]
         if part.features % axis.blocks or not part.is_even or order != list(range(part.features // part.block)):
             raise LayoutError(
-                f"{part.name or 'features'} of {part.features} over {axis.size} ranks is not shared out in {axis.blocks} "
-                "equal blocks, as a reproducible run asks; legal: a multiple of them, in the order of the ranks"
+                f"{part.name or 'features'} of {part.features} over {axis.size} ranks is not shared out in "
+                f"{axis.blocks} equal blocks, as a reproducible run asks; legal: a multiple of them, in the order of the ranks"
             )
     sizes = [part.features // axis.blocks for part in parts]
     count = axis.own_blocks

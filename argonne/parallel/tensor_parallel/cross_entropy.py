@@ -100,7 +100,7 @@ class ShardedSoftmax:
         return found, SavedLogits(exponentials, shift)
 
     def losses(self, statistics: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of each position, from ``[ranks or blocks, 3 or 4, tokens]`` of the whole, and the softmax's ``sums``.
+        """The loss of each position, from ``[ranks or blocks, 3 or 4, tokens]`` of all, and the softmax's ``sums``.
 
         Those are ``[2, tokens]``: the highest logit, and the log of the sum of exponentials above it. They are kept
         apart, and the loss is a difference of logits first: so it does not suffer when all logits are large.

@@ -23,7 +23,7 @@ from argonne.parallel.sharding.region import Region, ShardSpec
 from argonne.parallel.tensor_parallel.blocks import Cut, cut_parts
 from argonne.parallel.tensor_parallel.precision import Precision
 from argonne.parallel.tensor_parallel.products import column_parallel_linear, local_linear
-from argonne.parallel.tensor_parallel.token_blocks import add_bias, token_blocks
+from argonne.parallel.tensor_parallel.token_blocks import add_bias, token_aliases
 
 
 class ColumnParallelLinear(nn.Module):
@@ -179,10 +179,10 @@ class RowParallelLinear(nn.Module):
         self.bias_initialiser = bias_initialiser_of(bias, bias_initialiser)
         self.precision = precision
         self.cut = Cut(inputs=cut_parts((self.part,), self.axis))
-        self.token_blocks = token_blocks(self.axis, self.sequence_parallel)
         local = self.part.local_features(self.axis.rank)
         self.weight = nn.Parameter(torch.empty(out_features, local, dtype=precision.parameters))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=precision.parameters)) if bias else None
+        self._biases = () if self.bias is None else token_aliases(self.bias, groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., local features]`` -> ``[..., out_features]``, the same on every rank.
@@ -198,7 +198,12 @@ class RowParallelLinear(nn.Module):
             raise ArgonneError(f"x {list(x.shape)} has no tokens to share out; legal: [tokens, ..., local features]")
         leave = reduce_scatter_to_sequence_region if self.sequence_parallel else reduce_from_region
         y = leave(partial, self.axis)
-        return y if self.bias is None else add_bias(y, self.bias.to(self.precision.compute), self.token_blocks)
+        if self.bias is None:
+            return y
+        return add_bias(y, [bias.to(self.precision.compute) for bias in self._biases or (self.bias,)])
+
+    def gradient_aliases(self) -> dict[str, tuple[nn.Parameter, ...]]:
+        return {"bias": self._biases}
 
     def shard_specs(self) -> dict[str, ShardSpec]:
         regions = tuple(

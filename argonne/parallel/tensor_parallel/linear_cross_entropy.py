@@ -63,7 +63,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             statistics = all_gather(torch.stack([own for own, _ in found]), axis).flatten(0, 1)
             losses[chunk], sums[:, chunk] = here[0][0].losses(statistics)
             if gradients is not None:
-                made = (part.gradient(saved, sums[:, chunk], None) for (part, _), (_, saved) in zip(here, found, strict=True))
+                made = (
+                    part.gradient(saved, sums[:, chunk], None)
+                    for (part, _), (_, saved) in zip(here, found, strict=True)
+                )
                 gradients.add(chunk, made, [columns for _, columns in here], x, used)
         if reduction == "none":
             ctx.save_for_backward(x, used, used_bias, targets, sums)
@@ -101,9 +104,7 @@ class _Gradients:
         self.of_weight = x.new_zeros(shape, dtype=accurate) if needs_weight else None
         self.of_bias = x.new_zeros(shape[:1], dtype=accurate) if needs_bias else None
 
-    def add(
-        self, chunk: slice, of_logits: Iterable[Tensor], columns: Sequence[slice], x: Tensor, used: Tensor
-    ) -> None:
+    def add(self, chunk: slice, of_logits: Iterable[Tensor], columns: Sequence[slice], x: Tensor, used: Tensor) -> None:
         """What comes of the gradients of a chunk's logits, of all its columns or of those of each canonical block."""
         of_x = []
         for gradient, own in zip(of_logits, columns, strict=True):

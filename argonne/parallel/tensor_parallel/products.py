@@ -97,9 +97,7 @@ def _accumulate_later(ctx: Any, needs_weight: bool, needs_bias: bool, gradient: 
             accumulate(parameter, found)
 
 
-def local_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, precision: Precision, cut: Cut = WHOLE
-) -> Tensor:
+def local_linear(x: Tensor, weight: Tensor, bias: Tensor | None, precision: Precision, cut: Cut = WHOLE) -> Tensor:
     """``x @ weight^T + bias`` in the compute dtype, without communication: as cheap as ``F.linear``."""
     _require_fit(x, weight)
     onednn = torch.is_grad_enabled() and suits_onednn(x) and precision.compute == torch.float32
