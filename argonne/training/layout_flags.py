@@ -70,7 +70,10 @@ class ParallelFlags(LayoutFlags):
     zero1: bool = False
     """Share out the optimizer's state alone over them (ZeRO stage 1)."""
     reproducible: bool = False
-    """The same bits at every layout (not built yet; the same bits at the same layout always hold)."""
+    """The same bits at every layout: sums in one order, products in blocks that no layout cuts (slower)."""
+    reproducible_blocks: int | None = None
+    """Blocks along the tensor axis, with --reproducible: the most tensor-parallel processes that the run can ever
+    have [the number of key-value heads]."""
 
     @property
     def replicas(self) -> int:
@@ -87,9 +90,3 @@ class ParallelFlags(LayoutFlags):
     def plan(self, layout: Layout) -> PipelinePlan:
         """The pipeline's stages. Raises ``LayoutError`` when the schedule has none such."""
         return PipelinePlan.of(self.pipeline_schedule, layout.pipeline, self.pipeline_interleave)
-
-    def layout(self, world_size: int) -> Layout:
-        """The layout of ``world_size`` processes. Raises ``LayoutError`` when they do not match."""
-        if self.reproducible:
-            raise ArgonneError("reproducible=True is not built yet; leave the flag out")
-        return super().layout(world_size)

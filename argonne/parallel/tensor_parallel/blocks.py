@@ -38,7 +38,7 @@ def cut_parts(parts: Sequence[Partition], axis: Axis) -> tuple[Block, ...]:
         if part.features % axis.blocks or not part.is_even or order != list(range(part.features // part.block)):
             raise LayoutError(
                 f"{part.name or 'features'} of {part.features} over {axis.size} ranks is not shared out in "
-                f"{axis.blocks} equal blocks, as a reproducible run asks; legal: a multiple of them, in the order of the ranks"
+                f"{axis.blocks} equal blocks, as a reproducible run asks; legal: a multiple, in the order of the ranks"
             )
     sizes = [part.features // axis.blocks for part in parts]
     count = axis.own_blocks

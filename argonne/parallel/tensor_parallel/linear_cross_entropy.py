@@ -63,10 +63,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             statistics = all_gather(torch.stack([own for own, _ in found]), axis).flatten(0, 1)
             losses[chunk], sums[:, chunk] = here[0][0].losses(statistics)
             if gradients is not None:
-                made = (
-                    part.gradient(saved, sums[:, chunk], None)
-                    for (part, _), (_, saved) in zip(here, found, strict=True)
-                )
+                both = zip(here, found, strict=True)
+                made = (part.gradient(saved, sums[:, chunk], None) for (part, _), (_, saved) in both)
                 gradients.add(chunk, made, [columns for _, columns in here], x, used)
         if reduction == "none":
             ctx.save_for_backward(x, used, used_bias, targets, sums)
@@ -85,11 +83,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         parts = softmax_parts(ctx.arithmetic, targets, ctx.vocabulary, ctx.objective, ctx.axis)
         gradients = _Gradients(ctx, x, used, sums.dtype, rows=ctx.vocabulary.rows)
         for chunk in _chunks(x, ctx.vocabulary, ctx.axis):
-            made = []
+            of_logits: list[Tensor] = []
             for part, columns in parts:
                 saved = part[chunk].save(_logits(x[chunk], used, used_bias, columns), sums[:, chunk])
-                made.append(part[chunk].gradient(saved, sums[:, chunk], gradient[chunk]))
-            gradients.add(chunk, made, [columns for _, columns in parts], x, used)
+                of_logits.append(part[chunk].gradient(saved, sums[:, chunk], gradient[chunk]))
+            gradients.add(chunk, of_logits, [columns for _, columns in parts], x, used)
         return *gradients.result(), *(None,) * 7
 
 

@@ -20,6 +20,7 @@ from argonne.training.run.conflicts import check_meaning
 from argonne.training.run.corpora import Corpora
 from argonne.training.run.directory import read_run
 from argonne.training.run.model import ModelBuilder, check_own_model
+from argonne.training.run.reproducible import check_reproducible, pin_threads
 
 
 def check(config: RunConfig, world_size: int, model: ModelBuilder | None = None) -> None:
@@ -36,12 +37,15 @@ def check(config: RunConfig, world_size: int, model: ModelBuilder | None = None)
     layout = config.parallel.layout(world_size)
     check_kernels(config.training.kernels, choose_device(config.launch.device), config.training.precision)
     plan = config.parallel.plan(layout)
+    shape = None
     if model is not None:
         check_own_model(config)
     else:
         shape = config.model.resolve(config.data.block_size)
         shape.check_layout(layout)
         plan.check_layers(shape.num_hidden_layers)
+    check_reproducible(config, layout, shape)
+    pin_threads(config)
     check_kind(config.parallel.kind, plan.schedule if layout.pipeline > 1 else "")
     check_shard(config.parallel.kind, config.parallel.fsdp_shard, layout.data * layout.context)
     if saved is None:  # a run that is continued keeps its global batch

@@ -42,6 +42,8 @@ MEANINGS: Mapping[str, Meaning] = {
     **_all("identity", "adam_beta1 adam_beta2 adam_epsilon label_smoothing z_loss"),
     # In fp16, where the loss scale began. Of the precision, the dtype of the state; the compute dtype is a condition.
     **_all("identity", "initial_loss_scale precision"),
+    # Which bits; and of a reproducible run, the micro-batch, which is a leaf of its sums.
+    **_all("identity", "reproducible reproducible_blocks"),
     # What computes, what is done about damage, and what the held-out loss is measured on.
     **_all("condition", "kernels device on_bad_shard validation_glob validation_sequences"),
     # What resume.py changes on purpose: the global batch and the optimizer's state.
@@ -51,7 +53,7 @@ MEANINGS: Mapping[str, Meaning] = {
     **_all("free", "local_rank pipeline_schedule pipeline_interleave data_parallel fsdp fsdp_shard zero1"),
     # When and where to stop, save and show; how often to start again.
     **_all("free", "output_dir save_interval sample_tokens keep_checkpoints log_interval stop_at_step wall_time"),
-    **_all("free", "reproducible max_restarts checkpoint_path force_from_scratch"),
+    **_all("free", "max_restarts checkpoint_path force_from_scratch"),
     # The same samples and the same bits, sooner or in less memory; and permissions, whose effects are told.
     **_all("free", "num_proc cache_dir prefetch_batches min_batch_size disable_gradient_checkpointing disable_compile"),
     **_all("free", "trust_remote_code accept_data_change"),

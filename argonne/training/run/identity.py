@@ -13,6 +13,7 @@ import torch
 from argonne.data import changes
 from argonne.parallel import Precision
 from argonne.training.config import DataFlags, RunConfig, TrainingFlags
+from argonne.training.run.reproducible import reproducible_identity
 
 # Layout, device, and where and when to save may change freely.
 _SCHEDULE = (
@@ -67,6 +68,8 @@ class RunIdentity:
     """``LanguageModel.shape``: the fields of ``ArgonneConfig``, or what a model of one's own says."""
     tokenizer: Mapping[str, Any] | None = None
     """``fingerprint`` and ``size``, and ``boundary``: its (BOS, EOS) ids where documents are given them."""
+    reproducible: Mapping[str, Any] | None = None
+    """``blocks`` and ``micro_batch``, of a run whose bits no layout changes."""
     others: Mapping[str, Any] = field(default_factory=dict)
     """What a later version keeps besides."""
 
@@ -80,6 +83,7 @@ class RunIdentity:
             schedule={name: getattr(training, name) for name in _SCHEDULE},
             precision={"state": dtype_name(precision.parameters)},
             initial_loss_scale=training.initial_loss_scale if precision.compute is torch.float16 else None,
+            reproducible=reproducible_identity(config),
         )
 
     def with_model(self, shape: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> RunIdentity:
@@ -92,7 +96,7 @@ class RunIdentity:
         names = [each.name for each in dataclasses.fields(cls) if each.name != "others"]
         wrong: dict[str, bool] = {"identity": not isinstance(saved, dict)}
         if isinstance(saved, dict):
-            groups = ("data", "schedule", "precision", "model", "tokenizer")
+            groups = ("data", "schedule", "precision", "model", "tokenizer", "reproducible")
             wrong |= {f"identity.{name}": not isinstance(saved.get(name, {}), dict) for name in groups}
             data = saved.get("data")
             if isinstance(data, dict):

@@ -11,13 +11,18 @@ from argonne.parallel.communication.environment import this_process
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import RunConfig
 from argonne.training.run.directory import claim
+from argonne.training.run.reproducible import blocks_of, settle_process
 
 
 @contextmanager
 def joined(config: RunConfig) -> Iterator[ProcessGroups]:
     """The processes of the job, which has the run's directory to itself for as long as this lasts."""
     layout = config.parallel.layout(this_process().world_size)
-    with process_groups(layout, choose_device(config.launch.device)) as groups:
+    device, blocks = choose_device(config.launch.device), blocks_of(config)
+    if blocks is not None:
+        settle_process(device)
+    with process_groups(layout, device) as groups:
+        groups = groups if blocks is None else groups.in_blocks(blocks)
         directory = config.run.output_dir
         own = collectively(lambda: claim(directory) if groups.is_first else None, groups.world)
         try:

@@ -27,7 +27,7 @@ from argonne.training.run.workflow import is_done, restore, train
 from argonne.training.state import TrainingState
 
 # Changing these changes what the weights or the lanes mean; resume.py refuses it. The rest it announces.
-_FIXED = ("model", "data", "tokenizer")
+_FIXED = ("model", "data", "tokenizer", "reproducible")
 
 
 def parse_resume(arguments: Sequence[str]) -> ResumeConfig:
@@ -50,9 +50,11 @@ def _as_saved(named: ResumeConfig, checkpoint: Path, saved: RunConfig) -> Resume
         data = replace(data, tokenizer_path=checkpoint)  # the original is gone; every checkpoint has a copy
     if named.resume.batch_size is not None:
         training = replace(training, initial_batch_size=named.resume.batch_size)
-    # The layout is that of the processes this command is given.
+    # The layout is that of the processes this command is given; whether it may show in the bits is the run's.
+    bits = {name: getattr(saved.parallel, name) for name in ("reproducible", "reproducible_blocks")}
     run = replace(saved.run, output_dir=checkpoint.resolve().parent, stop_at_step=None, wall_time=None)
-    default = replace(named, model=saved.model, data=data, training=training, run=run)
+    parallel = replace(named.parallel, **bits)
+    default = replace(named, model=saved.model, data=data, training=training, parallel=parallel, run=run)
     return parse(ResumeConfig, named.arguments, default)
 
 
