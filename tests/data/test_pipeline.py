@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from argonne.data import (
+    Assignment,
     BatchStream,
     LaneState,
     Mixture,
     Prefetcher,
     SequenceStream,
-    served_lanes,
     states_of_source,
 )
 from argonne.data.corpus import row_groups
@@ -72,7 +72,8 @@ class Training:
         return samples
 
     def _stream(self, rank: int, ranks: int, micro_batch: int, accumulation: int) -> BatchStream:
-        served = served_lanes(self.lanes, rank, ranks)
+        assignment = Assignment(micro_batch, accumulation, ranks)
+        served = assignment.served_lanes(rank, self.lanes)
         sources = [
             SequenceStream(
                 shards,
@@ -85,14 +86,7 @@ class Training:
             )
             for number, shards in enumerate(self.corpora)
         ]
-        return BatchStream(
-            Mixture(sources, self.shares),
-            dp_rank=rank,
-            dp_size=ranks,
-            micro_batch=micro_batch,
-            accumulation=accumulation,
-            start_sample=self.sample,
-        )
+        return BatchStream(Mixture(sources, self.shares), assignment, rank, self.sample)
 
 
 @run(40)
