@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from argonne.data import (
+    Assignment,
     Batch,
     BatchStream,
     Encoder,
@@ -87,7 +88,7 @@ def pipeline(fast: bool) -> Callable[[Job], Ready]:
         lanes = default_lanes(rows)
         tokenizer = load_tokenizer(job.tokenizer)
         sequences = SequenceStream(shards, tokenizer, job.block_size, lanes, None, range(lanes), fast=fast)
-        batches = BatchStream(sequences, dp_rank=0, dp_size=1, micro_batch=job.sequences, accumulation=1)
+        batches = BatchStream(sequences, Assignment(micro_batch=job.sequences, accumulation=1))
         prefetcher = Prefetcher(batches.next_batch)
         seen = _rows_seen(prefetcher.get())
 

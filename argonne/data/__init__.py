@@ -4,7 +4,8 @@ The corpus is read in a fixed number of lanes. What a lane delivers depends on t
 global order of samples stays the same for every data-parallel size and after every restart.
 """
 
-from argonne.data.batches import Batch, BatchStream, ranks_per_lane, served_lanes
+from argonne.data.assignment import Assignment
+from argonne.data.batches import Batch, BatchStream
 from argonne.data.cache.build import build_cache
 from argonne.data.cache.store import TokenCache, open_cache
 from argonne.data.cache.stream import CachedStream, check_cache
@@ -43,6 +44,7 @@ from argonne.data.tokens.tokenizer_files import special_tokens, write_tokenizer
 __all__ = [
     "DEFAULT_GLOBS",
     "REASONS",
+    "Assignment",
     "Batch",
     "BatchStream",
     "CachedStream",
@@ -81,11 +83,9 @@ __all__ = [
     "parse_globs",
     "quarantine",
     "quarantined",
-    "ranks_per_lane",
     "read_texts",
     "rejection",
     "restore",
-    "served_lanes",
     "special_tokens",
     "states_of_source",
     "tokenizer_fingerprint",

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from argonne.data import Assignment
+from argonne.data.assignment import Order
+from argonne.parallel.communication.layout import divisors
+from argonne.parallel.data_parallel.kinds import Kind
 from argonne.parallel.errors import ArgonneError
 
 
@@ -49,3 +53,32 @@ class BatchShape:
                 "--gradient-accumulation-steps too)"
             )
         return cls(micro_batch, global_batch // (micro_batch * replicas), replicas, block_size)
+
+    def assignment(self, kind: Kind, reproducible: bool) -> Assignment:
+        """Who has which samples, under that kind of data parallelism.
+
+        A reproducible run deals out leaves: under ``fsdp``, which sums over the replicas at each micro-batch, those of
+        one micro-batch are neighbours; otherwise those of one replica are.
+        """
+        leaves: Order = "strided" if kind == "fsdp" else "contiguous"
+        order: Order = leaves if reproducible else "interleaved"
+        return Assignment(self.micro_batch, self.accumulation, self.replicas, order)
+
+    def check_reproducible(self, kind: Kind) -> None:
+        """Refuse a number of replicas that cannot add up a step's micro-batches in the order of one process.
+
+        That is one aligned binary tree: pairs of neighbours, pairs of pairs. What is added up first, the micro-batches
+        of a replica, or under ``fsdp`` the replicas' of one micro-batch, must be a branch of it.
+
+        Raises:
+            ArgonneError: it is not.
+        """
+        leaves = self.accumulation * self.replicas
+        branches = {size: size if kind == "fsdp" else leaves // size for size in divisors(leaves)}
+        legal = [size for size, branch in branches.items() if branch == leaves or branch & (branch - 1) == 0]
+        if self.replicas not in legal:
+            raise ArgonneError(
+                f"data_parallel={self.replicas} with gradient_accumulation_steps={self.accumulation} is not "
+                f"reproducible as {kind}: a sum over {branches[self.replicas]} micro-batches is no branch of the "
+                f"binary tree over the {leaves} of a step; legal data_parallel sizes: {', '.join(map(str, legal))}"
+            )

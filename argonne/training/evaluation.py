@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from argonne.data.tokens.filters import FILTERS, Filters
 from argonne.inference import Sampling, generate
 from argonne.models import Batch, LanguageModel, LossFunction
 from argonne.parallel import ProcessGroups
-from argonne.parallel.communication.collectives import broadcast, collectively, gather_objects
+from argonne.parallel.communication.collectives import all_gather, broadcast, collectively, gather_objects
 from argonne.parallel.communication.reduction import sum_over
 
 PROMPT = "Long long time ago, "
@@ -82,20 +83,37 @@ def held_out_loss(
 
     The data-parallel ranks share the work (collective). A pass through the model is collective too, under ``fsdp``
     for one: all of them make as many as the first, which has the most sequences, and what they make beyond their own
-    does not count.
+    does not count. In a reproducible run each pass has the same sequences at every layout, whoever makes it.
     """
     data = model.groups.data
+    reproducible: bool = getattr(model.groups, "reproducible", False)
     passes = -(-sequences.shape[1] // (data.size * micro_batch))
-    total = torch.zeros((), dtype=torch.float64, device=sequences.device)
-    for first in range(0, passes * micro_batch, micro_batch):
-        own = sequences[:, data.rank :: data.size][:, first : first + micro_batch]
+    losses = torch.zeros(passes, dtype=torch.float64, device=sequences.device)
+    for number in range(passes):
+        if reproducible:
+            own = sequences[:, (number * data.size + data.rank) * micro_batch :][:, :micro_batch]
+        else:
+            own = sequences[:, data.rank :: data.size][:, number * micro_batch :][:, :micro_batch]
         ids, documents = own if own.shape[1] else sequences[:, :1]
         apart = documents[:, :-1] if document_mask else None
         found = model.evaluate(Batch(ids[:, :-1], ids[:, 1:], apart), loss)
         if own.shape[1]:
-            total += found.double()
-    sum_over(total, model.groups.replicas)
-    return total.item() / sequences[0, :, 1:].numel()
+            losses[number] = found
+    add = _exact_total if reproducible else _fast_total
+    return add(losses, model.groups) / sequences[0, :, 1:].numel()
+
+
+def _fast_total(losses: Tensor, groups: ProcessGroups) -> float:
+    """The sum of all ranks' losses, of which each has those of its positions of its passes."""
+    total = torch.zeros((), dtype=losses.dtype, device=losses.device)
+    for loss in losses:  # one after the other, so that a total does not depend on how torch adds up a vector
+        total += loss
+    return sum_over(total, groups.replicas).item()
+
+
+def _exact_total(losses: Tensor, groups: ProcessGroups) -> float:
+    """The same, rounded once: it depends on the losses alone, and not on whose they are."""
+    return math.fsum(all_gather(sum_over(losses, groups.context), groups.data).flatten().tolist())
 
 
 def sample_text(model: LanguageModel, tokenizer: PreTrainedTokenizerFast | None, tokens: int, seed: int) -> str | None:

@@ -59,6 +59,7 @@ class BatchFeed:
         self.groups = groups
         # Ids, and the numbers of their documents where they are asked for.
         self.shape = (1 + documents, *shape)
+        self.stream = stream
         self.prefetcher: Prefetcher[tuple[Batch, Staged]] | None = None
         if stream is not None:
             staging = Staging(groups.device)
@@ -107,12 +108,11 @@ class BatchFeed:
             self.prefetcher.close()
 
     def _digest(self, batch: Batch) -> str:
-        data = self.groups.data
+        assert self.stream is not None
+        assignment = self.stream.assignment
         samples = rearrange(batch.tokens, "accumulation batch token -> (accumulation batch) token").astype("<i8")
         hashes = [hashlib.blake2b(sample.tobytes(), digest_size=16).digest() for sample in samples]
         mine = torch.from_numpy(np.frombuffer(b"".join(hashes), dtype=np.uint8).copy())
-        everyone = all_gather(mine.to(self.groups.device), data).view(data.size, -1, 16)
-        # Rank d has the samples k with k % ranks == d: the first sample of the batch need not be rank 0's.
-        first = (batch.step_sample - data.size * len(hashes)) % data.size
-        ordered = rearrange(everyone.roll(-first, dims=0), "rank sample byte -> sample rank byte").contiguous()
-        return hashlib.blake2b(ordered.cpu().numpy().tobytes(), digest_size=16).hexdigest()
+        everyone = all_gather(mine.to(self.groups.device), self.groups.data).view(-1, 16).cpu().numpy()
+        ordered = everyone[assignment.places(batch.step_sample - assignment.global_batch)]
+        return hashlib.blake2b(ordered.tobytes(), digest_size=16).hexdigest()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from argonne.checkpoint import prune
 from argonne.checkpoint.format import MANIFEST, step_directory
-from argonne.data import BatchStream, served_lanes
+from argonne.data import BatchStream
 from argonne.launch.refusal import NOTHING_GAINED, STOPPING, log, stopped_status
 from argonne.launch.signals import STOP
 from argonne.models import Batch, CrossEntropyLoss
@@ -40,6 +40,7 @@ class Trainer:
         self.config, self.workload, self.state, self.shape = config, workload, state, shape
         self.groups = groups = state.model.groups
         self.loss = CrossEntropyLoss(config.training.objective, config.training.kernels)
+        self.assignment = shape.assignment(config.parallel.kind, getattr(groups, "reproducible", False))
         data = config.data
         self.feed = BatchFeed(self._stream(), shape.ids, groups, data.document_mask, data.prefetch_batches)
         self.held_out = workload.held_out
@@ -209,13 +210,6 @@ class Trainer:
         workload, data = self.workload, self.groups.data
         if workload.tokenizer is None:
             return None
-        served = served_lanes(workload.data.lanes, data.rank, data.size)
+        served = self.assignment.served_lanes(data.rank, workload.data.lanes)
         mixture = workload.data.mixture(workload.tokenizer, workload.boundary, served, self.state.lanes)
-        return BatchStream(
-            mixture,
-            dp_rank=data.rank,
-            dp_size=data.size,
-            micro_batch=self.shape.micro_batch,
-            accumulation=self.shape.accumulation,
-            start_sample=self.state.next_sample,
-        )
+        return BatchStream(mixture, self.assignment, data.rank, self.state.next_sample)

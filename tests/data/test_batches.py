@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,15 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from argonne.data import (
+    Assignment,
     Batch,
     BatchStream,
     DataError,
     LaneState,
     Prefetcher,
     SequenceStream,
-    ranks_per_lane,
-    served_lanes,
 )
+from argonne.data.assignment import Order
 from tests.data.strategies import layouts, run
 
 BLOCK = 12
@@ -33,27 +32,16 @@ class Run:
     tokenizer: object
     sample: int = 0
     states: list[LaneState] | None = None
+    order: Order = "interleaved"
 
     def ranks(self, dp_size: int, micro_batch: int, accumulation: int) -> list[BatchStream]:
-        return [
-            BatchStream(
-                SequenceStream(
-                    self.shards,
-                    self.tokenizer,
-                    BLOCK,
-                    LANES,
-                    None,
-                    served_lanes(LANES, rank, dp_size),
-                    self.states,
-                ),
-                dp_rank=rank,
-                dp_size=dp_size,
-                micro_batch=micro_batch,
-                accumulation=accumulation,
-                start_sample=self.sample,
-            )
-            for rank in range(dp_size)
-        ]
+        assignment = Assignment(micro_batch, accumulation, dp_size, self.order)
+        streams = []
+        for rank in range(dp_size):
+            served = assignment.served_lanes(rank, LANES)
+            sequences = SequenceStream(self.shards, self.tokenizer, BLOCK, LANES, None, served, self.states)
+            streams.append(BatchStream(sequences, assignment, rank, self.sample))
+        return streams
 
     def steps(self, count: int, dp_size: int, micro_batch: int, accumulation: int) -> list[np.ndarray]:
         """The samples of `count` steps in their global order, then a save."""
@@ -117,6 +105,40 @@ def test_each_micro_batch_holds_the_samples_that_the_formula_names(shards, token
                     np.testing.assert_array_equal(tokens[a, i], samples[number])
 
 
+@pytest.mark.parametrize("start", [5, 24])
+@pytest.mark.parametrize("order", ["contiguous", "strided"])
+def test_leaves_are_the_same_at_every_layout_and_lanes_advance_as_they_do_without_them(
+    shards, tokenizer, order: Order, start: int
+) -> None:
+    """From a multiple of every batch, and from a sample that no batch would begin at."""
+    for leaves, micro in ((8, 1), (4, 3), (12, 2), (6, 2)):
+        before = Run(shards, tokenizer)
+        before.steps(start, 1, 1, 1)
+        samples = Run(shards, tokenizer, before.sample, before.states).steps(3, 1, micro, leaves)
+        for size in (size for size in (1, 2, 4) if leaves % size == 0):
+            fast = Run(shards, tokenizer, before.sample, before.states).ranks(size, micro, leaves // size)
+            ranks = Run(shards, tokenizer, before.sample, before.states, order).ranks(size, micro, leaves // size)
+            for step in range(3):
+                batches = [rank.next_batch() for rank in ranks]
+                tokens = np.stack([batch.tokens for batch in batches], axis=1 if order == "strided" else 0)
+                first = start + step * leaves * micro
+                for leaf, found in enumerate(tokens.reshape(leaves, micro, BLOCK + 1)):
+                    own = [k for k in range(first, first + leaves * micro) if k % leaves == leaf]
+                    np.testing.assert_array_equal(found, [samples[k - start] for k in own])
+                expected = states_of([rank.next_batch() for rank in fast])
+                assert states_of(batches) == expected, f"{leaves} leaves of {micro} on {size} ranks, step {step}"
+                assert {batch.step_sample for batch in batches} == {first + leaves * micro}
+
+
+def states_of(batches: list[Batch]) -> dict[int, LaneState]:
+    """Of every lane; ranks that share one agree on it."""
+    found: dict[int, LaneState] = {}
+    for lane, state in (item for batch in batches for item in batch.states.items()):
+        assert found.setdefault(lane, state) == state
+    assert sorted(found) == list(range(LANES))
+    return found
+
+
 def test_states_are_those_of_the_batch_taken_whatever_was_prefetched(shards, tokenizer) -> None:
     (plain,) = Run(shards, tokenizer).ranks(1, 2, 2)
     (ahead,) = Run(shards, tokenizer).ranks(1, 2, 2)
@@ -127,32 +149,14 @@ def test_states_are_those_of_the_batch_taken_whatever_was_prefetched(shards, tok
             assert (batch.states, batch.step_sample) == (expected.states, expected.step_sample)
 
 
-@pytest.mark.parametrize(
-    ("dp_size", "sharing"), [(1, 1), (2, 1), (4, 1), (8, 1), (3, 3), (6, 3), (12, 3), (16, 2), (5, 5)]
-)
-def test_every_lane_is_read_by_as_few_ranks_as_hold_its_samples(dp_size: int, sharing: int) -> None:
-    assert ranks_per_lane(8, dp_size) == sharing
-    readers = Counter(lane for rank in range(dp_size) for lane in served_lanes(8, rank, dp_size))
-    assert readers == dict.fromkeys(range(8), sharing)
-    for rank in range(dp_size):
-        assert set(served_lanes(8, rank, dp_size)) == {k % 8 for k in range(rank, 8 * dp_size, dp_size)}
-
-
-def test_a_rank_that_there_is_not_serves_nothing() -> None:
-    with pytest.raises(DataError, match="rank 4 is outside 0 to 3"):
-        served_lanes(8, 4, 4)
-
-
-def test_sizes_and_served_lanes_of_a_batch_stream_are_checked(shards, tokenizer) -> None:
+def test_the_lanes_of_a_batch_stream_are_checked(shards, tokenizer) -> None:
     stream = SequenceStream(shards, tokenizer, BLOCK, LANES, None, [1, 3])
-    legal = {"dp_rank": 1, "dp_size": 2, "micro_batch": 1, "accumulation": 1}
-    BatchStream(stream, **legal)
-    for change, message in (
-        ({"micro_batch": 0}, "micro_batch=0"),
-        ({"accumulation": 0}, "accumulation=0"),
-        ({"dp_rank": 0}, r"rank 0 needs lanes \[0, 2\]"),
-        ({"dp_rank": 0, "dp_size": 3}, r"rank 0 needs lanes \[0, 2\]"),
-        ({"dp_rank": 2}, "rank 2 is outside 0 to 1"),
+    BatchStream(stream, Assignment(1, 1, 2), replica=1)
+    for assignment, replica, message in (
+        (Assignment(1, 1, 2), 0, r"rank 0 needs lanes \[0, 2\]"),
+        (Assignment(1, 1, 3), 0, r"rank 0 needs lanes \[0, 2\]"),
+        (Assignment(1, 4, 2, "contiguous"), 1, r"rank 1 needs lanes \[0, 2\]"),
+        (Assignment(1, 1, 2), 2, "rank 2 is outside 0 to 1"),
     ):
         with pytest.raises(DataError, match=message):
-            BatchStream(stream, **{**legal, **change})
+            BatchStream(stream, assignment, replica)

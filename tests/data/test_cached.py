@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from argonne.data import (
+    Assignment,
     Batch,
     BatchStream,
     CachedStream,
@@ -20,7 +21,6 @@ from argonne.data import (
     build_cache,
     encode,
     open_cache,
-    served_lanes,
 )
 from argonne.data.cache.permutation import Permutation
 from argonne.data.tokens.filters import tokenise_rows
@@ -194,17 +194,12 @@ def test_the_global_order_is_the_same_through_any_change_of_layout_and_batch_siz
     samples: list[np.ndarray] = []
     states: list[LaneState] | None = None
     for steps, dp_size, micro_batch, accumulation in segments:
-        ranks = [
-            BatchStream(
-                CachedStream(built, BLOCK, LANES, served_lanes(LANES, rank, dp_size), 3, states),
-                dp_rank=rank,
-                dp_size=dp_size,
-                micro_batch=micro_batch,
-                accumulation=accumulation,
-                start_sample=len(samples),
-            )
-            for rank in range(dp_size)
-        ]
+        assignment = Assignment(micro_batch, accumulation, dp_size)
+        ranks = []
+        for rank in range(dp_size):
+            served = assignment.served_lanes(rank, LANES)
+            stream = CachedStream(built, BLOCK, LANES, served, 3, states)
+            ranks.append(BatchStream(stream, assignment, rank, len(samples)))
         for _ in range(steps):
             batches = [rank.next_batch() for rank in ranks]
             samples += global_order(batches, len(samples))

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from argonne.data import BatchStream, DataPosition, LaneState, Mixture, Shard
+from argonne.data import Assignment, BatchStream, DataPosition, LaneState, Mixture, Shard
 from argonne.data.lanes.packing import Packed
 from argonne.data.lanes.plan import LanePlan, Place
 
@@ -56,7 +56,7 @@ class Counting:
 
 def test_a_batch_looks_up_the_states_of_the_lanes_that_it_moved_and_tells_those_of_all() -> None:
     streams = [Counting(), Counting()]
-    batches = BatchStream(Mixture(streams, (0.7, 0.3)), dp_rank=0, dp_size=1, micro_batch=5, accumulation=3)
+    batches = BatchStream(Mixture(streams, (0.7, 0.3)), Assignment(micro_batch=5, accumulation=3))
     before = batches.next_batch().states
     assert sum(stream.looked_up for stream in streams) == 2 * LANES
     kept = dict(before)

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from argonne.data import BatchStream, DataError, Mixture, SequenceStream, Weighted, parse_globs, states_of_source
+from argonne.data import (
+    Assignment,
+    BatchStream,
+    DataError,
+    Mixture,
+    SequenceStream,
+    Weighted,
+    parse_globs,
+    states_of_source,
+)
 
 BLOCK, LANES = 9, 4
 weights = st.lists(st.floats(0.02, 5), min_size=1, max_size=4)
@@ -59,16 +68,7 @@ def test_a_mixture_goes_on_exactly_through_stops_and_layouts(shards_of, corpus_o
                     SequenceStream(shards, tokenizer, BLOCK, LANES, None, served, states_of_source(states, s, LANES))
                     for s, shards in enumerate(corpora)
                 ]
-                streams.append(
-                    BatchStream(
-                        Mixture(sources, shares),
-                        dp_rank=rank,
-                        dp_size=ranks,
-                        micro_batch=micro,
-                        accumulation=1,
-                        start_sample=sample,
-                    )
-                )
+                streams.append(BatchStream(Mixture(sources, shares), Assignment(micro, 1, ranks), rank, sample))
             for _ in range(steps):
                 batches = [stream.next_batch() for stream in streams]
                 queues = [iter(batch.tokens[0]) for batch in batches]

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,21 +14,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from argonne.data import (
+    Assignment,
     BatchStream,
     LaneState,
     Mixture,
     Prefetcher,
     SequenceStream,
-    served_lanes,
     states_of_source,
 )
+from argonne.data.assignment import Order
 from argonne.data.corpus import row_groups
 from tests.data.reference import Reference
 from tests.data.strategies import boundaries, run, seeds, shapes
 
 segments = st.lists(
     st.tuples(
-        st.integers(0, 3), st.sampled_from([1, 2, 3, 4, 6]), st.integers(1, 3), st.integers(1, 2), st.integers(1, 4)
+        st.integers(0, 3),
+        st.builds(
+            Assignment,
+            micro_batch=st.integers(1, 3),
+            accumulation=st.integers(1, 2),
+            replicas=st.sampled_from([1, 2, 3, 4, 6]),
+            order=st.sampled_from(get_args(Order)),
+        ),
+        st.integers(1, 4),
     ),
     min_size=1,
     max_size=4,
@@ -47,19 +57,19 @@ class Training:
     sample: int = 0
     states: dict[int, LaneState] = field(default_factory=dict)
 
-    def go_on(self, steps: int, ranks: int, micro_batch: int, accumulation: int, depth: int) -> list[np.ndarray]:
+    def go_on(self, steps: int, assignment: Assignment, depth: int) -> list[np.ndarray]:
         """The samples of ``steps`` steps in their order, ids above the numbers of their documents."""
-        streams = [self._stream(rank, ranks, micro_batch, accumulation) for rank in range(ranks)]
+        streams = [self._stream(assignment, rank) for rank in range(assignment.replicas)]
         prefetchers = [Prefetcher(stream.next_batch, depth) for stream in streams]
         samples = []
-        count = ranks * micro_batch * accumulation
         for _ in range(steps):
             batches = [prefetcher.get() for prefetcher in prefetchers]
-            rows = [
-                iter(np.stack([batch.tokens, batch.documents], -2).reshape(-1, 2, self.block_size + 1))
-                for batch in batches
-            ]
-            samples += [next(rows[number % ranks]) for number in range(self.sample, self.sample + count)]
+            delivered: dict[int, np.ndarray] = {}
+            for rank, batch in enumerate(batches):
+                numbers = assignment.samples(rank, self.sample).reshape(-1).tolist()
+                rows = np.stack([batch.tokens, batch.documents], -2).reshape(-1, 2, self.block_size + 1)
+                delivered |= dict(zip(numbers, rows, strict=True))
+            samples += [delivered[number] for number in sorted(delivered)]
             (self.sample,) = {batch.step_sample for batch in batches}
             states: dict[int, LaneState] = {}
             for key, state in (item for batch in batches for item in batch.states.items()):
@@ -71,8 +81,8 @@ class Training:
             prefetcher.close()
         return samples
 
-    def _stream(self, rank: int, ranks: int, micro_batch: int, accumulation: int) -> BatchStream:
-        served = served_lanes(self.lanes, rank, ranks)
+    def _stream(self, assignment: Assignment, rank: int) -> BatchStream:
+        served = assignment.served_lanes(rank, self.lanes)
         sources = [
             SequenceStream(
                 shards,
@@ -85,14 +95,7 @@ class Training:
             )
             for number, shards in enumerate(self.corpora)
         ]
-        return BatchStream(
-            Mixture(sources, self.shares),
-            dp_rank=rank,
-            dp_size=ranks,
-            micro_batch=micro_batch,
-            accumulation=accumulation,
-            start_sample=self.sample,
-        )
+        return BatchStream(Mixture(sources, self.shares), assignment, rank, self.sample)
 
 
 @run(40)
@@ -117,7 +120,7 @@ def test_any_stops_layouts_and_reading_ahead_leave_every_token_in_its_place(
         if streamed:  # read piece by piece, as large row groups are
             patch.setattr(row_groups, "STREAMED_BYTES", 0)
         samples = [sample for segment in segments for sample in broken.go_on(*segment)]
-    expected = whole.go_on(len(samples), 1, 1, 1, 1)
+    expected = whole.go_on(len(samples), Assignment(1, 1), 1)
     np.testing.assert_array_equal(np.array(samples), np.array(expected))
     assert broken.states == whole.states
 

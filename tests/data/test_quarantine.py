@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from argonne.data import (
+    Assignment,
     BatchStream,
     DataError,
     LaneState,
@@ -19,7 +20,6 @@ from argonne.data import (
     quarantine,
     quarantined,
     read_texts,
-    served_lanes,
 )
 from argonne.data.corpus import row_groups
 from tests.data.files import spoil
@@ -34,19 +34,13 @@ BLOCK, LANES = 20, 4
 
 
 def ranks(shards, tokenizer, size: int, states, sample: int, report=None) -> list[BatchStream]:
-    return [
-        BatchStream(
-            SequenceStream(
-                shards, tokenizer, BLOCK, LANES, None, served_lanes(LANES, rank, size), states, "skip", report
-            ),
-            dp_rank=rank,
-            dp_size=size,
-            micro_batch=LANES // size,
-            accumulation=1,
-            start_sample=sample,
-        )
-        for rank in range(size)
-    ]
+    assignment = Assignment(LANES // size, 1, size)
+    streams = []
+    for rank in range(size):
+        served = assignment.served_lanes(rank, LANES)
+        sequences = SequenceStream(shards, tokenizer, BLOCK, LANES, None, served, states, "skip", report)
+        streams.append(BatchStream(sequences, assignment, rank, sample))
+    return streams
 
 
 @run(30)

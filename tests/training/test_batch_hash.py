@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from argonne.data import Batch
+from argonne.data import Assignment, Batch
 from argonne.parallel import Layout, ProcessGroups
 from argonne.training.feed import BatchFeed
 from tests.pool import RankPool
@@ -24,6 +24,7 @@ class Samples:
 
     def __init__(self, groups: ProcessGroups, start: int) -> None:
         self.data, self.start = groups.data, start
+        self.assignment = Assignment(1, SAMPLES // groups.data.size, groups.data.size)
 
     def next_batch(self) -> Batch:
         numbers = [k for k in range(self.start, self.start + SAMPLES) if k % self.data.size == self.data.rank]

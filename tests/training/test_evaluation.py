@@ -6,6 +6,8 @@ import random
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from argonne.data import open_shards, train_tokenizer
-from argonne.models import ArgonneConfig, ArgonneModel, CrossEntropyLoss, Execution, build_replicas
+from argonne.models import ArgonneConfig, ArgonneModel, CrossEntropyLoss, Execution, LanguageModel, build_replicas
 from argonne.parallel import Layout, PipelinePlan, Precision, ProcessGroups, initialise
 from argonne.training.evaluation import PROMPT, held_out_loss, held_out_sequences, sample_text
 from tests import dense
@@ -72,6 +74,32 @@ def test_held_out_loss_equals_that_of_one_process_where_replicas_have_unequal_sh
 ) -> None:
     for rank, found in enumerate(ranks.run(layout, losses, kind, schedule)):
         assert found == pytest.approx(alone, rel=1e-12), f"rank {rank}"
+
+
+def reproducible_losses(groups: ProcessGroups, kind: str) -> list[float]:
+    """In float32, where another cut of the same sequences has other last bits."""
+    model, replicas = build_replicas(partial(ArgonneModel, CONFIG), Execution(groups, Precision()), kind)  # type: ignore[arg-type]
+    initialise(replicas.parameters, seed=3)
+    replicas.publish()
+    leaves = SimpleNamespace(reproducible=True, data=groups.data, context=groups.context)
+    evaluated = cast(LanguageModel, SimpleNamespace(groups=leaves, evaluate=model.evaluate))
+    return [
+        held_out_loss(evaluated, held_out(count), micro_batch, CrossEntropyLoss(), mask)
+        for count in (*COUNTS, 24)
+        for micro_batch in (1, 2, 3)
+        for mask in (False, True)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["replicate", "zero1", "fsdp"])
+def test_the_held_out_loss_of_a_reproducible_run_is_the_same_bits_however_many_replicas_share_it(
+    ranks: RankPool, alone: list[float], kind: str
+) -> None:
+    expected = ranks.run(Layout(), reproducible_losses, kind)[0]
+    assert expected[2:4] == pytest.approx(alone[:2], rel=1e-5), "one sequence, in micro-batches of two"
+    for size in (2, 3, 4):
+        for rank, found in enumerate(ranks.run(Layout(data=size), reproducible_losses, kind)):
+            assert found == expected, f"rank {rank} of {size}"
 
 
 @pytest.mark.parametrize("tied", [True, False])

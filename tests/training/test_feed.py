@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from argonne.data import Batch, BatchStream, DataError, DataPosition, LaneState
+from argonne.data import Assignment, Batch, BatchStream, DataError, DataPosition, LaneState
+from argonne.data.assignment import Order
 from argonne.data.lanes.packing import Packed
 from argonne.parallel import Layout, ProcessGroups
 from argonne.parallel.communication.layout import AXES
@@ -40,23 +41,19 @@ class Numbered:
         return LaneState(DataPosition(0, 0, 0, self.number))
 
 
-def two_steps(groups: ProcessGroups, micro_batch: int) -> list[tuple[str | None, Tensor, Tensor | None]]:
-    """Digest, tokens and documents of each."""
+Steps = list[tuple[str | None, Tensor, Tensor | None, dict[int, LaneState]]]
+
+
+def two_steps(groups: ProcessGroups, micro_batch: int, order: Order = "interleaved") -> Steps:
+    """Digest, tokens, documents and states of each."""
     data = groups.data
     accumulation = SAMPLES // (micro_batch * data.size)
     reading = groups.model.rank == 0
-    stream = BatchStream(
-        Numbered(START),
-        dp_rank=data.rank,
-        dp_size=data.size,
-        micro_batch=micro_batch,
-        accumulation=accumulation,
-        start_sample=START,
-    )
+    stream = BatchStream(Numbered(START), Assignment(micro_batch, accumulation, data.size, order), data.rank, START)
     feed = BatchFeed(stream if reading else None, (accumulation, micro_batch, BLOCK + 1), groups, documents=True)
     batches = [feed.next() for _ in range(2)]
     feed.close()
-    return [(batch.digest, batch.tokens, batch.documents) for batch in batches]
+    return [(batch.digest, batch.tokens, batch.documents, dict(batch.states)) for batch in batches]
 
 
 @pytest.mark.parametrize(
@@ -67,11 +64,11 @@ def two_steps(groups: ProcessGroups, micro_batch: int) -> list[tuple[str | None,
 def test_every_rank_has_its_samples_and_the_hash_is_that_of_one_process(
     ranks: RankPool, layout: Layout, micro_batch: int
 ) -> None:
-    alone = [digest for digest, _, _ in ranks.run(Layout(), two_steps, 6)[0]]
+    alone = [digest for digest, *_ in ranks.run(Layout(), two_steps, 6)[0]]
     assert len({*alone}) == 2
     for rank, found in enumerate(ranks.run(layout, two_steps, micro_batch)):
         replica = layout.coordinates(rank)[AXES.index("data")]
-        for step, (digest, tokens, documents) in enumerate(found):
+        for step, (digest, tokens, documents, _) in enumerate(found):
             assert digest == alone[step] if digest else rank % layout.tensor
             first = START + step * SAMPLES
             own = [k for k in range(first, first + SAMPLES) if k % layout.data == replica]
@@ -81,11 +78,35 @@ def test_every_rank_has_its_samples_and_the_hash_is_that_of_one_process(
                 assert apart.tolist() == wanted.documents.tolist(), f"documents of sample {sample} on rank {rank}"
 
 
+@pytest.mark.parametrize("micro_batch", [1, 3])
+@pytest.mark.parametrize("order", ["contiguous", "strided"])
+@pytest.mark.parametrize(
+    "layout", [Layout(), Layout(data=2), Layout(data=4), Layout(tensor=2, data=2), Layout(pipeline=2)], ids=str
+)
+def test_leaves_come_to_their_ranks_with_the_hash_and_states_of_other_runs(
+    ranks: RankPool, layout: Layout, order: Order, micro_batch: int
+) -> None:
+    alone, leaves = ranks.run(Layout(), two_steps, 6)[0], SAMPLES // micro_batch
+    accumulation = leaves // layout.data
+    for rank, found in enumerate(ranks.run(layout, two_steps, micro_batch, order)):
+        replica = layout.coordinates(rank)[AXES.index("data")]
+        for step, (digest, tokens, _, states) in enumerate(found):
+            reads = rank % layout.tensor == 0 and layout.coordinates(rank)[AXES.index("pipeline")] == 0
+            assert (digest, states) == ((alone[step][0], alone[step][3]) if reads else (None, {})), f"rank {rank}"
+            first = START + step * SAMPLES
+            for micro, sequences in enumerate(tokens):
+                leaf = replica * accumulation + micro if order == "contiguous" else micro * layout.data + replica
+                own = [k for k in range(first, first + SAMPLES) if k % leaves == leaf]
+                wanted = [Numbered(sample).next_sequence(0).tokens.tolist() for sample in own]
+                assert sequences.tolist() == wanted, f"micro-batch {micro} of rank {rank}"
+
+
 class Told:
     """A stream of ``[2, 3, 4]`` ids that are the number of their batch, and then an error; it counts its calls."""
 
     def __init__(self, last: int = 10**6, error: Exception | None = None) -> None:
         self.last, self.error, self.calls = last, error, 0
+        self.assignment = Assignment(micro_batch=3, accumulation=2)
         self.ahead = threading.Semaphore(0)
 
     def next_batch(self) -> Batch:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from argonne.checkpoint import checkpoints, faults, load_trainer
+from argonne.data import Assignment
 from argonne.parallel import Layout, ProcessGroups
 from argonne.parallel.errors import ArgonneError
 from argonne.training import report, trainer
@@ -91,6 +92,19 @@ def test_a_line_of_every_step_has_the_fields_of_the_contract(small: SmallRun, tm
         assert line["grad_norm"] > 0
         assert (line["validation_loss"] is not None) == (number in (2, 4, 5)), "it is measured at every save"
     assert len({line["batch_hash"] for line in lines}) == len({line["loss"] for line in lines}) == 5
+
+
+@pytest.mark.parametrize(("fsdp", "leaves"), [(False, "contiguous"), (True, "strided")])
+def test_samples_are_dealt_out_as_the_groups_and_the_kind_of_replicas_ask(
+    small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fsdp: bool, leaves: str
+) -> None:
+    config = small.configured(tmp_path, {})
+    config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, fsdp=fsdp))
+    for reproducible, order in ((False, "interleaved"), (True, leaves)):
+        monkeypatch.setattr(ProcessGroups, "reproducible", reproducible, raising=False)
+        run = small.trainer(config, ALONE)
+        run.feed.close()
+        assert run.assignment == Assignment(2, 3, 1, order)  # type: ignore[arg-type]
 
 
 def test_a_step_is_measured_over_all_the_processes_that_made_it(

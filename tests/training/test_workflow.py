@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from argonne.checkpoint import CheckpointError
+from argonne.data import Assignment
 from argonne.parallel import ArgonneError, ProcessGroups
 from argonne.training.config import RunConfig, RunFlags, TrainingFlags
 from argonne.training.run.directory import read_run
 from argonne.training.run.identity import RunIdentity
 from argonne.training.run.resume import parse_resume, resume
-from argonne.training.run.workflow import is_done, pretrain
+from argonne.training.run.workflow import is_done, lanes_note, pretrain
 from tests.integration.runs import history, weights
 from tests.training.small_run import small_run
 
@@ -199,3 +200,30 @@ def test_a_resume_from_before_a_damaged_checkpoint_has_the_flags_of_both_command
     told = json.loads((run / "step_00000003" / "trainer.json").read_text())
     schedule = told["identity"]["schedule"]
     assert (schedule["total_steps"], schedule["weight_decay"], schedule["learning_rate"]) == (9, 0.3, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "lanes", "note"),
+    [
+        (Assignment(2, 3, 2), 4, None),
+        (Assignment(2, 2, 3), 8, "data_parallel=3 does not divide the 8 lanes: each is tokenised by 3 ranks"),
+        (
+            Assignment(2, 2, 6, "strided"),
+            8,
+            "data_parallel=6 does not divide the 8 lanes: each is tokenised by 3 ranks",
+        ),
+        (Assignment(2, 4, 2, "contiguous"), 16, None),
+        (
+            Assignment(2, 4, 4, "contiguous"),
+            8,
+            "16 micro-batches of a step do not divide the 8 lanes: each is tokenised by 2 ranks",
+        ),
+    ],
+    ids=str,
+)
+def test_a_run_tells_how_many_ranks_tokenise_each_lane_where_it_is_not_one(
+    config: RunConfig, assignment: Assignment, lanes: int, note: str | None
+) -> None:
+    assert lanes_note(config, lanes, assignment) == ([f"{note}, which take its samples in turn"] if note else [])
+    cached = replace(config, data=replace(config.data, streaming=False))
+    assert lanes_note(cached, lanes, assignment) == []

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from argonne.checkpoint import load_trainer
 from argonne.checkpoint.format import TRAINER
-from argonne.data import boundary_tokens, load_tokenizer, ranks_per_lane, tokenizer_fingerprint
+from argonne.data import boundary_tokens, load_tokenizer, tokenizer_fingerprint
 from argonne.parallel import Precision, ProcessGroups
 from argonne.parallel.communication.collectives import collectively, gather_objects
 from argonne.training.config import RunConfig
@@ -92,7 +92,7 @@ def prepare(
 
     _require_text(data, tokenizer, boundary, groups)
     held_out = _held_out(config, groups, data, tokenizer, boundary)
-    log(groups, *(f"accepted from here on: {line}" for line in accepted), *_lanes_note(config, groups, data))
+    log(groups, *(f"accepted from here on: {line}" for line in accepted))
     conditions = conditions_of(config, precision, groups.device, data.validation)
     return Workload(of_run, precision, data, tokenizer, boundary, identity, conditions, held_out)
 
@@ -239,14 +239,3 @@ def _held_out(
     limit, globs = flags.validation_sequences, flags.validation_glob
     filters = flags.document_filters
     return held_out_sequences(data.validation, own, flags.block_size, boundary, limit, groups, globs, filters)
-
-
-def _lanes_note(config: RunConfig, groups: ProcessGroups, data: Corpora) -> list[str]:
-    """What it costs that the lanes cannot be dealt out evenly."""
-    sharing = ranks_per_lane(data.lanes, groups.data.size)
-    if sharing == 1 or not config.data.streaming:
-        return []
-    return [
-        f"data_parallel={groups.data.size} does not divide the {data.lanes} lanes: each is tokenised by "
-        f"{sharing} ranks, which take its samples in turn"
-    ]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from argonne.checkpoint import CheckpointError, checkpoints, load_trainer, newest_valid
+from argonne.data import Assignment
 from argonne.parallel import ProcessGroups, check_declarations
 from argonne.parallel.communication.collectives import collectively
 from argonne.parallel.errors import ArgonneError
@@ -129,7 +130,10 @@ def train(
     # One rank writes; what it cannot write, all refuse.
     collectively(lambda: _begin(config, workload, state, shape, trainer) if groups.is_first else None, groups.world)
     log(
-        groups, _summary(workload, state, shape, checkpoint), *in_vain(config, groups.layout), *_notes(config, workload)
+        groups,
+        _summary(workload, state, shape, checkpoint),
+        *in_vain(config, groups.layout),
+        *_notes(config, workload, trainer.assignment),
     )
     return trainer.run()
 
@@ -172,10 +176,21 @@ def _summary(workload: Workload, state: TrainingState, shape: BatchShape, checkp
     return " | ".join(facts)
 
 
-def _notes(config: RunConfig, workload: Workload) -> list[str]:
+def _notes(config: RunConfig, workload: Workload, assignment: Assignment) -> list[str]:
     """What may surprise whoever asked for this run, though it is legal."""
     notes = list(workload.model.notes)
     total, stop = config.training.total_steps, config.run.stop_at_step
     if stop is not None and stop > total:
         notes.append(f"note: --stop-at-step {stop} lies past the end of the run, which is at step {total}")
-    return notes
+    return notes + lanes_note(config, workload.data.lanes, assignment)
+
+
+def lanes_note(config: RunConfig, lanes: int, assignment: Assignment) -> list[str]:
+    """What it costs where the lanes cannot be dealt out evenly."""
+    readers = assignment.readers(lanes)
+    if readers == 1 or not config.data.streaming:
+        return []
+    reason = f"data_parallel={assignment.replicas} does not divide the {lanes} lanes"
+    if assignment.order == "contiguous":
+        reason = f"{assignment.leaves} micro-batches of a step do not divide the {lanes} lanes"
+    return [f"{reason}: each is tokenised by {readers} ranks, which take its samples in turn"]
