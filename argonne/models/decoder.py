@@ -31,7 +31,8 @@ from argonne.parallel import (
 )
 from argonne.parallel.communication.groups import Axis
 from argonne.parallel.context_parallel.variable_length import DocumentBounds, can_vary_length, document_bounds
-from argonne.parallel.tensor_parallel.token_blocks import token_aliases
+from argonne.parallel.sharding.uses import Uses
+from argonne.parallel.tensor_parallel.token_blocks import uses_by_token_blocks
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,15 @@ class RMSNorm(kernels.RMSNorm):
         dtype, backend = execution.precision.parameters, execution.kernels
         super().__init__(config.hidden_size, config.rms_norm_eps, dtype=dtype, backend=backend)
         self.groups = execution.groups
-        self._aliases = token_aliases(self.weight, self.groups)
+        self._uses = uses_by_token_blocks(self.groups)
 
     @property
     def weights(self) -> Sequence[Tensor]:
         """One for each token block, in a reproducible run."""
-        return self._aliases or (self.weight,)
+        return (self.weight,) if self._uses is None else self._uses.of(self.weight)
 
-    def gradient_aliases(self) -> dict[str, tuple[nn.Parameter, ...]]:
-        return {"weight": self._aliases}
+    def uses(self) -> dict[str, Uses]:
+        return {} if self._uses is None else {"weight": self._uses}
 
     def shard_specs(self) -> dict[str, ShardSpec]:
         return {"weight": replicated("weight", self.weight.shape, self.groups, Constant(1.0), used="between")}

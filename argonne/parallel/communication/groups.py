@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from argonne.parallel.communication.layout import AXES, Layout, require_blocks
+from argonne.parallel.errors import LayoutError
 
 Summation = Literal["fast", "tree"]
 """How numbers of several ranks are added. ``fast``: in whatever order the library of collectives takes. ``tree``: in
@@ -138,6 +139,11 @@ class ProcessGroups:
             LayoutError: the tensor-parallel ranks cannot each have a subtree of so many blocks.
         """
         require_blocks(blocks, self.layout.tensor)
+        if self.layout.context > 1:
+            raise LayoutError(
+                f"context_parallel={self.layout.context} is not reproducible: it sums the gradients of keys and values "
+                "in an order of its own; legal: 1"
+            )
         names = ("world", *AXES, *JOINT_AXES)
         axes: dict[str, Any] = {name: replace(getattr(self, name), summation="tree") for name in names}
         axes["tensor"] = replace(axes["tensor"], blocks=blocks)

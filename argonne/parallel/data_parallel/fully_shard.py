@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,11 +15,13 @@ from torch.distributed.tensor import DTensor
 
 from argonne.parallel.communication.collectives import Pending
 from argonne.parallel.communication.groups import Axis, ProcessGroups
-from argonne.parallel.communication.reduction import start_sum
+from argonne.parallel.communication.reduction import start_sum, sum_and_scatter
 from argonne.parallel.data_parallel.buckets import LateGradient, OverlappedReduction, plan_buckets
-from argonne.parallel.data_parallel.strategy import DataParallel, rows_of_rank
+from argonne.parallel.data_parallel.leaves import LeafSums
+from argonne.parallel.data_parallel.strategy import DataParallel, rows_of_a_full_rank, rows_of_rank
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.sharding.spec import ShardedParameter, narrow_rows
+from argonne.parallel.sharding.uses import UsedApart
 from argonne.parallel.tensor_parallel.precision import Precision
 
 
@@ -96,8 +99,10 @@ class FullyShard(DataParallel):
         mesh = DeviceMesh.from_group(axes.within.group, groups.device.type, mesh_dim_names=("replicas",))
         for module in self._modules:
             _materialise(module, groups.device)
-            fully_shard(module, mesh=mesh, mp_policy=_policy(precision))
+            fully_shard(module, mesh=mesh, mp_policy=_policy(precision, groups.reproducible))
             assert isinstance(module, FSDPModule)
+            if groups.reproducible:
+                module.set_custom_reduce_scatter(_TreeReduceScatter(axes.within))  # type: ignore[arg-type]
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # Gloo knows no other
         for root in stages or [model]:
@@ -109,6 +114,8 @@ class FullyShard(DataParallel):
         self._dtensors = [getattr(*homes[id(sharded.parameter)]) for sharded in declared]
         pairs = zip(declared, self._dtensors, strict=True)
         super().__init__([_own_rows(sharded, dtensor, axes) for sharded, dtensor in pairs], groups)
+        if groups.reproducible:
+            self._take_leaves(model, axes.within)
         self._across = axes.across
         trained = [dtensor for dtensor in self._dtensors if dtensor.requires_grad and axes.across.size > 1]
         self._buckets = plan_buckets(trained, bucket_bytes * axes.within.size)
@@ -140,6 +147,42 @@ class FullyShard(DataParallel):
         for module in self._modules:
             assert isinstance(module, FSDPModule)
             module.reshard()
+
+    def _take_leaves(self, model: nn.Module, axis: Axis) -> None:
+        """Sum the micro-batches' rows as leaves of a tree, and those of uses apart by ourselves."""
+        apart = {
+            id(getattr(module, name)): uses
+            for module in model.modules()
+            if isinstance(module, UsedApart)
+            for name, uses in module.uses().items()
+        }
+        leaves: list[tuple[str, Tensor]] = []
+        for number, dtensor in enumerate(self._dtensors):
+            sharded = self.parameters[number]
+            if not dtensor.requires_grad:
+                continue
+            leaves.append((sharded.name, dtensor))
+            if (uses := apart.get(id(dtensor))) is not None:
+                rows = sharded.parameter
+                aliases = tuple(nn.Parameter(rows.data) for _ in range(uses.count))
+                self.parameters[number] = replace(sharded, aliases=aliases)
+                leaves += ((sharded.name, alias) for alias in aliases)
+                uses.taken = functools.partial(self._take_uses, aliases, axis)
+        self.leaves = LeafSums(leaves)
+
+    @torch.no_grad()
+    def _take_uses(self, aliases: Sequence[nn.Parameter], axis: Axis, gradients: Sequence[Tensor]) -> None:
+        """This rank's rows of the gradients of a weight's uses, summed over the replicas: one collective."""
+        width = rows_of_a_full_rank(len(gradients[0]), axis)
+        stacked = torch.stack(list(gradients)).to(torch.promote_types(aliases[0].dtype, torch.float32))
+        buffer = stacked.new_zeros(len(aliases), axis.size * width, *stacked.shape[2:])
+        buffer[:, : stacked.shape[1]] = stacked
+        by_rank = buffer.unflatten(1, (axis.size, width)).transpose(0, 1).contiguous()
+        own = sum_and_scatter(by_rank, axis)[0]
+        for alias, rows in zip(aliases, own, strict=True):
+            alias.grad = rows[: len(alias)].to(alias.dtype)
+            assert self.leaves is not None
+            self.leaves.take(alias)
 
     def _start(self, number: int) -> Pending:
         """Begin to sum a bucket of this rank's rows over the groups."""
@@ -173,9 +216,23 @@ def _materialise(module: nn.Module, device: torch.device) -> None:
                 setattr(part, name, real)
 
 
-def _policy(precision: Precision) -> MixedPrecisionPolicy:
+class _TreeReduceScatter:
+    """What FSDP2 sums its gradients with in a reproducible run: its interface, our order."""
+
+    def __init__(self, axis: Axis) -> None:
+        self.axis = axis
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, *_: object, **__: object) -> None:
+        output_tensor.copy_(sum_and_scatter(input_tensor.view(self.axis.size, -1), self.axis)[0])
+
+
+def _policy(precision: Precision, reproducible: bool) -> MixedPrecisionPolicy:
+    narrows = precision.compute != precision.parameters and not reproducible  # there the layers do, as without FSDP
     return MixedPrecisionPolicy(
-        param_dtype=precision.compute if precision.compute != precision.parameters else None,
+        param_dtype=precision.compute if narrows else None,
         reduce_dtype=torch.promote_types(precision.parameters, torch.float32),
         cast_forward_inputs=False,  # the layers cast; position tables are wider than activations on purpose
     )

@@ -60,6 +60,7 @@ def data_parallel(
     if kind not in get_args(Kind):
         raise ArgonneError(f"data parallel kind={kind!r} is not known; legal: {', '.join(get_args(Kind))}")
     check_shard(kind, shard, groups.replicas.size)
+    _check_reproducible(groups, precision, shard)
     parameters = sharded_parameters(model, groups) if parameters is None else parameters
     check_declarations(parameters, groups, values=False)  # they may be empty still
     if groups.replicas.size == 1:
@@ -75,6 +76,21 @@ def data_parallel(
     if kind == "zero1":
         return ShardedOptimizer(parameters, groups, bucket_bytes)
     return Replicate(parameters, groups, bucket_bytes)
+
+
+def _check_reproducible(groups: ProcessGroups, precision: Precision, shard: int | None) -> None:
+    """Refuse what a reproducible run cannot sum in its order."""
+    if not groups.reproducible:
+        return
+    if precision.accumulate_in_product:
+        raise ArgonneError(
+            "accumulate_in_product=True conflicts with a reproducible run, whose micro-batches are summed as a tree; "
+            "legal: False"
+        )
+    if shard is not None and shard != groups.replicas.size:
+        raise ArgonneError(
+            f"fsdp_shard={shard} conflicts with a reproducible run, whose replicas are one tree; legal: leave it out"
+        )
 
 
 def check_shard(kind: Kind, shard: int | None, replicas: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,17 +24,21 @@ class LeafSums:
     Hooks of others on the same parameters, if they are registered later, then see that sum.
     """
 
-    def __init__(self, parameters: Sequence[ShardedParameter]) -> None:
+    def __init__(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
         self._names: dict[int, str] = {}
         self._sums: dict[int, TreeSum] = {}
         self._micro_batches = 0  # 0: not between begin and finish
         self._seen: dict[int, int] = {}
         took = functools.partial(_take, weakref.ref(self))
-        for sharded in parameters:
-            for parameter in sharded.trained:
-                self._names[id(parameter)] = sharded.name
-                self._sums[id(parameter)] = TreeSum()
-                parameter.register_post_accumulate_grad_hook(took)
+        for name, parameter in parameters:
+            self._names[id(parameter)] = name
+            self._sums[id(parameter)] = TreeSum()
+            parameter.register_post_accumulate_grad_hook(took)
+
+    @classmethod
+    def of(cls, parameters: Iterable[ShardedParameter]) -> LeafSums:
+        """Of all that backward makes gradients of."""
+        return cls((sharded.name, parameter) for sharded in parameters for parameter in sharded.trained)
 
     def begin(self, micro_batches: int) -> None:
         """Expect so many backward passes from here."""

@@ -11,6 +11,7 @@ from argonne.parallel.communication.collectives import Pending
 from argonne.parallel.communication.groups import ProcessGroups
 from argonne.parallel.communication.reduction import start_sum
 from argonne.parallel.data_parallel.buckets import LateGradient, OverlappedReduction, gradient_dtype, plan_buckets
+from argonne.parallel.data_parallel.leaves import LeafSums
 from argonne.parallel.data_parallel.strategy import DataParallel
 from argonne.parallel.sharding.spec import ShardedParameter
 
@@ -24,7 +25,7 @@ class Replicate(DataParallel):
     def __init__(self, parameters: Sequence[ShardedParameter], groups: ProcessGroups, bucket_bytes: int) -> None:
         super().__init__(parameters, groups)
         if groups.reproducible:
-            self.sum_as_leaves(parameters)
+            self.leaves = LeafSums.of(parameters)
         trained = [s.parameter for s in parameters if s.parameter.requires_grad]
         aliases = [alias for s in parameters for alias in s.aliases]
         self._buckets = plan_buckets(trained, bucket_bytes) + plan_buckets(aliases, bucket_bytes)

@@ -28,13 +28,9 @@ class DataParallel:
         """What the optimizer updates, norm and clipping see and a checkpoint saves."""
         self.groups = groups
         self.leaves: LeafSums | None = None
-        """What adds up the micro-batches of a reproducible run; see ``sum_as_leaves``."""
+        """What adds up the micro-batches of a reproducible run."""
         if groups.reproducible and groups.replicas.size == 1:
-            self.sum_as_leaves(self.parameters)
-
-    def sum_as_leaves(self, declared: Sequence[ShardedParameter]) -> None:
-        """From here on the gradients that backward makes, of ``declared``, are leaves of one tree."""
-        self.leaves = LeafSums(declared)
+            self.leaves = LeafSums.of(self.parameters)
 
     def begin(self, micro_batches: int, deferred: bool = False) -> None:
         """Call before the backward passes of an optimizer step. Gradients that are there are dropped.

@@ -13,6 +13,7 @@ from argonne.parallel.communication.collectives import Pending, start_all_gather
 from argonne.parallel.communication.groups import ProcessGroups
 from argonne.parallel.communication.reduction import start_sum_and_scatter
 from argonne.parallel.data_parallel.buckets import LateGradient, OverlappedReduction, gradient_dtype, plan_buckets
+from argonne.parallel.data_parallel.leaves import LeafSums
 from argonne.parallel.data_parallel.strategy import DataParallel, rows_of_a_full_rank, rows_of_rank
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.sharding.spec import ShardedParameter, narrow_rows
@@ -58,7 +59,7 @@ class ShardedOptimizer(DataParallel):
     def __init__(self, parameters: Sequence[ShardedParameter], groups: ProcessGroups, bucket_bytes: int) -> None:
         super().__init__([_own_rows(sharded, groups) for sharded in parameters], groups)
         if groups.reproducible:
-            self.sum_as_leaves(parameters)
+            self.leaves = LeafSums.of(parameters)
         trained = [s.parameter for s in parameters if s.parameter.requires_grad]
         aliases = [alias for s in parameters for alias in s.aliases]
         own = {

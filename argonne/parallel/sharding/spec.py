@@ -18,6 +18,7 @@ from argonne.parallel.communication.groups import ProcessGroups
 from argonne.parallel.errors import LayoutError
 from argonne.parallel.sharding.declare import replicated
 from argonne.parallel.sharding.region import Region, ShardSpec
+from argonne.parallel.sharding.uses import UsedApart
 
 
 @runtime_checkable
@@ -29,13 +30,6 @@ class Sharded(Protocol):
     """
 
     def shard_specs(self) -> dict[str, ShardSpec]: ...
-
-
-@runtime_checkable
-class Aliased(Protocol):
-    """A module some of whose own parameters have ``ShardedParameter.aliases``, by name."""
-
-    def gradient_aliases(self) -> dict[str, tuple[nn.Parameter, ...]]: ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +85,8 @@ def sharded_parameters(model: nn.Module, groups: ProcessGroups) -> list[ShardedP
             if spec_or_none is None and groups.sequence_parallel and parameter.requires_grad and not _is_norm(module):
                 unknown_use.append(f"{qualified} of {type(module).__name__}")
             spec = spec_or_none or replicated(qualified, parameter.shape, groups, used="between")
-            aliases = module.gradient_aliases().get(name, ()) if isinstance(module, Aliased) else ()
+            uses = module.uses().get(name) if isinstance(module, UsedApart) else None
+            aliases = () if uses is None else uses.aliases(parameter)
             found.append(ShardedParameter(qualified, parameter, spec, spec_or_none is not None, aliases))
     if unknown_use:
         rest = f" and {len(unknown_use) - 4} more" if len(unknown_use) > 4 else ""

@@ -17,6 +17,7 @@ from argonne.parallel.communication.regions import (
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.sharding.initialisation import Initialiser, Normal
 from argonne.parallel.sharding.region import Region, ShardSpec
+from argonne.parallel.sharding.uses import Uses
 from argonne.parallel.tensor_parallel.blocks import Block, Cut
 from argonne.parallel.tensor_parallel.linear import bias_initialiser_of
 from argonne.parallel.tensor_parallel.precision import Precision
@@ -128,18 +129,14 @@ class VocabParallelEmbedding(_VocabParallel):
         precision: the dtypes.
     """
 
-    _lookup: tuple[nn.Parameter, ...] = ()  # in a tuple: it is no parameter of its own
+    _uses: Uses | None = None
 
     def separate_lookup(self) -> None:
-        """Give the lookup an alias of the weight, so that its gradient and a tied head's are summed on their own.
+        """Sum the gradients of the lookup apart from those of a tied head, which a pipeline has on another stage."""
+        self._uses = Uses(1)
 
-        Stages of a pipeline that hold a tied weight sum the two so; see ``ShardedParameter.aliases``. Call it once the
-        weight has its place in memory.
-        """
-        self._lookup = (nn.Parameter(self.weight.data),)
-
-    def gradient_aliases(self) -> dict[str, tuple[nn.Parameter, ...]]:
-        return {"weight": self._lookup}
+    def uses(self) -> dict[str, Uses]:
+        return {} if self._uses is None else {"weight": self._uses}
 
     def forward(self, ids: Tensor) -> Tensor:
         """Integer ids ``[...]`` -> ``[..., hidden]`` in the compute dtype, the same on every rank.
@@ -149,7 +146,7 @@ class VocabParallelEmbedding(_VocabParallel):
         if self.sequence_parallel and ids.ndim < 1:
             raise ArgonneError("a single id cannot be shared out under sequence parallelism; legal: [tokens, ...]")
         rows, mine = self.range.localise(ids)
-        (weight,) = self._lookup or (self.weight,)
+        (weight,) = (self.weight,) if self._uses is None else self._uses.of(self.weight)
         vectors = F.embedding(rows, weight).to(self.precision.compute)
         leave = reduce_scatter_to_sequence_region if self.sequence_parallel else reduce_from_region
         return leave(vectors.masked_fill(~mine.unsqueeze(-1), 0), self.axis)

@@ -20,10 +20,11 @@ from argonne.parallel.sharding.declare import replicated
 from argonne.parallel.sharding.initialisation import Constant, Initialiser, Normal
 from argonne.parallel.sharding.partition import Partition, check_partition
 from argonne.parallel.sharding.region import Region, ShardSpec
+from argonne.parallel.sharding.uses import Uses
 from argonne.parallel.tensor_parallel.blocks import Cut, cut_parts
 from argonne.parallel.tensor_parallel.precision import Precision
 from argonne.parallel.tensor_parallel.products import column_parallel_linear, local_linear
-from argonne.parallel.tensor_parallel.token_blocks import add_bias, token_aliases
+from argonne.parallel.tensor_parallel.token_blocks import add_bias, uses_by_token_blocks
 
 
 class ColumnParallelLinear(nn.Module):
@@ -182,7 +183,7 @@ class RowParallelLinear(nn.Module):
         local = self.part.local_features(self.axis.rank)
         self.weight = nn.Parameter(torch.empty(out_features, local, dtype=precision.parameters))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=precision.parameters)) if bias else None
-        self._biases = () if self.bias is None else token_aliases(self.bias, groups)
+        self._uses = None if self.bias is None else uses_by_token_blocks(groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., local features]`` -> ``[..., out_features]``, the same on every rank.
@@ -200,10 +201,11 @@ class RowParallelLinear(nn.Module):
         y = leave(partial, self.axis)
         if self.bias is None:
             return y
-        return add_bias(y, [bias.to(self.precision.compute) for bias in self._biases or (self.bias,)])
+        biases = (self.bias,) if self._uses is None else self._uses.of(self.bias)
+        return add_bias(y, [bias.to(self.precision.compute) for bias in biases])
 
-    def gradient_aliases(self) -> dict[str, tuple[nn.Parameter, ...]]:
-        return {"bias": self._biases}
+    def uses(self) -> dict[str, Uses]:
+        return {} if self._uses is None else {"bias": self._uses}
 
     def shard_specs(self) -> dict[str, ShardSpec]:
         regions = tuple(

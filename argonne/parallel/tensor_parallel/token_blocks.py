@@ -1,9 +1,9 @@
 """Vectors that every token is computed with (norms' weights, biases), whose gradients are sums over tokens.
 
 Where tensor-parallel ranks share out the tokens, such a sum is cut over them. So in a reproducible run it is always
-made of as many blocks of tokens as the tensor axis has blocks of features. Each block has an alias of the vector, a
-parameter of the same memory, whose gradient is summed on its own over micro-batches and replicas; the blocks come last
-(``ShardedParameter.aliases``), those of other ranks after them.
+made of as many blocks of tokens as the tensor axis has blocks of features. Each block is a use of the vector apart
+(``sharding/uses.py``), whose gradient is summed on its own over micro-batches and replicas; the blocks are added up
+last, those of other ranks after them.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from argonne.parallel.communication.groups import ProcessGroups
 from argonne.parallel.errors import ArgonneError
+from argonne.parallel.sharding.uses import Uses
 
 
-def token_aliases(vector: nn.Parameter, groups: ProcessGroups) -> tuple[nn.Parameter, ...]:
-    """An alias of ``vector`` for each block of the tokens that this rank computes with; none in fast mode."""
+def uses_by_token_blocks(groups: ProcessGroups) -> Uses | None:
+    """Of a vector: one for each block of the tokens that this rank computes with. None in fast mode."""
     axis = groups.tensor
     if axis.blocks is None:
-        return ()
-    count = axis.own_blocks if groups.sequence_parallel else axis.blocks
-    return tuple(nn.Parameter(vector.data, requires_grad=vector.requires_grad) for _ in range(count))
+        return None
+    return Uses(axis.own_blocks if groups.sequence_parallel else axis.blocks)
 
 
 def in_token_blocks(x: Tensor, blocks: int) -> Tensor:
@@ -67,12 +67,12 @@ class _AddBias(torch.autograd.Function):
 
 
 def scale_tokens(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """``x * weight`` of ``[..., width]`` and ``[width]``, or the aliases of a weight for as many token blocks."""
+    """``x * weight`` of ``[..., width]`` and ``[width]``, or of a weight once for each of as many token blocks."""
     return x * weights[0] if len(weights) == 1 else _Scale.apply(x, *weights)
 
 
 def add_bias(y: Tensor, biases: Sequence[Tensor]) -> Tensor:
-    """``y + bias`` of ``[..., width]`` and ``[width]``, or the aliases of a bias for as many token blocks."""
+    """``y + bias`` of ``[..., width]`` and ``[width]``, or of a bias once for each of as many token blocks."""
     return y + biases[0] if len(biases) == 1 else _AddBias.apply(y, *biases)
 
 

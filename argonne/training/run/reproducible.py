@@ -71,7 +71,11 @@ def check_reproducible(config: RunConfig, layout: Layout, shape: ArgonneConfig |
         raise ArgonneError(
             "uneven_shards=True conflicts with reproducible=True, whose blocks are equal; legal: one of them"
         )
-    _check_data_parallel(config, shape)
+    if config.parallel.fsdp_shard is not None:
+        raise ArgonneError(
+            f"fsdp_shard={config.parallel.fsdp_shard} is not reproducible: its groups are summed in another order; legal "
+            "with --reproducible: --fsdp alone"
+        )
     if shape is not None:
         _check_blocks(blocks, layout.tensor, shape)
     tokens = config.training.initial_batch_size * config.data.block_size
@@ -79,14 +83,6 @@ def check_reproducible(config: RunConfig, layout: Layout, shape: ArgonneConfig |
         raise ArgonneError(
             f"initial_batch_size x block_size = {tokens} tokens are not {blocks} equal blocks of a reproducible sum; "
             f"legal: a multiple of {blocks} (or another --reproducible-blocks)"
-        )
-
-
-def _check_data_parallel(config: RunConfig, shape: ArgonneConfig | None) -> None:
-    parallel = config.parallel
-    if parallel.fsdp:
-        raise ArgonneError(
-            "fsdp=True conflicts with reproducible=True: FSDP2 knows no aliases of weights; legal: zero1, or neither"
         )
 
 
