@@ -86,7 +86,7 @@ def held_out_loss(
     does not count. In a reproducible run each pass has the same sequences at every layout, whoever makes it.
     """
     data = model.groups.data
-    reproducible: bool = getattr(model.groups, "reproducible", False)
+    reproducible = model.groups.reproducible
     passes = -(-sequences.shape[1] // (data.size * micro_batch))
     losses = torch.zeros(passes, dtype=torch.float64, device=sequences.device)
     for number in range(passes):

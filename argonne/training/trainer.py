@@ -40,7 +40,7 @@ class Trainer:
         self.config, self.workload, self.state, self.shape = config, workload, state, shape
         self.groups = groups = state.model.groups
         self.loss = CrossEntropyLoss(config.training.objective, config.training.kernels)
-        self.assignment = shape.assignment(config.parallel.kind, getattr(groups, "reproducible", False))
+        self.assignment = shape.assignment(config.parallel.kind, groups.reproducible)
         data = config.data
         self.feed = BatchFeed(self._stream(), shape.ids, groups, data.document_mask, data.prefetch_batches)
         self.held_out = workload.held_out

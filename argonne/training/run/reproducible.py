@@ -73,8 +73,8 @@ def check_reproducible(config: RunConfig, layout: Layout, shape: ArgonneConfig |
         )
     if config.parallel.fsdp_shard is not None:
         raise ArgonneError(
-            f"fsdp_shard={config.parallel.fsdp_shard} is not reproducible: its groups are summed in another order; legal "
-            "with --reproducible: --fsdp alone"
+            f"fsdp_shard={config.parallel.fsdp_shard} is not reproducible: its groups are summed in another order; "
+            "legal with --reproducible: --fsdp alone"
         )
     if shape is not None:
         _check_blocks(blocks, layout.tensor, shape)

@@ -83,6 +83,8 @@ def resume(config: ResumeConfig, model: ModelBuilder | None = None) -> int:
             collectively(lambda: check(config, groups.world.size, model), groups.world)
         saved, identity, global_batch = collectively(lambda: _saved_run(checkpoint), groups.world)
         shape = batch_of_resume(config, groups.data.size, global_batch)
+        if groups.reproducible:
+            shape.check_reproducible(config.parallel.kind)
         config.parallel.plan(groups.layout).check_micro_batches(shape.accumulation)
         if "initial_loss_scale" in config.given and "loss_scale" in saved and not flags.force_from_scratch:
             raise ArgonneError(

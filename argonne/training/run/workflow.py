@@ -40,6 +40,8 @@ def pretrain(config: RunConfig, model: ModelBuilder | None = None) -> int:
     with joined(config) as groups:
         saved = collectively(lambda: read_run(directory), groups.world)
         shape = batch_of(config, groups.data.size, saved)
+        if groups.reproducible:
+            shape.check_reproducible(config.parallel.kind)
         config.parallel.plan(groups.layout).check_micro_batches(shape.accumulation)
         newest = functools.cache(lambda: _newest(directory, groups))
         workload = prepare(config, groups, saved.identity if saved else None, kept_tokenizer=newest, model=model)
