@@ -16,6 +16,11 @@ settings.register_profile(
 settings.load_profile("argonne")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
     """Real Gloo processes, started once for the whole session."""

@@ -37,7 +37,14 @@ WITHIN_PARALLEL: dict[str, set[str]] = {
     "pipeline_parallel": {"communication", "tensor_parallel"},
     "context_parallel": {"communication"},
 }
-"""What each room of ``parallel`` may import besides itself and the files beside the rooms (``errors``, ``legal``)."""
+WITHIN_DATA: dict[str, set[str]] = {
+    "corpus": set(),
+    "tokens": set(),
+    "lanes": {"corpus", "tokens"},
+    "cache": {"corpus", "tokens", "lanes"},
+}
+ROOMS_WITHIN = {"parallel": WITHIN_PARALLEL, "data": WITHIN_DATA}
+"""What each room of a package may import besides itself and the files beside the rooms (``errors``, ``legal``)."""
 
 MOST_LINES = 350
 Graph = Mapping[str, set[str]]
@@ -118,19 +125,22 @@ def test_the_order_of_the_packages_is_one() -> None:
     assert not circle_in(MAY_IMPORT)
 
 
-def test_the_rooms_of_parallel_import_downwards(graph: Graph) -> None:
+@pytest.mark.parametrize("package", ROOMS_WITHIN)
+def test_the_rooms_of_a_package_import_downwards(graph: Graph, package: str) -> None:
+    below = ROOMS_WITHIN[package]
+
     def room(module: str) -> str:
         parts = module.split(".")
-        inside = parts[:2] == ["argonne", "parallel"] and len(parts) > 2
+        inside = parts[:2] == ["argonne", package] and len(parts) > 2
         return parts[2] if inside and (ROOT.joinpath(*parts[:3]).is_dir()) else ""
 
-    assert {room(module) for module in graph} == {"", *WITHIN_PARALLEL}
+    assert {room(module) for module in graph} == {"", *below}
     for module, found in graph.items():
         if here := room(module):
-            wrong = {i for i in found if room(i) not in WITHIN_PARALLEL[here] | {here, ""}}
+            wrong = {i for i in found if room(i) not in below[here] | {here, ""}}
             assert not wrong, f"{module} imports {sorted(wrong)}"
-            assert "argonne.parallel" not in found, f"{module} imports what imports it"
-    assert not circle_in(WITHIN_PARALLEL)
+            assert f"argonne.{package}" not in found, f"{module} imports what imports it"
+    assert not circle_in(below)
 
 
 def test_examples_import_no_tests_and_no_benchmarks_and_nothing_imports_them() -> None:

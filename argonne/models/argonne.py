@@ -157,7 +157,7 @@ class ArgonneModel(BaseModel):
         return [_held_by(sharded, ends) if sharded.parameter is tied else sharded for sharded in found]
 
     def initialise(self, seed: int) -> None:
-        """Fill every parameter with values that depend on the seed and the whole tensor's name only."""
+        """Fill every parameter with values that depend on seed, whole tensor's name and place in it only."""
         initialise(self.sharded_parameters(), seed)
 
     def forward(self, batch: Batch) -> Tensor:

@@ -40,7 +40,7 @@ class AttentionInputs:
     """What attention needs besides hidden values: where in their sequences the positions are that a rank works on."""
 
     cos: Tensor
-    """``[positions, head_dim]`` rotary table, of the positions that this rank has."""
+    """``[positions, head_dim / 2]`` rotary table, of the positions that this rank has."""
     sin: Tensor
     axis: Axis
     """The ranks that share the sequences; a lone axis when this rank has them whole."""

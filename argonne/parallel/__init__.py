@@ -1,6 +1,6 @@
 """The reusable layer: process groups, parallel layers and the declarations that everything else follows.
 
-Needs torch, numpy and einops, and nothing else of argonne.
+Needs torch, numpy and einops; of the rest only ``argonne`` itself and ``argonne.parent``, which need nothing more.
 """
 
 from argonne.parallel.communication.groups import Axis, ProcessGroups

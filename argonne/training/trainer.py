@@ -1,4 +1,4 @@
-"""The training loop: read ``Trainer.run`` from top to bottom."""
+"""The training loop: read ``Trainer._run`` from top to bottom."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from tests.kernels import numerics
 from tests.kernels.test_dispatch import op_calls
 from tests.kernels.test_interpreted import EVERYTHING, assert_rms_norm, assert_swiglu
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -69,7 +69,7 @@ def test_the_logits_of_a_2b_head_a_quarter_in_every_size_cost_a_quarter_at_most(
     assert 4 * together <= apart, f"{together / 2**20:.1f} MiB fused, {apart / 2**20:.1f} MiB with whole logits"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_the_logits_of_the_2b_head_cost_a_quarter_at_most_on_gpu() -> None:
     peaks = []
     for loss in (whole, fused):

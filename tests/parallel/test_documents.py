@@ -90,7 +90,7 @@ def test_flash_attention_goes_from_compute_capability_80_on(capability, can, mon
     assert can_vary_length(torch.device("cuda"), torch.bfloat16, 64) is can
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
 def test_on_a_gpu_documents_by_their_bounds_are_documents_by_their_mask(heads) -> None:
     assert can_vary_length(torch.device("cuda"), torch.bfloat16, 64)

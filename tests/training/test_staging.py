@@ -14,7 +14,7 @@ def test_on_a_cpu_an_array_becomes_a_tensor_where_it_lies() -> None:
     assert np.shares_memory(tensor.numpy(), array)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu_every_array_arrives_though_its_memory_is_used_again_at_once() -> None:
     source = np.random.default_rng(0)
     staging = Staging(torch.device("cuda"))

@@ -22,10 +22,9 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from argonne.data.cache.store import CachedUnit, UnitRange, is_whole, padded, read_sealed, write_sealed, writing
-from argonne.data.corpus.row_groups import RowGroups
+from argonne.data.corpus.row_groups import RowGroups, Unit
 from argonne.data.corpus.shards import Shard
 from argonne.data.errors import DataError
-from argonne.data.lanes.plan import Unit
 from argonne.data.lanes.reader import cut_batches
 from argonne.data.tokens.encoder import Encoder, batch_rows
 from argonne.data.tokens.filters import FILTERS, UNREADABLE, Filters, tokenise_rows

@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 
 from argonne.data.corpus.formats import Texts
 from argonne.data.corpus.shards import OnBad, Shard, open_texts, stream_texts
 from argonne.data.errors import DataError
-from argonne.data.lanes.plan import Unit
 
 # Lanes go through the row groups side by side, but not in step: these are enough for all of them at a time.
 KEPT_BYTES = 64 << 20
@@ -19,6 +19,16 @@ KEPT_BYTES = 64 << 20
 RELEASED_BYTES = 16 << 20
 # Beyond this (on disk, all columns counted) a row group is read piece by piece, by each lane for itself.
 STREAMED_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Rows `first` to `end` (exclusive) of one row group."""
+
+    shard: int
+    row_group: int
+    first: int
+    end: int
 
 
 class RowGroups:

@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from argonne.data.corpus.row_groups import Unit
 from argonne.data.corpus.shards import Shard
 from argonne.data.errors import DataError
 from argonne.data.lanes.state import DataPosition
@@ -17,16 +18,6 @@ from argonne.data.lanes.state import DataPosition
 MAX_DEFAULT_LANES = 64
 # Fewer units than this per lane, and row groups are split: lanes would go through uneven shares.
 UNITS_PER_LANE = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """Rows `first` to `end` (exclusive) of one row group."""
-
-    shard: int
-    row_group: int
-    first: int
-    end: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,10 +100,19 @@ class _Merges:
         self._parts.append(parts)
 
     def reached(self, pair: tuple[int, int]) -> bool:
-        """Whether BPE makes of the bytes of `pair` these two tokens: nothing merges across the cut before.
+        """Whether BPE makes of the bytes of `pair` these two tokens: no merge spans the cut between them.
 
-        Goes back in time: of the two tokens that meet at the cut, the one of the higher rank was made last; until
-        then its part met the other token. `limit` is the rank from which on the two no longer meet.
+        BPE makes tokens by rank, and those of one rank from left to right. Alone, each side becomes its token; so it
+        does beside the other, unless a merge spans the cut, of two tokens that meet there at some time. Which do is
+        found by going back from the end, where it is `pair`: of two that meet the one of the higher rank was made last
+        (of equal ones the right one), so that before it its part at the cut met the other.
+
+        Two that meet do so until one of them is taken into a larger token, the one that was undone last. A merge of
+        the two comes before that if its rank is lower, and at the same rank if it begins further left: so where that
+        token is right of the cut, but not where it is left of it. In time is thus a rank below `limit`.
+
+        So "a", "b", "c", "bc" = b + c and "ab" = a + b, in this order: ("a", "bc") is reached, as b was in bc before
+        ab could take it. Were "ab" listed before "bc", the two would meet as (a, b) below the limit, and it is not.
         """
         left, right = pair
         limit = sys.maxsize
@@ -112,7 +121,6 @@ class _Merges:
                 return False
             if left < self._atoms and right < self._atoms:
                 return True
-            # Of equal tokens the left one is made first; so is one of the rank of `left` that ends further right.
             parts = self._parts[max(left, right)]
             if parts is None:
                 return False

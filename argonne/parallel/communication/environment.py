@@ -1,6 +1,7 @@
-"""What a launcher tells its processes in their environment: read, and checked, here and nowhere else.
+"""What a launcher tells its processes in their environment: read, and checked, here.
 
-A launcher is torchrun, a scheduler, a shell script, or a driver that starts its ranks itself.
+A launcher is torchrun, a scheduler, a shell script, or a driver that starts its ranks itself. Only ``argonne.parent``,
+which must know its parent before torch is imported, looks at two of the same variables by itself.
 """
 
 from __future__ import annotations

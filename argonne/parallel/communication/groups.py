@@ -61,7 +61,7 @@ class ProcessGroups:
     data: Axis
     context: Axis
     replicas: Axis
-    """Data and context together: the ranks with the same parameters, over which gradients are partial sums."""
+    """Data and context together: the ranks of the same part of the model, over which gradients are partial sums."""
     stage: Axis
     """Data, context and tensor together: all the ranks of one pipeline stage."""
     model: Axis

@@ -103,6 +103,11 @@ def _owned_and_copies(
 
     Where replicas share out the rows of a parameter that is held by several tensor-parallel ranks, each of these cuts
     rows of its own, as other things may lie before them in its parameter: their boxes agree in sum only.
+
+    Say tensor ranks 0 and 1 both hold rows 0:4 of ``k_proj``, behind 4 rows of ``q_proj`` on rank 0 and 2 on rank 1,
+    and 2 replicas share out these 8 and 6 rows. Of rank 0 the second replica has 0:4; of rank 1 the first has 0:1 and
+    the second 1:4. Rank 0 is the owner: 0:4 must make up the tensor once (it is owned), and 0:1 with 1:4, a copy, must
+    cover what 0:4 does.
     """
     if not any(claim.region.replicas and len(claim.region.holders) > 1 for _, claim in claims):
         return claims, []

@@ -24,6 +24,8 @@ def complete_gradients(parameters: Sequence[ShardedParameter], groups: ProcessGr
     number of target tokens, so nothing is averaged here. A replica that has not used a parameter (an idle expert)
     counts zeros; only where nothing is summed does a missing gradient stay missing.
 
+    This is for loops without a ``DataParallel``, whose ``complete`` does the same beside backward.
+
     Raises:
         LayoutError: some of the replicas hold a parameter, and not all of them or one.
     """
@@ -108,7 +110,7 @@ def _sum_over_stages(parameters: Sequence[ShardedParameter], groups: ProcessGrou
 def global_gradient_norm(parameters: Sequence[ShardedParameter], groups: ProcessGroups) -> Tensor:
     """The 2-norm of the whole model's gradient: a float64 scalar, equal on all ranks.
 
-    Each element counts once, on the rank that owns its region. Call after ``complete_gradients``.
+    Each element counts once, on the rank that owns its region. Call when they are complete.
     """
     owned = (
         gradient[region.local_index]

@@ -29,7 +29,8 @@ class Holders:
 class Region:
     """A box of one whole tensor: ``parameter[local_index] == whole[whole_index]``.
 
-    Regions that two ranks hold of the same whole tensor are either identical or disjoint.
+    Regions that two ranks hold of the same whole tensor are either identical or disjoint, but for rows that replicas
+    share out (ZeRO, FSDP) of a region with several tensor-parallel holders, each of which cuts rows of its own.
 
     Along each of three axes a region has holders. What is declared is short, because most regions say nothing of most
     axes; what is asked is one question for all of them, ``holders_over(axis)``, and it is the only one that the sums of

@@ -133,7 +133,7 @@ def regions_of(parameters: Sequence[ShardedParameter]) -> Iterator[tuple[Region,
 
 @torch.no_grad()
 def initialise(parameters: Sequence[ShardedParameter], seed: int) -> None:
-    """Fill each parameter with values that depend on the seed and the whole tensors' names only.
+    """Fill each parameter with values that depend on seed, whole tensor's name and place in it only.
 
     Padding becomes zero; a parameter without an initialiser is left as its module made it.
     """

@@ -32,7 +32,10 @@ _ROW = {"cpu": 1, "cuda": 16}
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The sum of the losses, with the gradients made on the way; or each loss, with a second pass in backward."""
+    """The sum of the losses, with the gradients made on the way; or each loss, with a second pass in backward.
+
+    ``sums`` are those of ``ShardedSoftmax.losses``: a token's highest logit, and the log of the sum of exponentials.
+    """
 
     @staticmethod
     def forward(
