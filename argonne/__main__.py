@@ -44,7 +44,12 @@ def main(words: Sequence[str]) -> None:
         raise ArgonneError(f"{problem}; legal: {', '.join(TOOLS)} (--help says what they do)")
     else:
         tool = TOOLS[name]
-        sys.exit(tool.main(parse(tool.flags, words[1:], program=f"python -m argonne {name}")))
+        flags = parse(tool.flags, words[1:], program=f"python -m argonne {name}")
+        try:
+            status = tool.main(flags)
+        except OSError as error:  # it would end in 1, which says that something was found
+            raise ArgonneError(str(error)) from error
+        sys.exit(status)
 
 
 def _help() -> str:

@@ -72,16 +72,24 @@ def examine(directory: Path) -> Examined:
             if name in listed or name.endswith(".safetensors"):
                 _read_tensors(found, name, listed.pop(name, {}), bool(fault))
             elif name == TRAINER and not fault:
-                found.trainer = load_trainer(directory)
+                found.trainer = _trainer(found)
             bar.update(file.size)
     for name, tensors in listed.items():
         found.unread |= set(tensors)
         found.faults += [f"tensor {each} is listed in {directory / name}, no file of the manifest" for each in tensors]
+    known = {MANIFEST, *manifest.files, *listed}
     for path in sorted(directory.rglob("*")):
-        known = str(path.relative_to(directory)) in {MANIFEST, *manifest.files, *listed}
-        if not known and (path.is_symlink() or not path.is_dir()):
+        if str(path.relative_to(directory)) not in known and (path.is_symlink() or not path.is_dir()):
             found.faults.append(f"{path} is not in the manifest")
     return found
+
+
+def _trainer(found: Examined) -> Mapping[str, Any] | None:
+    try:
+        return load_trainer(found.directory)
+    except CheckpointError as error:
+        found.faults.append(str(error))
+        return None
 
 
 def _read_tensors(found: Examined, file: str, listed: Mapping[str, TensorRecord], is_damaged: bool) -> None:

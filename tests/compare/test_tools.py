@@ -12,7 +12,8 @@ import pytest
 from argonne.__main__ import TOOLS, main
 from argonne.parallel import ArgonneError
 from tests.compare.planted import one_ulp_up, plant
-from tests.integration.runs import Finished, finish, start
+from tests.integration.runs import finish, start
+from tests.warm import SERVERS, environment
 
 BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "no tool": ((), "no tool is named; legal: diff, verify"),
@@ -22,6 +23,7 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "three checkpoints": (("verify", "{run}", "{run}", "{run}"), "{run}"),
     "an unknown flag": (("verify", "{run}", "--fast"), "--fast"),
     "nothing there": (("verify", "{none}"), "checkpoint path '{none}' does not exist"),
+    "a name that no file can have": (("verify", "x" * 300), "File name too long"),
     "an empty directory": (("verify", "{empty}"), "'{empty}' holds no checkpoint"),
     "a file of a run": (("verify", "{run}/run.json"), "'{run}/run.json' is not part of a checkpoint"),
     "another that is none": (("verify", "{run}/step_00000004", "{empty}"), "'{empty}' holds no checkpoint"),
@@ -34,8 +36,15 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
-def argonne(*words: Any) -> Finished:
-    return finish(start([sys.executable, "-m", "argonne", *map(str, words)]))
+def argonne(*words: Any) -> tuple[int, list[str]]:
+    """The status of a process of its own, and the lines that it printed."""
+    command = ["-m", "argonne", *map(str, words)]
+    if sys.platform == "linux":
+        status, output = SERVERS.run(command, environment(), timeout=300)
+    else:
+        done = finish(start([sys.executable, *command]))
+        status, output = done.status, done.output
+    return status, output.splitlines()
 
 
 @pytest.fixture
@@ -82,11 +91,10 @@ def test_each_tool_tells_its_words(capsys: pytest.CaptureFixture[str], name: str
 
 
 def test_the_status_of_a_process_says_how_it_ended(copy: Path) -> None:
-    sound = argonne("verify", copy)
-    assert (sound.status, len(sound.output.splitlines())) == (0, 1), sound.output
+    status, lines = argonne("verify", copy)
+    assert (status, len(lines)) == (0, 1), lines
     plant(copy, "lm_head.weight", one_ulp_up((1, 1)))
-    damaged = argonne("verify", copy)
-    assert (damaged.status, len(damaged.output.splitlines())) == (1, 2), damaged.output
-    refused = argonne("verify", copy / "nowhere")
-    assert (refused.status, len(refused.output.splitlines())) == (2, 1), refused.output
-    assert refused.output.startswith("argonne: error: checkpoint path ")
+    status, lines = argonne("verify", copy)
+    assert (status, len(lines)) == (1, 2), lines
+    status, lines = argonne("verify", copy / "nowhere")
+    assert (status, lines) == (2, [f"argonne: error: checkpoint path {str(copy / 'nowhere')!r} does not exist"])

@@ -88,6 +88,22 @@ def test_a_manifest_whose_tensors_are_not_in_its_files_is_found(tool: Tool, copy
     )
 
 
+def test_files_that_were_written_wrong_are_named(tool: Tool, copy: Path) -> None:
+    """Whoever wrote them took their checksums too."""
+    before = read_manifest(copy)
+    file = before.tensors[NORM].file
+    temporary = Path(shutil.copytree(copy, copy.with_name(copy.name + ".tmp")))
+    (temporary / file).write_bytes(b"no tensors")
+    (temporary / "trainer.json").write_text("[]")
+    records = {name: record_file(temporary / name) for name in (file, "trainer.json")}
+    commit(temporary, copy, replace(before, files=before.files | records))
+    assert faults(copy) == []
+    status, lines = tool("verify", copy)
+    assert (status, len(lines)) == (1, 2), lines
+    assert lines[0].startswith(f"{copy / file} cannot be read: ")
+    assert lines[1] == f"{str(copy / 'trainer.json')!r} cannot be read: it is not a JSON object"
+
+
 def test_files_that_are_missing_or_extra_are_named(tool: Tool, copy: Path) -> None:
     (copy / "config.json").unlink()
     (copy / "tokenizer" / "more.txt").write_text("")
