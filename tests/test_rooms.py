@@ -26,6 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("argonne", "parent", "files", "output", "parallel", "kernels", "launch"),
         *("data", "checkpoint", "models", "inference"),
     },
+    "compare": {"argonne", "files", "output", "parallel", "launch", "checkpoint", "training"},
+    "__main__": {"argonne", "output", "parallel", "launch", "compare"},
 }
 """What each package (``argonne``: the root itself) may import besides itself, however deep the import stands."""
 

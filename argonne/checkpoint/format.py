@@ -166,7 +166,7 @@ def faults(
         return [str(error)]
     found = []
     for name, expected in list(manifest.files.items())[part::parts]:
-        fault = _fault(directory / name, expected) if wanted(name) else ""
+        fault = file_fault(directory / name, expected) if wanted(name) else ""
         if fault:
             found.append(f"{name} {fault}")
     return found
@@ -193,7 +193,8 @@ def is_small(name: str) -> bool:
     return not name.endswith(".safetensors")
 
 
-def _fault(path: Path, expected: FileRecord) -> str:
+def file_fault(path: Path, expected: FileRecord) -> str:
+    """What is wrong with one file of a checkpoint, as the end of a sentence; empty when it is as it was written."""
     try:
         if not path.is_file():
             return "is missing"

@@ -19,7 +19,9 @@ Parsed = TypeVar("Parsed")
 _MARKERS = (tyro.conf.OmitArgPrefixes,)
 
 
-def parse(config_type: type[Parsed], arguments: Sequence[str], default: Parsed | None = None) -> Parsed:
+def parse(
+    config_type: type[Parsed], arguments: Sequence[str], default: Parsed | None = None, program: str | None = None
+) -> Parsed:
     """The configuration that ``arguments`` describe, with the ``~`` of every path expanded.
 
     Where ``config_type.left_out`` says what happens to a field that no flag names, ``--help`` says so too. A
@@ -29,6 +31,7 @@ def parse(config_type: type[Parsed], arguments: Sequence[str], default: Parsed |
         config_type: a dataclass; of its fields those that are dataclasses are groups of flags.
         arguments: the words.
         default: what holds where no flag says otherwise, in place of the fields' own defaults.
+        program: what ``--help`` calls the command, in place of the script's name.
 
     Raises:
         ArgonneError: an unknown flag, an unusable value, or a flag with two values, in one line.
@@ -41,9 +44,11 @@ def parse(config_type: type[Parsed], arguments: Sequence[str], default: Parsed |
     try:
         with contextlib.redirect_stderr(report):
             if default is None:
-                config = tyro.cli(config_type, args=arguments, config=markers, registry=rules)
+                config = tyro.cli(config_type, prog=program, args=arguments, config=markers, registry=rules)
             else:
-                config = tyro.cli(config_type, args=arguments, default=default, config=markers, registry=rules)
+                config = tyro.cli(
+                    config_type, prog=program, args=arguments, default=default, config=markers, registry=rules
+                )
     except SystemExit as stop:
         if not stop.code:
             raise
