@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from argonne.parallel.communication.collectives import Pending
 from argonne.parallel.communication.groups import Axis, ProcessGroups
 from argonne.parallel.communication.reduction import start_sum, sum_and_scatter
-from argonne.parallel.data_parallel.buckets import LateGradient, OverlappedReduction, plan_buckets
+from argonne.parallel.data_parallel.buckets import LateGradient, OverlappedReduction, gradient_bytes, plan_buckets
 from argonne.parallel.data_parallel.leaves import LeafSums
 from argonne.parallel.data_parallel.strategy import DataParallel, rows_of_a_full_rank, rows_of_rank
 from argonne.parallel.errors import ArgonneError
@@ -168,7 +168,7 @@ class FullyShard(DataParallel):
                 self.parameters[number] = replace(sharded, aliases=aliases)
                 leaves += ((sharded.name, alias) for alias in aliases)
                 uses.taken = functools.partial(self._take_uses, aliases, axis)
-        self.leaves = LeafSums(leaves)
+        self.leaves = LeafSums(leaves, sum(gradient_bytes(p) for own in self.parameters for p in own.trained))
 
     @torch.no_grad()
     def _take_uses(self, aliases: Sequence[nn.Parameter], axis: Axis, gradients: Sequence[Tensor]) -> None:

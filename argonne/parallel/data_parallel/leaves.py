@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from argonne.parallel.communication.tree import TreeSum, tree_sum
+from argonne.parallel.data_parallel.buckets import gradient_bytes
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.sharding.spec import ShardedParameter
 
@@ -21,11 +22,13 @@ from argonne.parallel.sharding.spec import ShardedParameter
 class LeafSums:
     """Takes every parameter's gradient away after each backward pass, and puts back the sum after the last.
 
-    Hooks of others on the same parameters, if they are registered later, then see that sum.
+    Hooks of others on the same parameters, if they are registered later, then see that sum. ``gradient_bytes`` are
+    those of one micro-batch's gradients on this rank.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+    def __init__(self, parameters: Iterable[tuple[str, Tensor]], gradient_bytes: int) -> None:
         self._names: dict[int, str] = {}
+        self.gradient_bytes = gradient_bytes
         self._sums: dict[int, TreeSum] = {}
         self._micro_batches = 0  # 0: not between begin and finish
         self._seen: dict[int, int] = {}
@@ -38,7 +41,13 @@ class LeafSums:
     @classmethod
     def of(cls, parameters: Iterable[ShardedParameter]) -> LeafSums:
         """Of all that backward makes gradients of."""
-        return cls((sharded.name, parameter) for sharded in parameters for parameter in sharded.trained)
+        trained = [(sharded.name, parameter) for sharded in parameters for parameter in sharded.trained]
+        return cls(trained, sum(gradient_bytes(parameter) for _, parameter in trained))
+
+    @staticmethod
+    def most(micro_batches: int) -> int:
+        """The most gradients of each parameter that are kept at once (closed form): log2(micro-batches) + 1."""
+        return micro_batches.bit_length()
 
     def begin(self, micro_batches: int) -> None:
         """Expect so many backward passes from here."""

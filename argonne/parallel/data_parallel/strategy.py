@@ -32,6 +32,14 @@ class DataParallel:
         if groups.reproducible and groups.replicas.size == 1:
             self.leaves = LeafSums.of(self.parameters)
 
+    def facts(self, micro_batches: int) -> list[str]:
+        """What a run of so many micro-batches a step says of itself as it begins: what a reproducible one keeps."""
+        if self.leaves is None:
+            return []
+        kept, each = self.leaves.most(micro_batches), self.leaves.gradient_bytes / 2**30
+        blocks = self.groups.tensor.blocks
+        return [f"same bits at any layout: {blocks} blocks, up to {kept} gradients of {each:.2f} GiB kept"]
+
     def begin(self, micro_batches: int, deferred: bool = False) -> None:
         """Call before the backward passes of an optimizer step. Gradients that are there are dropped.
 

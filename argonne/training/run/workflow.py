@@ -173,6 +173,7 @@ def _summary(workload: Workload, state: TrainingState, shape: BatchShape, checkp
         f"{shape.global_batch} x {shape.block_size} tokens a step",
         f"{len(data.shards)} shard{'s' if len(data.shards) > 1 else ''}{mixed}, {data.lanes} lanes",
         *state.model.facts(shape.accumulation, shape.micro_batch, shape.block_size),
+        *state.replicas.facts(shape.accumulation),
         f"continuing from {checkpoint}" if checkpoint else "from scratch",
     ]
     return " | ".join(facts)
