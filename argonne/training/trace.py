@@ -28,7 +28,7 @@ from argonne.parallel import ShardedParameter, context_positions
 from argonne.parallel.communication.collectives import gather_objects
 from argonne.parallel.communication.reduction import sum_over
 from argonne.parallel.sharding.hashing import as_copy, hash_of_box, hash_of_part
-from argonne.parallel.sharding.placement import Placement, PlacesInput, PlacesOutput
+from argonne.parallel.sharding.placement import HeldPart, Placement, PlacesInput, PlacesOutput
 from argonne.parallel.sharding.region import holding_axes
 from argonne.training.trace_file import Kind, TraceLine
 
@@ -104,7 +104,7 @@ class StepTrace(AbstractContextManager["StepTrace"]):
         def traced(hidden: Tensor, head: Head, batch: Batch) -> Tensor:
             now.begin()
             value = loss(hidden, head, batch)
-            self._record("loss", value.view(1, 1), Placement(), now)
+            self._record("loss", value.detach().view(1, 1), Placement(), now)
             return value
 
         return traced
@@ -153,22 +153,26 @@ class StepTrace(AbstractContextManager["StepTrace"]):
         """Hash an activation of the micro-batch that is computed, and its gradient once there is one."""
         leaf = self.leaves[now.micro_batch]
         now.outputs[name] += 1
-        label = name if now.outputs[name] == 1 else f"{name}#{now.outputs[name]}"  # a module that is used again
-        self._add_activation("forward", label, x, placement, leaf, now)
-        if x.requires_grad:
-            x.register_hook(lambda gradient: self._add_activation("backward", label, gradient, placement, leaf, now))
+        again = "" if now.outputs[name] == 1 else f"#{now.outputs[name]}"  # a module that is used twice
+        stage = now.stage
 
-    def _add_activation(self, kind: Kind, label: str, x: Tensor, placement: Placement, leaf: int, now: _Pass) -> None:
-        axis = self.groups.tensor
-        for part in placement.held(x, axis):
-            name = f"{label.rpartition('.')[0]}.{part.name}" if part.name else label
-            self._names.setdefault(now.stage, {})[name] = None
-            if kind == "backward" and part.is_shared:
-                continue  # each holder has what its own query heads make of it, and nothing ever adds that up
-            columns = torch.arange(part.first_column, part.first_column + part.values.shape[1])
-            rows = self._whole_rows(len(part.values), placement.shares_tokens)
-            found = hash_of_part(part.values, (rows, columns), (0, part.features))
-            self._add((kind, name, leaf), as_copy(found, part.holders.index(axis.rank), len(part.holders)))
+        def add(kind: Kind, x: Tensor) -> None:
+            for part in placement.held(x, self.groups.tensor):
+                whole = (_sibling(name, part.name) if part.name else name) + again
+                self._names.setdefault(stage, {})[whole] = None
+                self._add_activation((kind, whole, leaf), part, placement.shares_tokens)
+
+        add("forward", x)
+        if x.requires_grad:
+            x.register_hook(lambda gradient: add("backward", gradient))
+
+    def _add_activation(self, key: _Key, part: HeldPart, shares_tokens: bool) -> None:
+        if key[0] == "backward" and part.is_shared:
+            return  # each holder has what its own query heads make of it, and nothing ever adds that up
+        columns = torch.arange(part.first_column, part.first_column + part.values.shape[1])
+        rows = self._whole_rows(len(part.values), shares_tokens)
+        found = hash_of_part(part.values, (rows, columns), (0, part.features))
+        self._add(key, as_copy(found, part.holders.index(self.groups.tensor.rank), len(part.holders)))
 
     def _whole_rows(self, count: int, shares_tokens: bool) -> Tensor:
         """Where the rows that this rank has are in the whole micro-batch ``[sequences * positions]``."""
@@ -217,6 +221,11 @@ def _in_order(hashes: dict[_Key, int], forward: Sequence[str], leaves: int) -> I
         for name in names:
             if any((kind, name, number) in hashes for number in numbers):
                 yield TraceLine(kind, name, tuple(hashes.get((kind, name, number), 0) for number in numbers))
+
+
+def _sibling(name: str, other: str) -> str:
+    """``model.qkv_proj`` and ``q_proj`` -> ``model.q_proj``."""
+    return f"{name.rpartition('.')[0]}.{other}".removeprefix(".")
 
 
 def _recomputing() -> bool:

@@ -1,4 +1,4 @@
-"""The files of ``--trace``, ``trace/step_00000007.jsonl``: which steps, one line for each module, and where two part.
+"""The files of ``--trace``, ``trace/step_00000007.jsonl``: of which steps, and a line for each module.
 
 The first line says the step and how many micro-batches (leaves) it has. Each other has ``pass`` (forward, backward,
 gradient or weight), ``name`` and ``hashes``: of an activation or its gradient one for each leaf, in their order; of a
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -67,27 +67,6 @@ class TraceLine:
         return json.dumps({"pass": self.kind, "name": self.name, "hashes": [f"{each:016x}" for each in self.hashes]})
 
 
-@dataclass(frozen=True)
-class Parting:
-    """The first thing, in the order of execution, that is not the same in two runs."""
-
-    step: int
-    leaf: int | None
-    """The micro-batch; None for a weight or its complete gradient."""
-    kind: Kind
-    name: str
-
-    def __str__(self) -> str:
-        told = {
-            "forward": f"the output of {self.name}",
-            "backward": f"the gradient of the output of {self.name}, in backward",
-            "gradient": f"the complete gradient of {self.name}",
-            "weight": f"{self.name} after the update",
-        }
-        where = "" if self.leaf is None else f", micro-batch {self.leaf}"
-        return f"step {self.step:,}{where}: {told[self.kind]} differs first"
-
-
 def trace_path(run: Path, step: int) -> Path:
     """Where the trace of a step lies in the run's directory."""
     return run / DIRECTORY / f"step_{step:08d}.jsonl"
@@ -117,34 +96,3 @@ def traced_steps(run: Path) -> list[int]:
     """The steps of which a run has a trace, ascending."""
     names = (re.fullmatch(r"step_(\d{8,})\.jsonl", path.name) for path in (run / DIRECTORY).glob("step_*.jsonl"))
     return sorted(int(name[1]) for name in names if name)
-
-
-def first_difference(run_a: Path, run_b: Path) -> Parting | None:
-    """Where two runs part, of the steps that both have traced; None where all that both have is the same.
-
-    In each step: leaf after leaf its forward and backward pass, in the order of the first run's modules; then
-    gradients, then weights. What only one of them has (a layout leaves out what no rank has whole) is passed over.
-
-    Raises:
-        ArgonneError: a trace cannot be read, or the two have another number of micro-batches in a step.
-    """
-    for step in sorted({*traced_steps(run_a)} & {*traced_steps(run_b)}):
-        (leaves, lines), (others, other_lines) = (read_trace(trace_path(run, step)) for run in (run_a, run_b))
-        if leaves != others:
-            raise ArgonneError(
-                f"step {step:,} has {leaves} micro-batches in {str(run_a)!r} and {others} in {str(run_b)!r}; legal: "
-                "runs whose steps have as many"
-            )
-        other = {(line.kind, line.name): line.hashes for line in other_lines}
-        for line, leaf in _execution(lines, leaves):
-            found = other.get((line.kind, line.name))
-            if found is not None and found[leaf or 0] != line.hashes[leaf or 0]:
-                return Parting(step, leaf, line.kind, line.name)
-    return None
-
-
-def _execution(lines: Sequence[TraceLine], leaves: int) -> Iterator[tuple[TraceLine, int | None]]:
-    by_leaf = [line for line in lines if line.kind in ("forward", "backward")]
-    for leaf in range(leaves):
-        yield from ((line, leaf) for line in by_leaf)
-    yield from ((line, None) for line in lines if line.kind in ("gradient", "weight"))
