@@ -1,4 +1,4 @@
-"""``python -m argonne diff``: where do two runs part, in their metrics and in their checkpoints?"""
+"""``python -m argonne diff``: where do two runs part, in their metrics, traces and checkpoints?"""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from argonne.checkpoint import checkpoints, is_checkpoint, step_of
 from argonne.compare.checkpoints import compare_checkpoints
 from argonne.compare.finding import Finding, report
 from argonne.compare.metrics import compare_metrics
+from argonne.compare.traces import compare_traces
 from argonne.parallel.errors import ArgonneError
 from argonne.training.run.directory import read_run
 
@@ -72,5 +73,10 @@ def compare_saved(one: Path, other: Path) -> Iterator[Finding]:
     )
 
 
-OF_RUNS: tuple[Callable[[Path, Path], Iterator[Finding]], ...] = (compare_identities, compare_metrics, compare_saved)
+OF_RUNS: tuple[Callable[[Path, Path], Iterator[Finding]], ...] = (
+    compare_identities,
+    compare_metrics,
+    compare_traces,
+    compare_saved,
+)
 """What is compared of two runs' directories, and reported, in this order."""

@@ -71,11 +71,14 @@ class Assignment:
         if self.order == "interleaved":
             first = (replica - start) % self.replicas
             return start + first + self.replicas * (self.micro_batch * micro_batches + sequences)
-        if self.order == "contiguous":
-            leaves = replica * self.accumulation + micro_batches
-        else:
-            leaves = micro_batches * self.replicas + replica
+        leaves = np.asarray(self.leaves_of(replica))[:, None]
         return start + (leaves - start) % self.leaves + self.leaves * sequences
+
+    def leaves_of(self, replica: int) -> range:
+        """The numbers of its micro-batches among all of a step's."""
+        if self.order == "contiguous":
+            return range(replica * self.accumulation, (replica + 1) * self.accumulation)
+        return range(replica, self.leaves, self.replicas)
 
     def places(self, start: int) -> Numbers:
         """``[global_batch]``: where the samples of that step are, in the order of their numbers.

@@ -29,12 +29,10 @@ class RMSNorm(nn.Module):
         """The weight; a subclass may have one for each of several runs of rows, as of ``rms_norm``."""
         return (self.weight,)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., hidden]`` -> the same."""
-        return rms_norm(x, self.weights, self.eps, backend=self.backend)
-
-    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of ``x + residual``, and that sum."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """``[..., hidden]`` -> the same; with a residual the norm of ``x + residual``, and that sum."""
+        if residual is None:
+            return rms_norm(x, self.weights, self.eps, backend=self.backend)
         return rms_norm(x, self.weights, self.eps, residual=residual, backend=self.backend)
 
 

@@ -31,6 +31,7 @@ from argonne.parallel import (
 )
 from argonne.parallel.communication.groups import Axis
 from argonne.parallel.context_parallel.variable_length import DocumentBounds, can_vary_length, document_bounds
+from argonne.parallel.sharding.placement import Placement
 from argonne.parallel.sharding.uses import Uses
 from argonne.parallel.tensor_parallel.token_blocks import uses_by_token_blocks
 
@@ -97,6 +98,9 @@ class RMSNorm(kernels.RMSNorm):
 
     def shard_specs(self) -> dict[str, ShardSpec]:
         return {"weight": replicated("weight", self.weight.shape, self.groups, Constant(1.0), used="between")}
+
+    def output_placement(self) -> Placement:
+        return Placement(shares_tokens=self.groups.sequence_parallel)
 
 
 class Attention(nn.Module):
@@ -194,7 +198,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), inputs)
-        normal, x = self.post_attention_layernorm.of_sum(attended, x)
+        normal, x = self.post_attention_layernorm(attended, x)
         return x + self.mlp(normal)
 
 

@@ -21,6 +21,7 @@ from argonne.parallel.errors import ArgonneError
 from argonne.parallel.legal import require_number, require_share, require_whole
 from argonne.training.layout_flags import ParallelFlags
 from argonne.training.optimizer import BETAS, EPSILON
+from argonne.training.trace_file import NO_STEPS, TracedSteps
 
 DEFAULT_PRESET = "argonne-2.0-4.9b"
 
@@ -217,6 +218,14 @@ class RunFlags:
     """Save and leave at this step; the schedule of the run stays as it is [at --total-steps]."""
     wall_time: float | None = None
     """Seconds after which to save and leave, with time to spare for the save [no limit]."""
+    trace: str | None = None
+    """Steps of which what every module makes, forward and backward, is hashed into trace/: 7, or 1-20, or 1-100:10
+    (every tenth), or several of these with commas between [none]."""
+
+    @property
+    def traced_steps(self) -> TracedSteps:
+        """Which steps are traced. Raises ``ArgonneError`` when ``trace`` does not say steps."""
+        return NO_STEPS if self.trace is None else TracedSteps.of(self.trace)
 
 
 @dataclass(frozen=True)
@@ -280,6 +289,7 @@ class RunConfig:
             raise ArgonneError("text_column='' is not legal; legal: the name of a column, or leave the flag out")
         if r.wall_time is not None:
             require_number("wall_time", r.wall_time)
+        _ = r.traced_steps  # refuses what is no steps
         if not 0 <= t.min_learning_rate <= t.learning_rate:
             raise ArgonneError(
                 f"min_learning_rate={t.min_learning_rate} is not legal; legal: 0 to learning_rate={t.learning_rate}"

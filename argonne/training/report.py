@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +16,7 @@ from argonne.files import TEMPORARY, sync, write_json
 from argonne.training.appended import AppendedFile
 from argonne.training.metrics import MetricsLog
 from argonne.training.plot import plot_loss
+from argonne.training.trace_file import DIRECTORY, TraceLine, write_trace
 
 if TYPE_CHECKING:
     from argonne.training.config import RunConfig
@@ -33,6 +34,7 @@ class Reports:
         self.metrics = MetricsLog(directory / "metrics.jsonl")
         self.samples = AppendedFile(directory / "samples.md")
         self.stats, self.plot = directory / "stats", directory / "loss.png"
+        self.traces = directory / DIRECTORY
         self._failing: set[Path] = set()
         self._loss = float("nan")
 
@@ -40,6 +42,10 @@ class Reports:
         """Add the line of one optimizer step."""
         self._loss = record["loss"]
         self.attempt(self.metrics.file.path, lambda: self.metrics.write(record))
+
+    def trace(self, step: int, leaves: int, lines: Sequence[TraceLine]) -> None:
+        """Write the trace of one optimizer step."""
+        self.attempt(self.traces, lambda: write_trace(self.directory, step, leaves, lines))
 
     def save(
         self,
@@ -72,9 +78,9 @@ class Reports:
     def drop_after(self, step: int) -> None:
         """Forget what an interrupted run told of steps past ``step``; of the plot, all of it."""
 
-        def drop_stats() -> bool:
-            later = [path for path in self.stats.glob("step_*.json") if _step(path.stem) > step]
-            for path in [*later, *self.stats.glob("*" + TEMPORARY)]:
+        def drop_files(folder: Path) -> bool:
+            later = [path for path in folder.glob("step_*.json*") if _step(path.stem) > step]
+            for path in {*later, *folder.glob("*" + TEMPORARY)}:
                 path.unlink()
             return bool(later)
 
@@ -87,8 +93,9 @@ class Reports:
         dropped = [
             self.attempt(self.metrics.file.path, lambda: self.metrics.drop_after(step)),
             self.attempt(self.samples.path, lambda: self.samples.keep(_sections_up_to(step))),
-            self.attempt(self.stats, drop_stats),
+            self.attempt(self.stats, lambda: drop_files(self.stats)),
         ]
+        self.attempt(self.traces, lambda: drop_files(self.traces))
         self.attempt(self.plot, drop_plot)
 
     def attempt(self, path: Path, action: Callable[[], T]) -> T | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -53,8 +54,27 @@ class StepResult(NamedTuple):
     """The gradient's, before clipping; None when it overflowed in float16 and no optimizer step was taken."""
 
 
+class NotFinite(ArgonneError):
+    """A loss or gradient norm that is no number to train on; raised on every rank alike."""
+
+
+class StepObserver(Protocol):
+    """What looks on while a step is taken, and changes nothing."""
+
+    def gradients(self, parameters: Sequence[ShardedParameter]) -> None:
+        """The gradients are complete, and not clipped yet."""
+
+    def weights(self, parameters: Sequence[ShardedParameter]) -> None:
+        """The weights are those after the step."""
+
+
 def train_step(
-    learner: Learner, batch: Batch, loss: LossFunction, learning_rate: float, gradient_clip: float
+    learner: Learner,
+    batch: Batch,
+    loss: LossFunction,
+    learning_rate: float,
+    gradient_clip: float,
+    observer: StepObserver | None = None,
 ) -> StepResult:
     """Take one optimizer step (collective over all ranks).
 
@@ -64,12 +84,15 @@ def train_step(
         loss: what is minimised.
         learning_rate: of this step.
         gradient_clip: the largest global gradient norm.
+        observer: is shown gradients and weights.
 
     Raises:
-        ArgonneError: on every rank alike, a loss or norm that is not finite; the weights are as before.
+        NotFinite: on every rank alike, a loss or norm that is not finite; the weights are as before.
     """
     total = _forward_backward(learner, batch, loss)
-    norm = _update(learner, learning_rate, gradient_clip)
+    norm = _update(learner, learning_rate, gradient_clip, observer)
+    if observer is not None:
+        observer.weights(learner.parameters)
     learner.step += 1
     return StepResult(total, norm)
 
@@ -87,13 +110,17 @@ def _forward_backward(learner: Learner, batch: Batch, loss: LossFunction) -> flo
     return total
 
 
-def _update(learner: Learner, learning_rate: float, gradient_clip: float) -> float | None:
+def _update(
+    learner: Learner, learning_rate: float, gradient_clip: float, observer: StepObserver | None
+) -> float | None:
     """Complete the gradients, clip them and update; their norm before clipping, or None after an overflow.
 
     An overflow in float16 leaves the weights and moments alone, and lowers the loss scale from here on.
     """
     parameters, optimizer, scale = learner.parameters, learner.optimizer, learner.loss_scale.scale
     learner.replicas.complete()
+    if observer is not None:
+        observer.gradients(parameters)
     norm = global_gradient_norm(parameters, learner.model.groups) / scale
     if not torch.isfinite(norm) and learner.loss_scale.overflowed():
         optimizer.zero_grad()
@@ -111,7 +138,7 @@ def _update(learner: Learner, learning_rate: float, gradient_clip: float) -> flo
 def _require_finite(learner: Learner, what: str, value: float) -> None:
     """Stop, on every rank alike, before a step that would spoil the weights."""
     if not math.isfinite(value):
-        raise ArgonneError(
+        raise NotFinite(
             f"the {what} of step {learner.step + 1} is {value}; the step was not taken. Continue from the last "
             "checkpoint with a lower --learning-rate, or look at the data of this step"
         )

@@ -28,7 +28,8 @@ from argonne.training.metrics import Progress, memory_gib, peak_flops
 from argonne.training.report import Reports, data_line
 from argonne.training.run.setup import Workload
 from argonne.training.state import TrainingState
-from argonne.training.step import StepResult, train_step
+from argonne.training.step import NotFinite, StepResult, train_step
+from argonne.training.trace import StepTrace
 
 WALL_TIME = "--wall-time"
 
@@ -67,8 +68,7 @@ class Trainer:
             began = time.perf_counter()
             batch = self.feed.next()
             waited = time.perf_counter() - began
-            rate = state.schedule.learning_rate(state.step + 1)
-            result = train_step(state, self._batch(batch), self.loss, rate, self.config.training.gradient_clip)
+            result = self._step(self._batch(batch))
             self._consume(batch)
             seconds = time.perf_counter() - began
             record = self._record(batch, result, seconds, waited)
@@ -93,6 +93,28 @@ class Trainer:
         if progress:
             progress.close()
         return self._ending(leaving, state.step > first or self._saved_since_start()) if leaving else 0
+
+    def _step(self, batch: Batch) -> StepResult:
+        """Take one optimizer step, and trace it if it is one of ``--trace``."""
+        state, step = self.state, self.state.step + 1
+        rate, clip = state.schedule.learning_rate(step), self.config.training.gradient_clip
+        if step not in self.config.run.traced_steps:
+            return train_step(state, batch, self.loss, rate, clip)
+        shape, leaves = self.shape, self.assignment.leaves_of(self.groups.data.rank)
+        trace = StepTrace(state.model, leaves, self.assignment.leaves, (shape.micro_batch, shape.block_size))
+        try:
+            with trace:
+                result = train_step(state, batch, trace.loss(self.loss), rate, clip, trace)
+        except NotFinite:  # where that began is what the trace shows
+            self._write(trace, step)
+            raise
+        self._write(trace, step)
+        return result
+
+    def _write(self, trace: StepTrace, step: int) -> None:
+        lines = trace.lines()
+        if self.groups.is_first:
+            self.reports.trace(step, trace.count, lines)
 
     def _ending(self, leaving: str, gained: bool) -> int:
         """The status of a process that leaves for this reason before its last step; the first rank says why."""

@@ -170,9 +170,7 @@ def test_modules_compute_what_their_functions_do() -> None:
     assert [name for module in (norm, rotary, gate) for name in module.state_dict()] == ["weight"]
     x, residual = normal(2, 5, 6, seed=1).float(), normal(2, 5, 6, seed=2).float()
     assert torch.equal(norm(x), rms_norm(x, torch.ones(6), 1e-6))
-    for found, expected in zip(
-        norm.of_sum(x, residual), rms_norm(x, norm.weight, 1e-6, residual=residual), strict=True
-    ):
+    for found, expected in zip(norm(x, residual), rms_norm(x, norm.weight, 1e-6, residual=residual), strict=True):
         assert torch.equal(found, expected)
     heads, where = x.unflatten(0, (2, 1)).transpose(1, 2), torch.tensor([[0, 8, 1, 1, 2], [5, 4, 3, 2, 1]])
     assert torch.equal(rotary(heads, where), apply_rope(heads, *rope_tables(9, 4, 100.0), positions=where))

@@ -98,6 +98,7 @@ def other_values(base: RunConfig) -> dict[str, Any]:
         "output_dir": home / "elsewhere",
         "stop_at_step": 3,
         "wall_time": 9.0,
+        "trace": "1-3",
         "device": "cuda",
         "nproc": 1,
         "local_rank": 0,

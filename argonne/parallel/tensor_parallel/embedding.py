@@ -16,6 +16,8 @@ from argonne.parallel.communication.regions import (
 )
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.sharding.initialisation import Initialiser, Normal
+from argonne.parallel.sharding.partition import Partition
+from argonne.parallel.sharding.placement import Placement
 from argonne.parallel.sharding.region import Region, ShardSpec
 from argonne.parallel.sharding.uses import Uses
 from argonne.parallel.tensor_parallel.blocks import Block, Cut
@@ -151,6 +153,9 @@ class VocabParallelEmbedding(_VocabParallel):
         leave = reduce_scatter_to_sequence_region if self.sequence_parallel else reduce_from_region
         return leave(vectors.masked_fill(~mine.unsqueeze(-1), 0), self.axis)
 
+    def output_placement(self) -> Placement:
+        return Placement(shares_tokens=self.sequence_parallel)
+
 
 class VocabParallelHead(_VocabParallel):
     """Vectors to logits, column parallel by vocabulary.
@@ -196,6 +201,13 @@ class VocabParallelHead(_VocabParallel):
             return vocab_parallel_logits(x, self)
         # Every rank has as many rows, and only the last ones padding, which the joined logits end with.
         return gather_from_region(_logits_of_rows(x, self), self.axis)[..., : self.range.vocabulary]
+
+    def output_placement(self) -> Placement:
+        if self.gather_output:
+            return Placement()
+        axis, vocabulary = self.axis, self.range.vocabulary
+        ranges = (VocabularyRange.of_rank(vocabulary, axis.size, rank, axis.blocks) for rank in range(axis.size))
+        return Placement((Partition("", 1, tuple(range(each.start, each.stop) for each in ranges)),))
 
     def shard_specs(self) -> dict[str, ShardSpec]:
         specs = super().shard_specs()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from argonne.parallel.errors import ArgonneError, LayoutError
 from argonne.parallel.sharding.declare import replicated
 from argonne.parallel.sharding.initialisation import Constant, Initialiser, Normal
 from argonne.parallel.sharding.partition import Partition, check_partition
+from argonne.parallel.sharding.placement import Placement
 from argonne.parallel.sharding.region import Region, ShardSpec
 from argonne.parallel.sharding.uses import Uses
 from argonne.parallel.tensor_parallel.blocks import Cut, cut_parts
@@ -96,6 +98,9 @@ class ColumnParallelLinear(nn.Module):
         (part,) = self.parts
         sizes = None if part.is_even else [part.local_features(rank) for rank in range(self.axis.size)]
         return gather_from_region(y, self.axis, sizes=sizes)
+
+    def output_placement(self) -> Placement:
+        return Placement() if self.gather_output else Placement(self.parts)
 
     def shard_specs(self) -> dict[str, ShardSpec]:
         specs = {"weight": ShardSpec(self._regions("weight", (self.in_features,)), self.initialiser)}
@@ -223,6 +228,12 @@ class RowParallelLinear(nn.Module):
         if self.bias is not None:
             specs["bias"] = replicated("bias", (self.out_features,), self.groups, self.bias_initialiser, used="between")
         return specs
+
+    def input_placement(self) -> Placement:
+        return Placement((replace(self.part, name=""),)) if self.input_is_parallel else Placement()
+
+    def output_placement(self) -> Placement:
+        return Placement(shares_tokens=self.sequence_parallel)
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, rank {self.axis.rank} of {self.axis.size}"

@@ -50,6 +50,7 @@ def in_vain(config: RunConfig, layout: Layout) -> list[str]:
     data = config.data
     alone, unstaged = "the layout has tensor_parallel=1", "the layout has pipeline_parallel=1"
     one, single = layout.data * layout.context == 1, "there is one replica"
+    past_the_end = all(steps.start > config.training.total_steps for steps in config.run.traced_steps.ranges)
     idle = (
         ("--min-batch-size", True, "the search for a batch that fits into memory is not built yet"),
         ("--disable-compile", True, "compilation is not built yet, and every run is eager"),
@@ -62,6 +63,7 @@ def in_vain(config: RunConfig, layout: Layout) -> list[str]:
         ("--pipeline-interleave", layout.pipeline == 1, unstaged),
         ("--fsdp", one, single),
         ("--zero1", one, single),
+        ("--trace", past_the_end, f"the run ends at step {config.training.total_steps:,}"),
     )
     named = {flag: flag.removeprefix("--").replace("-", "_") for flag, *_ in idle}
     return [f"note: {flag} has no effect: {why}" for flag, now, why in idle if now and named[flag] in config.given]

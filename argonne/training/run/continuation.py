@@ -14,6 +14,7 @@ _REPORTS = {
     "samples.md": Path.is_dir,
     "loss.png": Path.is_dir,
     "stats": Path.is_file,
+    "trace": Path.is_file,
 }
 
 
