@@ -20,8 +20,14 @@ def build_optimizer(
     weight_decay: float,
     betas: tuple[float, float] = BETAS,
     epsilon: float = EPSILON,
+    *,
+    pinned: bool = False,
 ) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101), fused; weight decay on matrices only, so on no norm and no bias."""
+    """AdamW (arXiv 1711.05101); weight decay on matrices only, so on no norm and no bias.
+
+    It is fused, unless each element is to have the same bits wherever it lies (``pinned``): PyTorch's fused step on a
+    CPU rounds the last few of a tensor once less, where it multiplies and adds.
+    """
     matrices = [s.parameter for s in parameters if s.parameter.ndim >= 2]
     others = [s.parameter for s in parameters if s.parameter.ndim < 2]
     groups = [
@@ -29,7 +35,9 @@ def build_optimizer(
         {"params": others, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=epsilon, fused=True)
+    one_by_one = pinned and parameters[0].parameter.device.type == "cpu"
+    way = {"foreach": True} if one_by_one else {"fused": True}
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=epsilon, **way)
     reset_moments(optimizer, parameters)
     return optimizer
 

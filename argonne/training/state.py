@@ -62,7 +62,9 @@ class TrainingState(Learner):
         torch.manual_seed(t.seed)  # for a model that draws values itself; ours are drawn by name
         model, replicas = build_replicas(workload.model.build, execution, kind, shard)
         schedule = CosineSchedule(t.learning_rate, t.min_learning_rate, t.warmup_steps, t.total_steps)
-        optimizer = build_optimizer(replicas.parameters, t.weight_decay, t.betas, t.adam_epsilon)
+        optimizer = build_optimizer(
+            replicas.parameters, t.weight_decay, t.betas, t.adam_epsilon, pinned=groups.reproducible
+        )
         loss_scale = LossScale.of(t.precision, t.initial_loss_scale)
         return cls(model=model, replicas=replicas, optimizer=optimizer, schedule=schedule, loss_scale=loss_scale)
 
