@@ -8,7 +8,7 @@ WORKERS ?= 2
 # Tokenise in threads; without a word here the library warns at every fork.
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: setup pretrain test fast matrix check clean
+.PHONY: setup pretrain test fast matrix matrix-bits check clean
 
 setup: .venv/ready
 
@@ -29,10 +29,13 @@ test: setup
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 fast: setup
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m "not slow and not exhaustive"
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m "not slow and not exhaustive and not bits"
 
 matrix: setup
 	$(BIN)/python -m pytest -m exhaustive
+
+matrix-bits: setup
+	$(BIN)/python -m pytest -m bits
 
 check: setup
 	$(BIN)/ruff check .
