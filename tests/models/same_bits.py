@@ -20,7 +20,7 @@ from argonne.training.step import Learner, StepResult, train_step
 from tests.whole import Parts
 
 SEQUENCE, VOCABULARY, HEADS = 64, 1003, 8
-KINDS = ("replicate", "zero1")
+KINDS = ("replicate", "zero1", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ DATA = [Place(Layout(data=size), kind=kind) for size in (2, 4) for kind in KINDS
 PRODUCTS = [
     Place(Layout(tensor=2, pipeline=2, data=2)),
     Place(Layout(tensor=2, pipeline=2, data=2, sequence_parallel=True), "zb", "zero1"),
+    Place(Layout(tensor=2, pipeline=2, data=2), "interleaved", "fsdp"),
 ]
 
 
@@ -121,16 +122,30 @@ def option_sets() -> list[Options]:
     ]
 
 
+def every_place() -> list[Place]:
+    return [ALONE, *TENSOR, *EIGHT, *PIPELINE, *DATA, *PRODUCTS]
+
+
 def every_case() -> Iterator[tuple[Place, Options]]:
     """Every layout with every option set that it can have."""
-    for place in [ALONE, *TENSOR, *EIGHT, *PIPELINE, *DATA, *PRODUCTS]:
-        for options in option_sets():
-            if options.key_values >= place.layout.tensor:
+    return ((place, options) for place in every_place() for options in option_sets() if _is_legal(place, options))
+
+
+def long_cases() -> Iterator[tuple[Place, Options]]:
+    """Every layout with two of the sets, taken in turns, which differ in precision, tying, heads and accumulation."""
+    sets = option_sets()
+    for number, place in enumerate(every_place()):
+        for options in (sets[number % 4], sets[7 - number % 4]):
+            if _is_legal(place, options):
                 yield place, options
 
 
+def _is_legal(place: Place, options: Options) -> bool:
+    return options.key_values >= place.layout.tensor
+
+
 def few_cases() -> list[tuple[Place, Options]]:
-    """One option set for each of some layouts: every axis, and every value of every option."""
+    """One option set for each of some layouts: every axis and kind, and every value of every option."""
     cases = {
         ALONE: 6,
         TENSOR[0]: 3,
@@ -139,7 +154,8 @@ def few_cases() -> list[tuple[Place, Options]]:
         PIPELINE[0]: 4,
         PIPELINE[2]: 2,
         DATA[1]: 0,
-        DATA[2]: 7,
+        DATA[2]: 3,
+        DATA[3]: 7,
         PRODUCTS[1]: 6,
     }
     sets = option_sets()

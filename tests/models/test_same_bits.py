@@ -11,7 +11,7 @@ from torch import Tensor
 
 from argonne.parallel import ProcessGroups
 from argonne.training.step import StepResult
-from tests.models.same_bits import ALONE, Options, Place, every_case, few_cases, train
+from tests.models.same_bits import ALONE, Options, Place, every_case, few_cases, long_cases, train
 from tests.pool import RankPool
 from tests.whole import assemble
 
@@ -38,11 +38,19 @@ def compare(ranks: RankPool, place: Place, options: Options, steps: int) -> None
 
 
 @pytest.mark.parametrize(("place", "options"), few_cases(), ids=str)
-def test_five_steps_have_the_bits_of_one_process(ranks: RankPool, place: Place, options: Options) -> None:
-    compare(ranks, place, options, steps=5)
+def test_three_steps_have_the_bits_of_one_process(ranks: RankPool, place: Place, options: Options) -> None:
+    compare(ranks, place, options, steps=3)
 
 
 @pytest.mark.bits
 @pytest.mark.parametrize(("place", "options"), list(every_case()), ids=str)
+def test_eight_steps_with_each_option_have_the_bits_of_one_process(
+    ranks: RankPool, place: Place, options: Options
+) -> None:
+    compare(ranks, place, options, steps=8)
+
+
+@pytest.mark.bits
+@pytest.mark.parametrize(("place", "options"), list(long_cases()), ids=str)
 def test_fifty_steps_have_the_bits_of_one_process(ranks: RankPool, place: Place, options: Options) -> None:
     compare(ranks, place, options, steps=50)
