@@ -8,8 +8,8 @@ WORKERS ?= 2
 # Tokenise in threads; without a word here the library warns at every fork.
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: setup pretrain test fast matrix check clean gpu gpu-tests gpu-accuracy gpu-norms gpu-rope gpu-swiglu gpu-loss \
-	gpu-step gpu-step-2b gpu-run gpu-layouts gpu-collectives there-is-a-gpu
+.PHONY: setup pretrain test fast matrix matrix-bits check clean gpu gpu-tests gpu-accuracy gpu-norms gpu-rope gpu-swiglu \
+	gpu-loss gpu-step gpu-step-2b gpu-run gpu-layouts gpu-collectives there-is-a-gpu
 
 .NOTPARALLEL:
 
@@ -32,10 +32,13 @@ test: setup
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 fast: setup
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m "not slow and not exhaustive"
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m "not slow and not exhaustive and not bits"
 
 matrix: setup
 	$(BIN)/python -m pytest -m exhaustive
+
+matrix-bits: setup
+	$(BIN)/python -m pytest -m bits
 
 check: setup
 	$(BIN)/ruff check .

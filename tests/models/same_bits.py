@@ -1,0 +1,162 @@
+"""A short reproducible training run at any layout, and the layouts and options that are compared bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+
+import torch
+
+from argonne.checkpoint import moment_pieces, weight_pieces
+from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas
+from argonne.parallel import Layout, ProcessGroups
+from argonne.parallel.pipeline_parallel.plan import SCHEDULES, PipelinePlan
+from argonne.training.batch_shape import BatchShape
+from argonne.training.optimizer import build_optimizer
+from argonne.training.run.setup import PRECISIONS
+from argonne.training.step import Learner, StepResult, train_step
+from tests.whole import Parts
+
+SEQUENCE, VOCABULARY, HEADS = 64, 1003, 8
+KINDS = ("replicate", "zero1", "fsdp")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is trained, and how; the same at every layout."""
+
+    precision: str = "fp32"
+    tied: bool = True
+    key_values: int = 4
+    """Key-value heads, of 8 heads: as many canonical blocks."""
+    sequences: int = 2
+    """Of a micro-batch."""
+    documents: bool = False
+    """Sequences are packed of documents that do not see each other."""
+    recompute: bool = False
+    accumulation: int = 4
+    """Micro-batches of a replica, at least; a pipeline's replica has as many as it has ranks, or more."""
+
+    @property
+    def config(self) -> ArgonneConfig:
+        return ArgonneConfig(64, 4, HEADS, self.key_values, VOCABULARY, 160, SEQUENCE, tie_word_embeddings=self.tied)
+
+    def __str__(self) -> str:
+        heads = "MHA" if self.key_values == HEADS else "GQA"
+        words = [self.precision, "tied" if self.tied else "untied", heads, f"{self.accumulation} of {self.sequences}"]
+        return ", ".join([*words, *(name for name in ("documents", "recompute") if getattr(self, name))])
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where it is trained."""
+
+    layout: Layout = Layout()  # noqa: RUF009 - frozen
+    schedule: str = "1f1b"
+    kind: str = "replicate"
+
+    def micro_batches(self, options: Options) -> int:
+        """Of a step, on all replicas together."""
+        return self.layout.data * max(options.accumulation, self.layout.pipeline)
+
+    def __str__(self) -> str:
+        schedule = f", {self.schedule}" if self.layout.pipeline > 1 else ""
+        return f"{self.layout}{schedule}" + (f", {self.kind}" if self.layout.data > 1 else "")
+
+
+ALONE = Place()
+
+
+def train(
+    groups: ProcessGroups, place: Place, options: Options, micro_batches: int, steps: int
+) -> tuple[list[StepResult], Parts]:
+    """What each step tells; this rank's parts of the weights, and of both moments under their names, after the last."""
+    plan = PipelinePlan.of(place.schedule, groups.pipeline.size)  # type: ignore[arg-type]
+    execution = Execution(
+        groups, PRECISIONS[options.precision], plan=plan, recompute=options.recompute, reproducible=options.key_values
+    )
+    model, replicas = build_replicas(partial(ArgonneModel, options.config), execution, place.kind)  # type: ignore[arg-type]
+    learner = Learner(model=model, replicas=replicas, optimizer=build_optimizer(replicas.parameters, weight_decay=0.1))
+    learner.initialise(seed=3)
+    shape = BatchShape(options.sequences, micro_batches // groups.data.size, groups.data.size, SEQUENCE)
+    shape.check_reproducible(place.kind)  # type: ignore[arg-type]
+    own = torch.from_numpy(shape.assignment(place.kind, reproducible=True).samples(groups.data.rank, 0))  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(11)
+    told = []
+    for step in range(steps):
+        ids = torch.randint(VOCABULARY, (shape.global_batch, SEQUENCE + 1), generator=generator)[own]
+        documents = (ids[..., :-1] % 17 == 0).long().cumsum(-1) if options.documents else None
+        batch = Batch(ids[..., :-1], ids[..., 1:], documents, divisor=shape.global_batch * SEQUENCE)
+        told.append(train_step(learner, batch, CrossEntropyLoss(), 1e-2 / (1 + step), gradient_clip=1.0))
+    pieces = [*weight_pieces(learner.parameters), *moment_pieces(learner.optimizer, learner.parameters)]
+    return told, [(replace(piece.region, name=piece.name), piece.part.clone()) for piece in pieces]
+
+
+TENSOR = [Place(Layout(tensor=size, sequence_parallel=share)) for size in (2, 4) for share in (False, True)]
+EIGHT = [Place(Layout(tensor=8, sequence_parallel=share)) for share in (False, True)]
+"""Of eight blocks alone."""
+PIPELINE = [Place(Layout(pipeline=2), schedule) for schedule in SCHEDULES]
+DATA = [Place(Layout(data=size), kind=kind) for size in (2, 4) for kind in KINDS]
+PRODUCTS = [
+    Place(Layout(tensor=2, pipeline=2, data=2)),
+    Place(Layout(tensor=2, pipeline=2, data=2, sequence_parallel=True), "zb", "zero1"),
+    Place(Layout(tensor=2, pipeline=2, data=2), "interleaved", "fsdp"),
+]
+
+
+def option_sets() -> list[Options]:
+    """Eight, such that each two values of different options are together in two of them (an orthogonal array)."""
+    return [
+        Options(
+            precision=("fp32", "bf16")[a],
+            tied=not b,
+            key_values=(4, HEADS)[c],
+            sequences=(2, 1)[a ^ b],
+            documents=bool(a ^ c),
+            recompute=bool(b ^ c),
+            accumulation=(4, 1)[a ^ b ^ c],
+        )
+        for a, b, c in product((0, 1), repeat=3)
+    ]
+
+
+def every_place() -> list[Place]:
+    return [ALONE, *TENSOR, *EIGHT, *PIPELINE, *DATA, *PRODUCTS]
+
+
+def every_case() -> Iterator[tuple[Place, Options]]:
+    """Every layout with every option set that it can have."""
+    return ((place, options) for place in every_place() for options in option_sets() if _is_legal(place, options))
+
+
+def long_cases() -> Iterator[tuple[Place, Options]]:
+    """Every layout with two of the sets, taken in turns, which differ in precision, tying, heads and accumulation."""
+    sets = option_sets()
+    for number, place in enumerate(every_place()):
+        for options in (sets[number % 4], sets[7 - number % 4]):
+            if _is_legal(place, options):
+                yield place, options
+
+
+def _is_legal(place: Place, options: Options) -> bool:
+    return options.key_values >= place.layout.tensor
+
+
+def few_cases() -> list[tuple[Place, Options]]:
+    """One option set for each of some layouts: every axis and kind, and every value of every option."""
+    cases = {
+        ALONE: 6,
+        TENSOR[0]: 3,
+        TENSOR[1]: 1,
+        TENSOR[2]: 5,
+        PIPELINE[0]: 4,
+        PIPELINE[2]: 2,
+        DATA[1]: 0,
+        DATA[2]: 3,
+        DATA[3]: 7,
+        PRODUCTS[1]: 6,
+    }
+    sets = option_sets()
+    return [(place, sets[number]) for place, number in cases.items()]

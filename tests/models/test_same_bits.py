@@ -1,0 +1,56 @@
+"""Reproducible training has the bits of one process at every layout: losses, norms, weights and moments."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from argonne.parallel import ProcessGroups
+from argonne.training.step import StepResult
+from tests.models.same_bits import ALONE, Options, Place, every_case, few_cases, long_cases, train
+from tests.pool import RankPool
+from tests.whole import assemble
+
+
+@cache
+def alone(options: Options, micro_batches: int, steps: int) -> tuple[list[StepResult], dict[str, Tensor]]:
+    """The run in one process that keeps its activations."""
+    told, parts = train(ProcessGroups.single(), ALONE, options, micro_batches, steps)
+    assert len({result.loss for result in told}) == steps, "nothing happened"
+    return told, assemble([parts])
+
+
+def compare(ranks: RankPool, place: Place, options: Options, steps: int) -> None:
+    """Fail unless every bit at ``place`` is that of one process."""
+    micro_batches = place.micro_batches(options)
+    told, tensors = alone(replace(options, recompute=False), micro_batches, steps)
+    results = ranks.run(place.layout, train, place, options, micro_batches, steps)
+    for rank, (found, _) in enumerate(results):
+        assert found == told, f"losses and norms of rank {rank}"
+    assembled = assemble(parts for _, parts in results)
+    assert assembled.keys() == tensors.keys()
+    unequal = [name for name, value in tensors.items() if not torch.equal(assembled[name], value)]
+    assert not unequal, f"after equal losses and norms: {len(unequal)} of {len(tensors)} tensors, {unequal[:4]} first"
+
+
+@pytest.mark.parametrize(("place", "options"), few_cases(), ids=str)
+def test_three_steps_have_the_bits_of_one_process(ranks: RankPool, place: Place, options: Options) -> None:
+    compare(ranks, place, options, steps=3)
+
+
+@pytest.mark.bits
+@pytest.mark.parametrize(("place", "options"), list(every_case()), ids=str)
+def test_eight_steps_with_each_option_have_the_bits_of_one_process(
+    ranks: RankPool, place: Place, options: Options
+) -> None:
+    compare(ranks, place, options, steps=8)
+
+
+@pytest.mark.bits
+@pytest.mark.parametrize(("place", "options"), list(long_cases()), ids=str)
+def test_fifty_steps_have_the_bits_of_one_process(ranks: RankPool, place: Place, options: Options) -> None:
+    compare(ranks, place, options, steps=50)
