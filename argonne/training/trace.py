@@ -30,7 +30,7 @@ from argonne.parallel.communication.reduction import sum_over
 from argonne.parallel.sharding.hashing import as_copy, hash_of_box, hash_of_part
 from argonne.parallel.sharding.placement import HeldPart, Placement, PlacesInput, PlacesOutput
 from argonne.parallel.sharding.region import holding_axes
-from argonne.training.trace_file import Kind, TraceLine
+from argonne.training.trace_file import OF_LEAVES, Kind, TraceLine
 
 _Key = tuple[Kind, str, int]
 """What, of which module or weight, and for activations the leaf (else 0)."""
@@ -217,7 +217,7 @@ def _in_order(hashes: dict[_Key, int], forward: Sequence[str], leaves: int) -> I
         "weight": weights,
     }
     for kind, names in orders.items():
-        numbers = range(leaves if kind in ("forward", "backward") else 1)
+        numbers = range(leaves if kind in OF_LEAVES else 1)
         for name in names:
             if any((kind, name, number) in hashes for number in numbers):
                 yield TraceLine(kind, name, tuple(hashes.get((kind, name, number), 0) for number in numbers))

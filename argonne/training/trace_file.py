@@ -18,6 +18,8 @@ from argonne.files import write_text
 from argonne.parallel.errors import ArgonneError
 
 Kind = Literal["forward", "backward", "gradient", "weight"]
+OF_LEAVES: tuple[Kind, ...] = ("forward", "backward")
+"""What has a hash for each micro-batch; all else has one."""
 DIRECTORY = "trace"
 
 
@@ -85,8 +87,9 @@ def read_trace(path: Path) -> tuple[int, list[TraceLine]]:
         first, *rest = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         lines = [TraceLine(r["pass"], r["name"], tuple(int(each, 16) for each in r["hashes"])) for r in rest]
         leaves = int(first["leaves"])
-        if any(line.kind not in get_args(Kind) for line in lines):
-            raise ValueError("a pass is not known")
+        for line in lines:
+            if line.kind not in get_args(Kind) or len(line.hashes) != (leaves if line.kind in OF_LEAVES else 1):
+                raise ValueError(f"{line.kind} of {line.name} has {len(line.hashes)} hashes")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArgonneError(f"{str(path)!r} is no trace of a step: {error}") from error
     return leaves, lines

@@ -74,6 +74,7 @@ IN_VAIN = {
     "--pipeline-interleave 3": "--pipeline-interleave has no effect: the layout has pipeline_parallel=1",
     "--fsdp": "--fsdp has no effect: there is one replica",
     "--zero1": "--zero1 has no effect: there is one replica",
+    "--trace 4000001-4000009": "--trace has no effect: the run ends at step 4,000,000",
 }
 
 
@@ -91,7 +92,7 @@ def test_a_flag_that_is_taken_and_does_nothing_is_said_to(words: str) -> None:
 def test_a_flag_that_does_what_it_says_is_not_said_to_do_nothing() -> None:
     words = "--no-streaming --num-proc 8 --tokenizer-path x --trust-remote-code --sequence-parallel --uneven-shards"
     assert in_vain(parse(RunConfig, words.split()), Layout(tensor=2)) == []
-    words = "--pipeline-schedule interleaved --pipeline-interleave 3 --fsdp"
+    words = "--pipeline-schedule interleaved --pipeline-interleave 3 --fsdp --trace 4000009,7"
     assert in_vain(parse(RunConfig, words.split()), Layout(pipeline=2, context=2)) == []
 
 
