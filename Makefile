@@ -1,4 +1,4 @@
-# Two commands for a newcomer: `make pretrain` and `make test`. Both set up .venv first.
+# Three commands for a newcomer: `make pretrain`, `make prove` and `make test`. Each sets up .venv first.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,7 +8,7 @@ WORKERS ?= 2
 # Tokenise in threads; without a word here the library warns at every fork.
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: setup pretrain test fast matrix matrix-bits check clean gpu gpu-tests gpu-accuracy gpu-norms gpu-rope gpu-swiglu \
+.PHONY: setup pretrain prove test fast matrix matrix-bits check clean gpu gpu-tests gpu-accuracy gpu-norms gpu-rope gpu-swiglu \
 	gpu-loss gpu-step gpu-step-2b gpu-run gpu-layouts gpu-collectives there-is-a-gpu
 
 .NOTPARALLEL:
@@ -27,6 +27,9 @@ runs/corpus/ready: .venv/ready examples/demo_corpus.py
 
 pretrain: runs/corpus/ready
 	$(BIN)/python examples/demo.py --corpus runs/corpus --output-dir $(RUN)
+
+prove: runs/corpus/ready
+	$(BIN)/python -m benchmarks.prove --corpus runs/corpus
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile

@@ -13,7 +13,8 @@ import pytest
 from argonne.launch import parse
 from argonne.parallel import Layout
 from argonne.training.config import RunConfig
-from benchmarks.moved_run import LEGS, Leg, Options, command, compare, draw, metrics, run_until, runs
+from benchmarks.jobs import metrics, run_until, runs
+from benchmarks.moved_run import LEGS, Leg, Options, command, compare, draw
 
 JOB = """
 import json, subprocess, sys, time

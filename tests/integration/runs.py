@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -177,6 +178,33 @@ def kill_job(process: subprocess.Popen[str]) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+def run_until_killed(driver: str, flags: dict[str, Any], steps: int, nproc: int = 2, timeout: float = 200) -> None:
+    """Run a driver until it has logged ``steps`` steps more, or has ended; then SIGKILL all processes of its job."""
+    log = flags["--output-dir"] / "metrics.jsonl"
+    before = set(log.read_text().splitlines()) if log.exists() else set()
+    mark, deadline = str(time.time_ns()), time.monotonic() + timeout
+    with tempfile.TemporaryFile() as output:
+        job = SERVERS.start(command(driver, flags, nproc)[1:], environment(MARK=mark), output.fileno())
+        try:
+            while job.poll() is None and len(_more(log, before)) < steps:
+                assert time.monotonic() < deadline, f"no {steps} steps within {timeout} s"
+                time.sleep(0.01)
+        finally:
+            while pids := marked(mark):
+                for pid in pids:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                outlive(pids)
+        output.seek(0)
+        assert _more(log, before), output.read().decode()
+
+
+def _more(log: Path, before: set[str]) -> list[str]:
+    """The complete lines of a log that were not there before: they say how long a step took, and so differ."""
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    return [line for line in lines if line.endswith("\n") and line.rstrip("\n") not in before]
 
 
 def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
