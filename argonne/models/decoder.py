@@ -109,7 +109,7 @@ class Attention(nn.Module):
     def __init__(self, config: ArgonneConfig, execution: Execution) -> None:
         super().__init__()
         groups, precision = execution.groups, execution.precision
-        self.head_dim, self.kernels = config.head_dim, execution.kernels
+        self.head_dim, self.kernels, self.is_pinned = config.head_dim, execution.kernels, groups.reproducible
         ranks = groups.tensor.size
         group = config.num_attention_heads // config.num_key_value_heads
         queries = Partition.blocks("q_proj", self.head_dim, config.num_attention_heads, ranks)
@@ -152,7 +152,9 @@ class Attention(nn.Module):
         if not self.is_grouped:  # the rank's query heads begin or end within a group
             key, value = key[:, :, self.head_of_query], value[:, :, self.head_of_query]
         query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
-        context = context_parallel_attention(query, key, value, inputs.axis, inputs.documents, inputs.bounds)
+        context = context_parallel_attention(
+            query, key, value, inputs.axis, inputs.documents, inputs.bounds, pinned=self.is_pinned
+        )
         return self.o_proj(rearrange(context, "batch head sequence dim -> (batch sequence) (head dim)"))
 
 

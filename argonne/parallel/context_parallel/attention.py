@@ -17,6 +17,8 @@ from argonne.parallel.communication.regions import gather_from_sequence_region
 from argonne.parallel.context_parallel.variable_length import DocumentBounds, variable_length_attention
 from argonne.parallel.errors import ArgonneError, LayoutError
 
+_VECTOR_BYTES = 16  # a row that begins at a multiple of it is multiplied as the first is, on a CPU
+
 
 def context_positions(sequence: int, axis: Axis) -> Tensor:
     """The positions of a sequence that this rank holds: int64 ``[sequence / axis.size]``, in the order it holds them.
@@ -52,6 +54,8 @@ def context_parallel_attention(
     axis: Axis,
     documents: Tensor | None = None,
     bounds: DocumentBounds | None = None,
+    *,
+    pinned: bool = False,
 ) -> Tensor:
     """Causal attention over sequences of which each rank of ``axis`` holds ``context_positions``.
 
@@ -66,6 +70,8 @@ def context_parallel_attention(
         documents: integers ``[batch, sequence]``, the same on every rank, of the whole sequence. Positions
             with different numbers do not see each other. Without them flash attention can be used on a GPU.
         bounds: of the same documents, where ``can_vary_length``: with them too, over an axis of one process.
+        pinned: give each head the same bits whichever heads lie beside it. A CPU's products have others for rows that
+            begin between two vectors: heads that are no whole number of vectors are padded with zeros.
 
     Returns:
         ``[batch, heads, local, dim]``
@@ -80,11 +86,29 @@ def context_parallel_attention(
     sequence = local * axis.size
     if documents is not None and documents.shape != (batch, sequence):
         raise ArgonneError(f"documents has shape {list(documents.shape)}; legal: [{batch}, {sequence}], all positions")
-    grouped = heads != key.shape[1]
+    padding = -query.shape[-1] % (_VECTOR_BYTES // query.element_size()) if pinned else 0
+    if not padding:
+        return _attention(query, key, value, axis, documents, bounds)
+    width = query.shape[-1]
+    query, key, value = (F.pad(x, (0, padding)) for x in (query, key, value))
+    return _attention(query, key, value, axis, documents, bounds, width**-0.5)[..., :width]
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    axis: Axis,
+    documents: Tensor | None,
+    bounds: DocumentBounds | None,
+    scale: float | None = None,
+) -> Tensor:
+    grouped = query.shape[1] != key.shape[1]
     if axis.size == 1 and bounds is not None:
         return variable_length_attention(query, key, value, bounds)
     if axis.size == 1 and documents is None:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+    sequence = query.shape[2] * axis.size
     chunks = _held_chunks(sequence, axis)
     key, value = _gather_in_order(key, value, axis)
     outputs = []
@@ -92,7 +116,8 @@ def context_parallel_attention(
         # What comes after the chunk is left out of the product, not masked in it.
         seen_key, seen_value = key[:, :, : chunk.stop], value[:, :, : chunk.stop]
         mask = _mask(chunk, documents)
-        outputs.append(F.scaled_dot_product_attention(own, seen_key, seen_value, mask, enable_gqa=grouped))
+        attended = F.scaled_dot_product_attention(own, seen_key, seen_value, mask, scale=scale, enable_gqa=grouped)
+        outputs.append(attended)
     return torch.cat(outputs, dim=2)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,7 +44,7 @@ from argonne.training.run.reproducible import blocks_of
 class Sizes:
     """What is tried: a run's own sizes, as far as trying them takes no time that is felt."""
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - frozen
     precision: Precision = Precision()  # noqa: RUF009 - frozen
     kernels: Backend = "auto"
     blocks: int = 4
@@ -64,19 +64,53 @@ class Sizes:
     @classmethod
     def of_run(cls, config: RunConfig, device: torch.device, precision: Precision, own_model: bool) -> Sizes:
         """Those of the flags; of a model of one's own, which they do not tell, the defaults."""
-        quick = device.type != "cpu"
-        batch, sequence, longest = config.training.initial_batch_size, config.data.block_size, 4096 if quick else 256
-        found = {"batch": batch if quick else min(batch, 2), "sequence": min(sequence, longest)}
-        blocks, documents = blocks_of(config) or 1, config.data.document_mask
-        if not own_model:
-            found |= _of_shape(config.model.resolve(sequence), blocks, quick)
-        most = blocks if quick else min(blocks, 4)
-        return cls(device, precision, config.training.kernels, most, documents=documents, **found)
+        blocks, sequence = blocks_of(config) or 1, config.data.block_size
+        flags = cls(
+            device,
+            precision,
+            config.training.kernels,
+            blocks,
+            config.training.initial_batch_size,
+            sequence,
+            documents=config.data.document_mask,
+        )
+        shape = None if own_model else config.model.resolve(sequence)
+        found = flags if shape is None else flags._with_shape(shape)
+        return found if device.type == "cuda" else found._small()
+
+    def _with_shape(self, shape: ArgonneConfig) -> Sizes:
+        return replace(
+            self,
+            hidden=shape.hidden_size,
+            width=shape.intermediate_size // self.blocks,
+            heads=shape.num_attention_heads // shape.num_key_value_heads,
+            key_values=shape.num_key_value_heads,
+            head_dim=shape.head_dim,
+        )
+
+    def _small(self) -> Sizes:
+        """What a CPU does in a moment. It computes heads, rows and features in the same way however many there are."""
+        slow, cost = self.precision.compute == torch.float16, {torch.float16: 1 << 22, torch.float64: 1 << 27}
+        heads, key_values = min(self.heads, 2), min(self.key_values, 2)
+        least = heads * key_values * self.head_dim
+        most = cost.get(self.precision.compute, 1 << 29)
+        longest = next(n for n in (768, 256, 64, 16) if n == 16 or least * n * n < most)
+        return replace(
+            self,
+            blocks=min(self.blocks, 4),
+            batch=min(self.batch, 2),
+            sequence=min(self.sequence, longest),
+            hidden=min(self.hidden, 256 if slow else 1024),
+            width=self.width if self.width < 256 else 256 + self.width % VECTOR,
+            heads=heads,
+            key_values=key_values,
+        )
 
     @property
     def rows(self) -> int:
         """Tokens, in equal runs for the blocks."""
-        return self.blocks * max(1, min(self.batch * self.sequence, 8192 if self.device.type != "cpu" else 128) // self.blocks)
+        most = 8192 if self.device.type == "cuda" else 128
+        return max(1, min(self.batch * self.sequence, most) // self.blocks) * self.blocks
 
     def draw(self, *shape: int, seed: int, dtype: torch.dtype | None = None) -> Tensor:
         """Normal numbers from a stream of their own."""
@@ -84,20 +118,7 @@ class Sizes:
         return values.to(self.device, dtype or self.precision.compute)
 
 
-def _of_shape(shape: ArgonneConfig, blocks: int, quick: bool) -> dict[str, int]:
-    key_values, width = shape.num_key_value_heads, shape.intermediate_size // blocks
-    return {
-        "hidden": shape.hidden_size if quick else min(shape.hidden_size, 1024),
-        "width": width if quick or width < 256 else 256 + width % VECTOR,
-        "heads": shape.num_attention_heads // key_values,
-        "key_values": key_values if quick else min(key_values, 4),
-        "head_dim": shape.head_dim,
-    }
-
-
-def require_facts(
-    config: RunConfig, groups: ProcessGroups, precision: Precision, own_model: bool, facts: Facts | None = None
-) -> None:
+def require_facts(config: RunConfig, groups: ProcessGroups, precision: Precision, own_model: bool) -> None:
     """Refuse a reproducible run where its libraries do not compute as it needs them to (collective).
 
     Raises:
@@ -168,6 +189,7 @@ def _attention(sizes: Sizes, masked: bool) -> bool:
     packed, gradient = sizes.draw(*shape, seed=4), sizes.draw(*shape, seed=5)[:, :, : counts[0]]
     positions = torch.arange(sizes.batch * sizes.sequence, device=sizes.device).view(sizes.batch, -1)
     documents = positions // 7 if masked else None
+    axis = Axis("context")
     ranges = masked and can_vary_length(sizes.device, sizes.precision.compute, sizes.head_dim)
 
     def of(batch: slice, heads: slice) -> list[Tensor]:
@@ -179,7 +201,7 @@ def _attention(sizes: Sizes, masked: bool) -> bool:
 
         def attend(qkv: Tensor) -> Tensor:
             query, key, value = (x.transpose(1, 2) for x in qkv.split([part.shape[2] for part in parts], 2))
-            return context_parallel_attention(query, key, value, Axis("context"), apart, bounds).transpose(1, 2)
+            return context_parallel_attention(query, key, value, axis, apart, bounds, pinned=True).transpose(1, 2)
 
         y, of_packed = _traced(attend, [torch.cat(parts, 2)], gradient[batch, :, queries])
         return [y, *of_packed.split([part.shape[2] for part in parts], 2)]
@@ -198,10 +220,10 @@ def _rotation(sizes: Sizes) -> bool:
     shape = (1, sizes.sequence, heads, sizes.head_dim)
     packed, gradient = sizes.draw(*shape, seed=6), sizes.draw(*shape, seed=7)
     dtype = torch.promote_types(sizes.precision.compute, torch.float32)
-    tables = [x.to(sizes.device) for x in rope_tables(sizes.sequence, sizes.head_dim, 1e4, dtype)]
+    cos, sin = (x.to(sizes.device) for x in rope_tables(sizes.sequence, sizes.head_dim, 1e4, dtype))
 
     def rotate(x: Tensor) -> Tensor:
-        return torch.cat(apply_rope_packed(x, *tables, 1, backend=sizes.kernels), 2)
+        return torch.cat(apply_rope_packed(x, cos, sin, 1, backend=sizes.kernels), 2)
 
     # The heads that come last of the whole pass through, and so do those of a part: compare the others.
     whole, run = _traced(rotate, [packed], gradient), slice(heads - 4, heads - 1)

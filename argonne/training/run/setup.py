@@ -27,6 +27,7 @@ from argonne.training.run.identity import RunIdentity
 from argonne.training.run.job import log
 from argonne.training.run.kept_tokenizer import fallback_tokenizer, from_json
 from argonne.training.run.model import ModelBuilder, ModelOfRun, argonne_model, own_model
+from argonne.training.run.probe import require_facts
 from argonne.training.run.token_caches import token_caches
 
 PRECISIONS = {
@@ -90,6 +91,7 @@ def prepare(
     identity = identity.with_model(of_run.shape, facts)
     accepted = _require_run(config, saved, identity, fixed)
 
+    require_facts(config, groups, precision, own_model=model is not None)
     _require_text(data, tokenizer, boundary, groups)
     held_out = _held_out(config, groups, data, tokenizer, boundary)
     log(groups, *(f"accepted from here on: {line}" for line in accepted))
