@@ -126,13 +126,13 @@ def finish(process: subprocess.Popen[str], timeout: float = 300) -> Finished:
     return Finished(process.returncode, output, time.monotonic() - began)
 
 
-def run(driver: str, flags: dict[str, Any], nproc: int = 2, torchrun: bool = False) -> Finished:
+def run(driver: str, flags: dict[str, Any], nproc: int = 2, torchrun: bool = False, **variables: str) -> Finished:
     """Run a driver to its end, whatever that is; without torchrun in processes that need not import anything."""
     words = command(driver, flags, nproc, torchrun)
     if torchrun or sys.platform != "linux":
-        return finish(start(words))
+        return finish(start(words, **variables))
     began = time.monotonic()
-    status, output = SERVERS.run(words[1:], environment(), timeout=300)
+    status, output = SERVERS.run(words[1:], environment(**variables), timeout=300)
     return Finished(status, output, time.monotonic() - began)
 
 

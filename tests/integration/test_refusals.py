@@ -24,10 +24,45 @@ BEFORE_LAUNCH = {
     "empty glob": ({"--data-glob": ""}, "data_glob='' is empty"),
     "conflict": ({"--model-config": "x.json"}, "preset='demo' conflicts with model_config='x.json'"),
     "negative width": ({"--intermediate-size": -8}, "intermediate_size=-8 is not legal"),
-    "unbuilt mode": ({"--reproducible": None}, "reproducible=True is not built yet; leave the flag out"),
     "sequence": ({"--sequence-parallel": None, "--block-size": 31}, "block_size=31 is not divisible by"),
     "kernels": ({"--kernels": "triton", "--device": "cpu"}, "kernels='triton' needs a GPU, but the device is cpu"),
     "output file": ({"--output-dir": "/dev/null/x"}, "output_dir='/dev/null/x' cannot be made"),
+}
+
+IRREPRODUCIBLE = {
+    "context": (
+        {"--context-parallel": 2},
+        "context_parallel=2 is not reproducible: gradients of keys and values are summed over its processes in another "
+        "order; legal with --reproducible: 1",
+    ),
+    "uneven": ({"--uneven-shards": None}, "uneven_shards=True conflicts with reproducible=True"),
+    "hybrid": (
+        {"--data-parallel": 2, "--fsdp": None, "--fsdp-shard": 2},
+        "fsdp_shard=2 is not reproducible: its groups are summed in another order",
+    ),
+    "no blocks": ({"--reproducible-blocks": 0}, "reproducible_blocks=0 is not legal; legal: 1 or more"),
+    "blocks": (
+        {"--reproducible-blocks": 3},
+        "intermediate_size = 40 is not cut into reproducible_blocks=3 equal blocks",
+    ),
+    "no subtree": (
+        {"--num-attention-heads": 6, "--num-key-value-heads": 6, "--intermediate-size": 48},
+        "tensor_parallel=2 does not give each process a subtree of the 6 blocks of a reproducible run, and whole "
+        "key-value heads (6 in all); legal sizes: 1, 3, 6",
+    ),
+    "tokens": (
+        {"--initial-batch-size": 1, "--block-size": 31},
+        "initial_batch_size x block_size = 31 tokens are not 2 equal blocks of a reproducible sum",
+    ),
+}
+"""What ``--reproducible`` refuses."""
+
+BEFORE_LAUNCH |= {
+    "blocks of no tree": ({"--reproducible-blocks": 2}, "reproducible_blocks=2 has no effect without --reproducible"),
+    **{
+        f"reproducible, {name}": ({"--reproducible": None, **bad}, expected)
+        for name, (bad, expected) in IRREPRODUCIBLE.items()
+    },
 }
 
 
@@ -100,6 +135,27 @@ def test_a_run_that_diverges_stops_in_one_line_before_the_step_is_taken(flags: d
     done = run("pretrain", {**flags, **wild})
     assert_refused(done, "the step was not taken. Continue from the last checkpoint with a lower --learning-rate")
     assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("kind", [{}, {"--zero1": None}])
+def test_replicas_whose_micro_batches_are_no_branch_are_refused(
+    flags: dict[str, Any], tmp_path: Path, kind: dict[str, Any]
+) -> None:
+    shared = {"--reproducible": None, "--data-parallel": 2, "--gradient-accumulation-steps": 3, **kind}
+    done = run("pretrain", {**flags, **shared, "--output-dir": tmp_path})
+    name = "zero1" if kind else "replicate"
+    assert_refused(
+        done, f"gradient_accumulation_steps=3 is not reproducible as {name}: a sum over 3 micro-batches is no"
+    )
+    assert done.output.rstrip().endswith("legal data_parallel sizes: 1, 3, 6")
+
+
+def test_more_threads_than_one_are_refused_by_one_rank(flags: dict[str, Any], tmp_path: Path) -> None:
+    words = {**flags, "--reproducible": None, "--output-dir": tmp_path / "run"}
+    done = run("pretrain", words, OMP_NUM_THREADS="2")
+    assert_refused(done, "OMP_NUM_THREADS=2 conflicts with reproducible=True")
+    assert done.status == 2
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
