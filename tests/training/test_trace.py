@@ -171,6 +171,22 @@ def test_a_trace_of_a_hundred_steps_of_the_2b_preset_is_small(alone: Path) -> No
     assert 100 * bytes_of_a_step(layers, 64) < 80e6
 
 
+@pytest.mark.parametrize("layout", [Layout(context=2), Layout(tensor=4), Layout(tensor=2, context=2)], ids=str)
+def test_what_fast_mode_computes_before_any_sum_is_traced_alike(
+    ranks: RankPool, alone: Path, tmp_path: Path, layout: Layout
+) -> None:
+    """Sequences that ranks share, and key and value heads of which each has two holders."""
+    ranks.run(layout, trace, tmp_path / "run", 1, {"blocks": None})
+    (_, expected), (_, lines) = (read_trace(trace_path(run, 1)) for run in (alone, tmp_path / "run"))
+    assert lines[:2] == expected[:2]
+    assert [line.name for line in lines[:2]] == ["model.embed_tokens", "model.layers.0.input_layernorm"]
+    gone = {*(["loss"] if layout.context > 1 else [])}
+    assert names_of(lines, "forward") == [name for name in modules(LAYERS) if name not in gone]
+    unsummed = ("k_proj", "v_proj") if layout.tensor == 4 else ()
+    backward = [name for name in reversed(modules(LAYERS)) if not name.endswith(("loss", *unsummed))]
+    assert names_of(lines, "backward") == backward
+
+
 def trace_of_own(groups: ProcessGroups) -> list[TraceLine]:
     """A model that is not ours, in float64 and fast mode."""
     model = Small(Execution(groups, PRECISIONS["fp64"], recompute=True))
