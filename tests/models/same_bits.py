@@ -41,7 +41,18 @@ class Options:
 
     @property
     def config(self) -> ArgonneConfig:
-        return ArgonneConfig(64, 4, HEADS, self.key_values, VOCABULARY, 160, SEQUENCE, tie_word_embeddings=self.tied)
+        # Sizes that no vector of a processor divides, nor a rank's share of them.
+        return ArgonneConfig(
+            hidden_size=50,
+            num_hidden_layers=4,
+            num_attention_heads=HEADS,
+            num_key_value_heads=self.key_values,
+            vocab_size=VOCABULARY,
+            intermediate_size=152,
+            max_position_embeddings=SEQUENCE,
+            head_dim=10,
+            tie_word_embeddings=self.tied,
+        )
 
     def __str__(self) -> str:
         heads = "MHA" if self.key_values == HEADS else "GQA"
@@ -78,7 +89,8 @@ def train(
         groups, PRECISIONS[options.precision], plan=plan, recompute=options.recompute, reproducible=options.key_values
     )
     model, replicas = build_replicas(partial(ArgonneModel, options.config), execution, place.kind)  # type: ignore[arg-type]
-    learner = Learner(model=model, replicas=replicas, optimizer=build_optimizer(replicas.parameters, weight_decay=0.1))
+    optimizer = build_optimizer(replicas.parameters, weight_decay=0.1, pinned=True)
+    learner = Learner(model=model, replicas=replicas, optimizer=optimizer)
     learner.initialise(seed=3)
     shape = BatchShape(options.sequences, micro_batches // groups.data.size, groups.data.size, SEQUENCE)
     shape.check_reproducible(place.kind)  # type: ignore[arg-type]
