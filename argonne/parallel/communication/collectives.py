@@ -63,17 +63,57 @@ def start_all_reduce(tensor: Tensor, axis: Axis, site: str | None = None, *, wai
     return Pending(tensor, work, entry)
 
 
-def start_all_gather(tensor: Tensor, axis: Axis, site: str | None = None, *, wait: bool = False) -> Pending:
-    """Begin to join every rank's ``tensor`` (equal shapes) along dimension 0, in rank order."""
+def start_all_gather(
+    tensor: Tensor, axis: Axis, site: str | None = None, *, wait: bool = False, into: Tensor | None = None
+) -> Pending:
+    """Begin to join every rank's ``tensor`` (equal shapes) along dimension 0, in rank order.
+
+    The result is in ``into`` (contiguous) where it is given, outside ``torch.compile``.
+    """
     if axis.group is None:
         return Pending(tensor)
     tensor = tensor.contiguous()
     if torch.compiler.is_compiling():
         result = torch.ops._c10d_functional.all_gather_into_tensor(tensor, axis.size, axis.group.group_name)
         return Pending(result, in_graph=True)
-    result = tensor.new_empty((axis.size * tensor.shape[0], *tensor.shape[1:]))
+    result = tensor.new_empty((axis.size * tensor.shape[0], *tensor.shape[1:])) if into is None else into
     entry = recording.announce("all_gather", axis, tensor, site, is_async=not wait)
+    if into is not None and tensor.device.type == "cpu":
+        return Pending(result, _Sends(result, tensor, axis), entry)
     work = _all_gather_tensor(result, tensor, group=axis.group, async_op=not wait)
+    return Pending(result, work, entry)
+
+
+class _Sends:
+    """An all-gather of messages, straight to where they belong: Gloo's own goes through a buffer as large as all."""
+
+    _TAG = 1  # of no other message
+
+    def __init__(self, result: Tensor, tensor: Tensor, axis: Axis) -> None:
+        assert axis.group is not None
+        parts = result.chunk(axis.size)
+        parts[axis.rank].copy_(tensor)
+        others = [(axis.rank + step) % axis.size for step in range(1, axis.size)]
+        self._works = [axis.group.recv([parts[other]], other, self._TAG) for other in reversed(others)]
+        self._works += [axis.group.send([parts[axis.rank]], other, self._TAG) for other in others]
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+
+def start_all_to_all(tensor: Tensor, axis: Axis, site: str | None = None, *, wait: bool = False) -> Pending:
+    """Begin to send rank r ``tensor[r]`` of ``[axis.size, ...]``; entry r of the result is what rank r has sent."""
+    if axis.group is None:
+        return Pending(tensor)
+    tensor = tensor.contiguous()
+    if torch.compiler.is_compiling():
+        even = [1] * axis.size
+        result = torch.ops._c10d_functional.all_to_all_single(tensor, even, even, axis.group.group_name)
+        return Pending(result, in_graph=True)
+    result = torch.empty_like(tensor)
+    entry = recording.announce("all_to_all", axis, tensor, site, is_async=not wait)
+    work = dist.all_to_all_single(result, tensor, group=axis.group, async_op=not wait)
     return Pending(result, work, entry)
 
 

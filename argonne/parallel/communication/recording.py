@@ -28,8 +28,8 @@ class Collective:
     """One collective, as this process saw it."""
 
     op: str
-    """``all_reduce | all_gather | reduce_scatter | broadcast | exchange | transfer | gather_objects |
-    barrier``. What ``torch.distributed.pipelining`` and FSDP send is not seen."""
+    """``all_reduce | all_gather | all_to_all | reduce_scatter | broadcast | exchange | transfer |
+    gather_objects | barrier``. What ``torch.distributed.pipelining`` and FSDP send is not seen."""
     axis: str
     """The name of the axis: ``tensor``, ``data``, ``world``, ..."""
     ranks: tuple[int, ...]
@@ -39,8 +39,8 @@ class Collective:
     dtype: torch.dtype | None
     """None for collectives without a tensor."""
     bytes: int
-    """Of the whole tensor: what an all-reduce sums, an all-gather returns and a reduce-scatter takes. So an
-    all-reduce of n bytes moves as much as a reduce-scatter and an all-gather of n bytes each. 0 without one."""
+    """Of the whole tensor: what an all-reduce sums, an all-gather returns, and a reduce-scatter or an all-to-all takes.
+    So an all-reduce of n bytes moves as much as one of these and an all-gather of n bytes each. 0 without one."""
     module: str
     """The innermost module at whose call the collective belongs, by its name in the model; ``""`` for none."""
     phase: str

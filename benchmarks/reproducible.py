@@ -1,0 +1,139 @@
+"""What do sums in one order cost? ``python benchmarks/reproducible.py``
+
+Part "all-reduce": a sum over ranks in tree order beside the library's own, taking turns in one run: the ratio of the
+medians, and of the CPU time of all ranks together, which a busy machine does not change.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script, in this process and in its ranks
+
+from argonne.launch import LaunchFlags, drive, guarded, parse, world_size
+from argonne.parallel import ArgonneError, Layout, ProcessGroups, choose_device, process_groups
+from argonne.parallel.communication.collectives import barrier
+from argonne.parallel.communication.reduction import sum_over
+from benchmarks.collective_timing import Budget, measure
+from benchmarks.memory import parse_size, size_text
+from benchmarks.report import environment, table, write_json
+
+Part = Literal["all-reduce"]
+
+
+@dataclass(frozen=True)
+class EightOnCpu(LaunchFlags):
+    """How many processes are started, and where; smaller groups are measured while the others wait."""
+
+    nproc: int | None = None
+    """Processes to start when not under torchrun [every GPU, or 8 on CPU]."""
+
+    on_cpu: ClassVar[int] = 8
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What to measure."""
+
+    launch: EightOnCpu = field(default_factory=EightOnCpu)
+    parts: tuple[Part, ...] = ("all-reduce",)
+    """Those to measure; of others, what the JSON has is kept."""
+    sizes: tuple[str, ...] = ("1M", "16M", "64M")
+    """Messages, in float32; K, M and G are powers of 1024."""
+    iterations: int = 20
+    """Timed calls of each."""
+    seconds: float = 20.0
+    """Timed calls are fewer where a figure would take longer, but never fewer than three."""
+    output: Path | None = None
+    """The JSON to write [benchmarks/results/reproducible_<device>.json]."""
+
+
+def check(flags: Flags, ranks: int) -> None:
+    """Raise ``ArgonneError`` unless there is something to compare."""
+    if ranks < 2:
+        raise ArgonneError(f"nproc={ranks} has nothing to sum over; legal: 2 or more (with fewer GPUs, --device cpu)")
+    if flags.iterations < 1:
+        raise ArgonneError(f"iterations={flags.iterations} is not legal; legal: 1 or more")
+    if not 0 < flags.seconds < float("inf"):
+        raise ArgonneError(f"seconds={flags.seconds} is not legal; legal: more than 0")
+    for size in flags.sizes:
+        parse_size("sizes", size)
+
+
+def run(flags: Flags) -> None:
+    """Every rank's part; the first rank prints and writes."""
+    device = choose_device(flags.launch.device)
+    measured: dict[str, Callable[[Flags, ProcessGroups], dict[str, Any]]] = {"all-reduce": all_reduces}
+    with process_groups(Layout(data=world_size()), device) as groups:
+        output = flags.output or Path(__file__).parent / "results" / f"reproducible_{device.type}.json"
+        for part in flags.parts:
+            report = measured[part](flags, groups)
+            if groups.is_first:
+                kept = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
+                write_json(output, {**kept, part: {"environment": environment(device), **report}})
+        if groups.is_first:
+            print(f"written: {output}")
+
+
+def all_reduces(flags: Flags, everyone: ProcessGroups) -> dict[str, Any]:
+    """Groups of 2, 4, ... neighbours one after the other, each message in both ways."""
+    records = []
+    for ranks in (2**k for k in range(1, everyone.world.size.bit_length())):
+        if everyone.world.size % ranks:
+            continue
+        layout = Layout(tensor=ranks, data=everyone.world.size // ranks)
+        groups = ProcessGroups.from_world(layout, everyone.device)
+        if groups.data.rank == 0:
+            own = replace(groups, world=groups.tensor)
+            records += [time_all_reduce(parse_size("sizes", size), flags, own) for size in flags.sizes]
+        barrier(everyone.world)
+    if everyone.is_first:
+        rows = [
+            (
+                f"{size_text(record['bytes'])} on {record['ranks']}",
+                *(f"{record[f'{what}ratio']:.2f}" for what in ("", "cpu_")),
+                *(f"{record[f'{name}_median_us'] / 1e3:.2f}" for name in ("fast", "tree")),
+            )
+            for record in records
+        ]
+        print(table(("all-reduce", "tree / fast", "in CPU time", "fast, ms", "tree, ms"), rows), flush=True)
+    return {"backend": "nccl" if everyone.device.type == "cuda" else "gloo", "records": records}
+
+
+def time_all_reduce(size: int, flags: Flags, groups: ProcessGroups) -> dict[str, Any]:
+    """One line of the table, as JSON."""
+    # A sum in place, again and again, leaves only zeros as they are.
+    tensor = torch.zeros(size // 4, device=groups.device)
+    axes = {"fast": groups.tensor, "tree": groups.in_blocks(groups.tensor.size).tensor}
+    actions: list[Callable[[], Tensor]] = [lambda axis=axis: sum_over(tensor, axis) for axis in axes.values()]
+    timings = measure(actions, Budget(flags.iterations, 2, flags.seconds), groups)
+    fast, tree = (cpu_seconds(action, len(timings[0].seconds), groups) for action in actions)
+    record: dict[str, Any] = {"ranks": groups.tensor.size, "bytes": size, "iterations": len(timings[0].seconds)}
+    record["ratio"] = timings[1].median / timings[0].median
+    record["cpu_ratio"] = tree / fast
+    for name, timing in zip(axes, timings, strict=True):
+        record |= timing.fields(f"{name}_")
+    return record
+
+
+def cpu_seconds(action: Callable[[], object], rounds: int, groups: ProcessGroups) -> float:
+    """Of all ranks and their threads together, for ``rounds`` calls."""
+    barrier(groups.tensor)
+    began = time.process_time()
+    for _ in range(rounds):
+        action()
+    spent = torch.tensor(time.process_time() - began, dtype=torch.float64, device=groups.device)
+    return sum_over(spent, groups.tensor).item()
+
+
+if __name__ == "__main__":
+    guarded(lambda: drive(run, check, parse(Flags, sys.argv[1:])))
