@@ -28,6 +28,7 @@ from argonne.training.run import conditions
 from argonne.training.run.conditions import MEANINGS, announced, changed_since
 from argonne.training.run.directory import require_same
 from argonne.training.run.identity import RunIdentity, differences
+from argonne.training.run.reproducible import blocks_of
 from argonne.training.run.setup import prepare
 from tests.integration.runs import write_corpus
 
@@ -39,9 +40,9 @@ GROUPS = {
     "launch": RestartFlags,
     "run": RunFlags,
 }
-# Told with the global batch, or refused until it is built.
+# Told with the global batch, or in a test of its own.
 ELSEWHERE = {"initial_batch_size", "gradient_accumulation_steps", "reproducible", "batch_size", "reset_optimizer"}
-ELSEWHERE |= {"rewarmup_steps", "checkpoint_path", "force_from_scratch"}
+ELSEWHERE |= {"rewarmup_steps", "checkpoint_path", "force_from_scratch", "reproducible_blocks"}
 
 
 def names(*kinds: type) -> list[str]:
@@ -239,3 +240,20 @@ def test_a_condition_that_was_not_kept_is_not_said_to_have_changed(base: RunConf
     fewer: Callable[..., dict[str, Any]] = lambda *gone: {n: v for n, v in now.items() if n not in gone}  # noqa: E731
     saved = {"identity": identity, "conditions": {**fewer("kernels"), "torch": "2.0"}}
     assert changed_since(saved, RunIdentity.from_json(identity), now, base) == [f"torch: 2.0 -> {torch.__version__}"]
+
+
+def test_a_reproducible_run_is_another_run_and_so_is_one_of_other_blocks_or_micro_batches(base: RunConfig) -> None:
+    def identity(micro_batch: int = 16, **flags: Any) -> RunIdentity:
+        config = replace(base, parallel=replace(base.parallel, **flags))
+        config = changed(config, "training", "initial_batch_size", micro_batch)
+        blocks = blocks_of(config)
+        groups = ProcessGroups.single() if blocks is None else ProcessGroups.single().in_blocks(blocks)
+        return prepare(config, groups).identity
+
+    fast, kept = identity(), identity(reproducible=True)
+    assert "reproducible" not in fast.to_json()
+    assert kept.reproducible == {"blocks": 2, "micro_batch": 16}
+    assert fast.differences(kept) == ['reproducible: null -> {"blocks": 2, "micro_batch": 16}']
+    assert kept.differences(identity(reproducible=True, reproducible_blocks=1)) == ["reproducible.blocks: 2 -> 1"]
+    assert kept.differences(identity(8, reproducible=True)) == ["reproducible.micro_batch: 16 -> 8"]
+    assert fast.differences(identity(8)) == []
