@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -116,7 +116,7 @@ def time_all_reduce(size: int, flags: Flags, groups: ProcessGroups) -> dict[str,
     axes = {"fast": groups.tensor, "tree": groups.in_blocks(groups.tensor.size).tensor}
     actions: list[Callable[[], Tensor]] = [lambda axis=axis: sum_over(tensor, axis) for axis in axes.values()]
     timings = measure(actions, Budget(flags.iterations, 2, flags.seconds), groups)
-    fast, tree = (cpu_seconds(action, len(timings[0].seconds), groups) for action in actions)
+    fast, tree = cpu_seconds(actions, len(timings[0].seconds), groups)
     record: dict[str, Any] = {"ranks": groups.tensor.size, "bytes": size, "iterations": len(timings[0].seconds)}
     record["ratio"] = timings[1].median / timings[0].median
     record["cpu_ratio"] = tree / fast
@@ -125,14 +125,16 @@ def time_all_reduce(size: int, flags: Flags, groups: ProcessGroups) -> dict[str,
     return record
 
 
-def cpu_seconds(action: Callable[[], object], rounds: int, groups: ProcessGroups) -> float:
-    """Of all ranks and their threads together, for ``rounds`` calls."""
-    barrier(groups.tensor)
-    began = time.process_time()
+def cpu_seconds(actions: Sequence[Callable[[], object]], rounds: int, groups: ProcessGroups) -> list[float]:
+    """Of all ranks and their threads together, for ``rounds`` calls of each action; they take turns."""
+    spent = torch.zeros(len(actions), dtype=torch.float64, device=groups.device)
     for _ in range(rounds):
-        action()
-    spent = torch.tensor(time.process_time() - began, dtype=torch.float64, device=groups.device)
-    return sum_over(spent, groups.tensor).item()
+        for index, action in enumerate(actions):
+            barrier(groups.tensor)
+            began = time.process_time()
+            action()
+            spent[index] += time.process_time() - began
+    return sum_over(spent, groups.tensor).tolist()
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ def by_definition(leaves: Sequence[Tensor]) -> Tensor:
 
 def assert_bits(found: Tensor, expected: Tensor, what: str) -> None:
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype), what
-    differing = (found.flatten().view(torch.uint8) != expected.flatten().view(torch.uint8)).sum().item()
+    one, other = (t.flatten().clone(memory_format=torch.contiguous_format) for t in (found, expected))
+    differing = (one.view(torch.uint8) != other.view(torch.uint8)).sum().item()
     assert not differing, f"{what}: {differing} bytes differ"
 
 

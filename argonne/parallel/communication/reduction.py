@@ -32,7 +32,7 @@ def start_sum(tensor: Tensor, axis: Axis, site: str | None = None, *, wait: bool
 
     With ``wait`` nothing is meant to run beside it.
     """
-    if axis.summation == "fast":
+    if axis.summation == "fast" or _any_order_is_the_tree(axis):
         return collectives.start_all_reduce(tensor, axis, site, wait=wait)
     if axis.summation == "tree":
         return tree.start_tree_sum(tensor, axis, site, wait=wait)
@@ -50,7 +50,7 @@ def sum_and_scatter(tensor: Tensor, axis: Axis, site: str | None = None) -> Tens
 
 def start_sum_and_scatter(tensor: Tensor, axis: Axis, site: str | None = None, *, wait: bool = False) -> Pending:
     """Begin ``sum_and_scatter``; as for ``start_sum``."""
-    if axis.summation == "fast":
+    if axis.summation == "fast" or _any_order_is_the_tree(axis):
         return collectives.start_reduce_scatter(tensor, axis, site, wait=wait)
     if axis.summation == "tree":
         return tree.start_tree_sum_and_scatter(tensor, axis, site, wait=wait)
@@ -72,6 +72,11 @@ def sum_of_two(tensor: Tensor, axis: Axis, first: int, second: int) -> Tensor:
     Two numbers have one sum, in whichever order: this is the same on both ranks under every policy.
     """
     return tensor.add_(collectives.exchange(tensor, axis, first, second))
+
+
+def _any_order_is_the_tree(axis: Axis) -> bool:
+    """Whether the order that is asked for is any: that of one number or two, which have one sum."""
+    return axis.summation == "tree" and axis.size <= 2
 
 
 def _unknown(axis: Axis) -> ArgonneError:

@@ -84,8 +84,6 @@ def start_tree_sum(tensor: Tensor, axis: Axis, site: str | None = None, *, wait:
 
     The result is in ``tensor`` outside ``torch.compile``. All ranks must wait for several sums in one order.
     """
-    if axis.size <= 2:  # two numbers have one sum, in whichever order
-        return collectives.start_all_reduce(tensor, axis, site, wait=wait)
     if torch.compiler.is_compiling():
         return _start_in_graph(tensor, axis)
     # Written past the version counter: where versions tell what was added too late, this is not that.
@@ -114,8 +112,6 @@ def start_tree_sum_and_scatter(tensor: Tensor, axis: Axis, site: str | None = No
     Raises:
         ArgonneError: dimension 0 cannot be cut into equal parts.
     """
-    if axis.size <= 2:
-        return collectives.start_reduce_scatter(tensor, axis, site, wait=wait)
     collectives.require_equal_parts(tensor, axis)
     parts = tensor.unflatten(0, (axis.size, tensor.shape[0] // axis.size))
     pending = collectives.start_all_to_all(parts, axis, site, wait=wait)
