@@ -93,7 +93,7 @@ class RMSNorm(kernels.RMSNorm):
         """One for each token block, in a reproducible run."""
         return (self.weight,) if self._uses is None else self._uses.of(self.weight)
 
-    def uses(self) -> dict[str, Uses]:
+    def uses_apart(self) -> dict[str, Uses]:
         return {} if self._uses is None else {"weight": self._uses}
 
     def shard_specs(self) -> dict[str, ShardSpec]:

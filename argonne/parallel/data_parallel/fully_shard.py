@@ -154,7 +154,7 @@ class FullyShard(DataParallel):
             id(getattr(module, name)): uses
             for module in model.modules()
             if isinstance(module, UsedApart)
-            for name, uses in module.uses().items()
+            for name, uses in module.uses_apart().items()
         }
         leaves: list[tuple[str, Tensor]] = []
         for number, dtensor in enumerate(self._dtensors):

@@ -85,7 +85,7 @@ def sharded_parameters(model: nn.Module, groups: ProcessGroups) -> list[ShardedP
             if spec_or_none is None and groups.sequence_parallel and parameter.requires_grad and not _is_norm(module):
                 unknown_use.append(f"{qualified} of {type(module).__name__}")
             spec = spec_or_none or replicated(qualified, parameter.shape, groups, used="between")
-            uses = module.uses().get(name) if isinstance(module, UsedApart) else None
+            uses = module.uses_apart().get(name) if isinstance(module, UsedApart) else None
             aliases = () if uses is None else uses.aliases(parameter)
             found.append(ShardedParameter(qualified, parameter, spec, spec_or_none is not None, aliases))
     if unknown_use:

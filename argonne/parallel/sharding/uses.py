@@ -44,7 +44,7 @@ class Uses:
 class UsedApart(Protocol):
     """A module with ``Uses`` of parameters of its own, by their names."""
 
-    def uses(self) -> dict[str, Uses]: ...
+    def uses_apart(self) -> dict[str, Uses]: ...
 
 
 class _Divert(torch.autograd.Function):

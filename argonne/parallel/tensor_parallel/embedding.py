@@ -137,7 +137,7 @@ class VocabParallelEmbedding(_VocabParallel):
         """Sum the gradients of the lookup apart from those of a tied head, which a pipeline has on another stage."""
         self._uses = Uses(1)
 
-    def uses(self) -> dict[str, Uses]:
+    def uses_apart(self) -> dict[str, Uses]:
         return {} if self._uses is None else {"weight": self._uses}
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -209,7 +209,7 @@ class RowParallelLinear(nn.Module):
         biases = (self.bias,) if self._uses is None else self._uses.of(self.bias)
         return add_bias(y, [bias.to(self.precision.compute) for bias in biases])
 
-    def uses(self) -> dict[str, Uses]:
+    def uses_apart(self) -> dict[str, Uses]:
         return {} if self._uses is None else {"bias": self._uses}
 
     def shard_specs(self) -> dict[str, ShardSpec]:
