@@ -9,7 +9,8 @@ bits.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -138,6 +139,9 @@ def _by_rows(a: Tensor, b: Tensor, blocks: Sequence[Block]) -> Tensor:
     return out
 
 
+_TRIED = 4096
+"""Sums that are tried of a shape: of few terms, two orders often have the same bits."""
+
 _Kind = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]
 
 
@@ -148,14 +152,20 @@ def _kind(x: Tensor) -> _Kind:
 @functools.cache
 def _columns_are_alike(a: _Kind, b: _Kind, blocks: tuple[Block, ...], onednn: bool) -> bool:
     """Whether the library's product at once has the bits of the blocks' products: tried once for each shape."""
-    x, y = _drawn(a, 1), _drawn(b, 2)
-    return torch.equal(product(x, y), _by_columns(x, y, blocks))
+    draws = _draws(a, b, math.prod(a[0][:-1]) * b[0][0])
+    return all(torch.equal(product(x, y), _by_columns(x, y, blocks)) for x, y in draws)
 
 
 @functools.cache
 def _rows_are_alike(a: _Kind, b: _Kind, blocks: tuple[Block, ...], onednn: bool) -> bool:
-    x, y = _drawn(a, 1), _drawn(b, 2)
-    return torch.equal(product(x.t(), y.t()), _by_rows(x, y, blocks))
+    draws = _draws(a, b, a[0][1] * b[0][1])
+    return all(torch.equal(product(x.t(), y.t()), _by_rows(x, y, blocks)) for x, y in draws)
+
+
+def _draws(a: _Kind, b: _Kind, results: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Factors of ``results`` sums, again and again until some sum of another order would hardly be missed."""
+    for number in range(max(1, _TRIED // max(1, results))):
+        yield _drawn(a, 2 * number + 1), _drawn(b, 2 * number + 2)
 
 
 @torch.no_grad()
