@@ -31,6 +31,23 @@ _FEWEST = 128
 _ROW = {"cpu": 1, "cuda": 16}
 
 
+class _ScaledLater(torch.autograd.Function):
+    """``x``, whose gradient is multiplied by what ``scale`` holds by then: once it is summed over the axis.
+
+    Before that, it would be multiplied in as many parts as there are ranks, and each would be rounded.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: list[Tensor]) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient * ctx.scale.pop(), None
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """The sum of the losses, with the gradients made on the way; or each loss, with a second pass in backward.
 
@@ -50,7 +67,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         reduction: str,
         trains: bool,
         arithmetic: type[ShardedSoftmax],
+        scale: list[Tensor] | None,
     ) -> Tensor:
+        ctx.scale = scale
         ctx.vocabulary, ctx.axis, ctx.objective, ctx.reduction = vocabulary, axis, objective, reduction
         ctx.site, ctx.arithmetic = site(), arithmetic
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
@@ -80,8 +99,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         if ctx.reduction == "sum":
             # In place: the weight's is as large as the weight. A second backward is refused by autograd.
-            made = [None if g is None else g.mul_(gradient) for g in ctx.saved_tensors]
-            return *made, *(None,) * 7
+            of_x, *of_parameters = ctx.saved_tensors
+            made = [None if g is None else g.mul_(gradient) for g in of_parameters]
+            if of_x is not None and ctx.scale is None:
+                of_x.mul_(gradient)
+            elif of_x is not None:
+                ctx.scale.append(gradient)
+            return of_x, *made, *(None,) * 8
         x, used, used_bias, targets, sums = ctx.saved_tensors
         parts = softmax_parts(ctx.arithmetic, targets, ctx.vocabulary, ctx.objective, ctx.axis)
         gradients = _Gradients(ctx, x, used, sums.dtype, rows=ctx.vocabulary.rows)
@@ -91,7 +115,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 saved = part[chunk].save(_logits(x[chunk], used, used_bias, columns), sums[:, chunk])
                 of_logits.append(part[chunk].gradient(saved, sums[:, chunk], gradient[chunk]))
             gradients.add(chunk, of_logits, [columns for _, columns in parts], x, used)
-        return *gradients.result(), *(None,) * 7
+        return *gradients.result(), *(None,) * 8
 
 
 class _Gradients:
@@ -161,6 +185,9 @@ def vocab_parallel_linear_cross_entropy(
             "parallelism this rank's share of the tokens) and [tokens]"
         )
     enter = gather_from_sequence_region if holder.sequence_parallel else copy_to_region
+    scale: list[Tensor] | None = [] if reduction == "sum" and holder.axis.blocks is not None else None
+    if scale is not None:
+        x = _ScaledLater.apply(x, scale)
     return _LinearCrossEntropy.apply(
         enter(x, holder.axis),
         holder.weight,
@@ -172,6 +199,7 @@ def vocab_parallel_linear_cross_entropy(
         reduction,
         torch.is_grad_enabled(),
         arithmetic,
+        scale,
     )
 
 
