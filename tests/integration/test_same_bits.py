@@ -123,7 +123,7 @@ def test_a_run_moved_at_random_steps_ends_with_the_bits_of_one_process_left_alon
 def test_fifty_steps_by_the_command_line_have_the_bits_of_one_process(
     small: dict[str, Any], options: str, tmp_path: Path
 ) -> None:
-    long = {**small, **OPTIONS[options], "--total-steps": 50, "--save-interval": 50, "--cache-dir": tmp_path / "cache"}
+    long = {**small, **OPTIONS[options], "--total-steps": 50, "--save-interval": 50}
     expected = None
     for place in PLACES:
         directory = tmp_path / place
