@@ -1,7 +1,8 @@
-"""What do sums in one order cost? ``python benchmarks/reproducible.py``
+"""What does it cost to have the same bits at every layout? ``python benchmarks/reproducible.py``
 
 Part "all-reduce": a sum over ranks in tree order beside the library's own, taking turns in one run: the ratio of the
-medians, and of the CPU time of all ranks together, which a busy machine does not change.
+medians, and of the CPU time of all ranks together, which a busy machine does not change. Part "step" (``--parts step
+--nproc 2``): whole training steps of a reproducible run beside those of fast ones, in each layout, likewise.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,14 +22,22 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script, in this process and in its ranks
 
 from argonne.launch import LaunchFlags, drive, guarded, parse, world_size
+from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas
 from argonne.parallel import ArgonneError, Layout, ProcessGroups, choose_device, process_groups
 from argonne.parallel.communication.collectives import barrier
 from argonne.parallel.communication.reduction import sum_over
+from argonne.parallel.data_parallel.kinds import Kind
+from argonne.training.optimizer import build_optimizer
+from argonne.training.run.setup import resolve_precision
+from argonne.training.step import Learner, train_step
 from benchmarks.collective_timing import Budget, measure
 from benchmarks.memory import parse_size, size_text
 from benchmarks.report import environment, table, write_json
 
-Part = Literal["all-reduce"]
+Part = Literal["all-reduce", "step"]
+
+STEP_MODEL = ArgonneConfig(512, 4, 8, 4, 8192, max_position_embeddings=512)
+"""What part "step" trains, in blocks of its four key-value heads, on two micro-batches of two sequences."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,7 @@ def check(flags: Flags, ranks: int) -> None:
 def run(flags: Flags) -> None:
     """Every rank's part; the first rank prints and writes."""
     device = choose_device(flags.launch.device)
-    measured: dict[str, Callable[[Flags, ProcessGroups], dict[str, Any]]] = {"all-reduce": all_reduces}
+    measured: dict[str, Callable[[Flags, ProcessGroups], dict[str, Any]]] = {"all-reduce": all_reduces, "step": steps}
     with process_groups(Layout(data=world_size()), device) as groups:
         output = flags.output or Path(__file__).parent / "results" / f"reproducible_{device.type}.json"
         for part in flags.parts:
@@ -123,6 +133,55 @@ def time_all_reduce(size: int, flags: Flags, groups: ProcessGroups) -> dict[str,
     for name, timing in zip(axes, timings, strict=True):
         record |= timing.fields(f"{name}_")
     return record
+
+
+def steps(flags: Flags, everyone: ProcessGroups) -> dict[str, Any]:
+    """A training step in each layout over all the processes, fast and reproducible."""
+    ranks = everyone.world.size
+    layouts = {
+        "tensor": (Layout(tensor=ranks), "replicate"),
+        "tensor + sequence": (Layout(tensor=ranks, sequence_parallel=True), "replicate"),
+        "data": (Layout(data=ranks), "replicate"),
+        "data, zero1": (Layout(data=ranks), "zero1"),
+        "data, fsdp": (Layout(data=ranks), "fsdp"),
+    }
+    records = []
+    for name, (layout, kind) in layouts.items():
+        groups = ProcessGroups.from_world(layout, everyone.device)
+        actions = [train(groups, kind, blocks) for blocks in (None, STEP_MODEL.num_key_value_heads)]
+        timings = measure(actions, Budget(flags.iterations, 1, flags.seconds), replace(groups, tensor=groups.world))
+        count = len(timings[0].seconds)
+        fast, tree = cpu_seconds(actions, max(2, count // 4), replace(groups, tensor=groups.world))
+        record = {"layout": name, "iterations": count, "ratio": timings[1].median / timings[0].median}
+        record["cpu_ratio"] = tree / fast
+        for way, timing in zip(("fast", "reproducible"), timings, strict=True):
+            record |= timing.fields(f"{way}_")
+        records.append(record)
+    if everyone.is_first:
+        rows = [
+            (
+                record["layout"],
+                *(f"{record[f'{what}ratio']:.2f}" for what in ("", "cpu_")),
+                *(f"{record[f'{way}_median_us'] / 1e3:,.0f}" for way in ("fast", "reproducible")),
+            )
+            for record in records
+        ]
+        heads = ("step", "reproducible / fast", "in CPU time", "fast, ms", "reproducible, ms")
+        print(table(heads, rows), flush=True)
+    return {"ranks": ranks, "model": asdict(STEP_MODEL), "records": records}
+
+
+def train(groups: ProcessGroups, kind: Kind, blocks: int | None) -> Callable[[], object]:
+    """What takes one step of ``STEP_MODEL``, in canonical blocks or fast."""
+    execution = Execution(groups, resolve_precision("auto", groups.device), reproducible=blocks)
+    model, replicas = build_replicas(partial(ArgonneModel, STEP_MODEL), execution, kind)
+    optimizer = build_optimizer(replicas.parameters, weight_decay=0.1, pinned=blocks is not None)
+    learner = Learner(model=model, replicas=replicas, optimizer=optimizer)
+    learner.initialise(seed=0)
+    sequence = STEP_MODEL.max_position_embeddings
+    ids = torch.randint(0, STEP_MODEL.vocab_size, (2, 2, sequence + 1), generator=torch.Generator().manual_seed(0))
+    batch = Batch(*(part.to(groups.device) for part in (ids[..., :-1], ids[..., 1:])), divisor=4 * sequence)
+    return lambda: train_step(learner, batch, CrossEntropyLoss(), 1e-3, gradient_clip=1.0)
 
 
 def cpu_seconds(actions: Sequence[Callable[[], object]], rounds: int, groups: ProcessGroups) -> list[float]:

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+import benchmarks.reproducible
+from argonne.models import ArgonneConfig
 from argonne.parallel import ArgonneError, Layout, ProcessGroups
-from benchmarks.reproducible import Flags, all_reduces, check
+from benchmarks.reproducible import Flags, all_reduces, check, steps
 from tests.pool import RankPool
 
 REFUSALS: dict[str, tuple[Flags, int, str]] = {
@@ -36,3 +38,20 @@ def test_each_group_of_ranks_sums_each_message_both_ways(ranks: RankPool) -> Non
     assert told == [(2, 2**13), (2, 2**20), (4, 2**13), (4, 2**20)]
     assert all(record["ratio"] > 0 and record["cpu_ratio"] > 0 for record in report["records"])
     assert [len(other["records"]) for other in others] == [4, 2, 2]
+
+
+def small_steps(groups: ProcessGroups) -> dict[str, Any]:
+    kept = benchmarks.reproducible.STEP_MODEL
+    benchmarks.reproducible.STEP_MODEL = ArgonneConfig(32, 1, 4, 4, 100, max_position_embeddings=8)
+    try:
+        return steps(Flags(iterations=1, seconds=0.01), groups)
+    finally:
+        benchmarks.reproducible.STEP_MODEL = kept
+
+
+def test_a_step_is_timed_in_each_layout_both_ways(ranks: RankPool) -> None:
+    report, *_ = ranks.run(Layout(data=2), small_steps)
+    assert [record["layout"] for record in report["records"]] == [
+        "tensor", "tensor + sequence", "data", "data, zero1", "data, fsdp"
+    ]  # fmt: skip
+    assert all(record["ratio"] > 0 and record["cpu_ratio"] > 0 for record in report["records"])
