@@ -22,7 +22,10 @@ from argonne.parallel import (
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelHead,
+    complete_gradients,
     data_parallel,
+    initialise,
+    sharded_parameters,
     vocab_parallel_cross_entropy,
     vocab_parallel_linear_cross_entropy,
     vocab_parallel_logits,
@@ -270,3 +273,28 @@ def test_without_blocks_the_layers_are_the_library_s(compute: torch.dtype) -> No
         layer(x).backward(gradient)
         assert not layer.cut
         assert torch.equal(layer.bias.grad, gradient.sum(0).float()), kind.__name__
+
+
+def biased(groups: ProcessGroups, micro_batches: int) -> Parts:
+    """Gradients completed without a ``DataParallel``, of a loss whose own gradient is one number for all."""
+    groups = groups.in_blocks(BLOCKS)
+    layer = RowParallelLinear(8, 6, groups, bias=True)
+    parameters = sharded_parameters(layer, groups)
+    initialise(parameters, seed=3)
+    for number in range(micro_batches):
+        whole = draw(12, 8, seed=groups.data.rank * micro_batches + number)
+        mine = whole.chunk(groups.tensor.size, 1)[groups.tensor.rank]
+        layer(mine).sum().backward()
+    complete_gradients(parameters, groups)
+    return [(region, region.part_of(s.parameter.grad).clone()) for s in parameters for region in s.spec.regions]
+
+
+def test_uses_apart_are_completed_without_data_parallel_too(ranks: RankPool) -> None:
+    alone = assemble([biased(ProcessGroups.single(), 2)])
+    rows = torch.cat([draw(12, 8, seed=seed) for seed in range(2)])
+    assert torch.equal(alone["bias"], torch.full((6,), 24.0))
+    torch.testing.assert_close(alone["weight"], rows.sum(0).expand(6, 8))
+    for layout, count in ((Layout(tensor=2), 2), (Layout(data=2), 1), (Layout(tensor=2, data=2), 1)):
+        found = assemble(ranks.run(layout, biased, count))
+        assert torch.equal(found["bias"], alone["bias"])
+        torch.testing.assert_close(found["weight"], alone["weight"])

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from argonne.parallel.communication.tree import TreeSum, tree_sum
+from argonne.parallel.communication.tree import TreeSum
 from argonne.parallel.data_parallel.buckets import gradient_bytes
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.sharding.spec import ShardedParameter
@@ -84,14 +84,3 @@ def _take(sums: weakref.ref[LeafSums], parameter: Tensor) -> None:
     living = sums()
     if living is not None:
         living.take(parameter)
-
-
-def add_aliases(parameters: Sequence[ShardedParameter]) -> None:
-    """Add to each gradient those of the parameter's aliases, once all are summed over micro-batches and replicas."""
-    for sharded in parameters:
-        found = [parameter.grad for parameter in sharded.aliases if parameter.grad is not None]
-        if found:
-            total, own = tree_sum(found), sharded.parameter.grad
-            sharded.parameter.grad = total if own is None else own.add_(total)
-        for alias in sharded.aliases:
-            alias.grad = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from argonne.parallel.communication.groups import Axis, ProcessGroups
-from argonne.parallel.data_parallel.leaves import LeafSums, add_aliases
+from argonne.parallel.data_parallel.leaves import LeafSums
 from argonne.parallel.sharding.gradients import sum_partial_gradients
 from argonne.parallel.sharding.spec import ShardedParameter
 
@@ -57,7 +57,6 @@ class DataParallel:
         """Call after the backward passes: every gradient in ``parameters`` is then that of the global batch."""
         if self.leaves is not None:
             self.leaves.finish()
-            add_aliases(self.parameters)
         sum_partial_gradients(self.parameters, self.groups)
 
     def publish(self) -> None:

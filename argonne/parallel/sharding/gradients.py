@@ -6,11 +6,12 @@ import functools
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from argonne.parallel.communication.groups import ProcessGroups
 from argonne.parallel.communication.recording import is_checking
 from argonne.parallel.communication.reduction import sum_of_two, sum_over
+from argonne.parallel.communication.tree import tree_sum
 from argonne.parallel.errors import LayoutError
 from argonne.parallel.sharding.check import check_gradients
 from argonne.parallel.sharding.exact import exact_square_sum
@@ -36,18 +37,22 @@ def complete_gradients(parameters: Sequence[ShardedParameter], groups: ProcessGr
             continue
         if any(len(ranks) != axis.size for ranks in holders):
             raise LayoutError(f"{sharded.name} is held by replicas {sorted(holders)[0]}; legal: by all of them, or one")
-        gradient = _gradient(sharded)
-        if gradient is not None:
-            sum_over(gradient, axis)
+        for parameter in (sharded.parameter, *sharded.aliases):
+            gradient = _gradient(parameter)
+            if gradient is not None:
+                sum_over(gradient, axis)
     sum_partial_gradients(parameters, groups)
 
 
 def sum_partial_gradients(parameters: Sequence[ShardedParameter], groups: ProcessGroups) -> None:
     """Add up what the ranks of one replica know in part: the gradients that their ``Region`` calls partial over
-    the tensor-parallel ranks, and those of parameters that two pipeline stages hold.
+    the tensor-parallel ranks, and those of parameters that two pipeline stages hold. Before, those of a parameter's
+    aliases are added to its own.
 
     In a block of ``record(check=...)``, then compare them with ``check_gradients``.
     """
+    for sharded in parameters:
+        _add_aliases(sharded)
     if groups.tensor.size > 1:
         _sum_over_holders(parameters, groups)
     if groups.pipeline.size > 1:
@@ -56,9 +61,17 @@ def sum_partial_gradients(parameters: Sequence[ShardedParameter], groups: Proces
         check_gradients(parameters, groups)
 
 
-def _gradient(sharded: ShardedParameter) -> Tensor | None:
+def _add_aliases(sharded: ShardedParameter) -> None:
+    found = [alias.grad for alias in sharded.aliases if alias.grad is not None]
+    if found:
+        total, own = tree_sum(found), sharded.parameter.grad
+        sharded.parameter.grad = total if own is None else own.add_(total)
+    for alias in sharded.aliases:
+        alias.grad = None
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor | None:
     """The gradient of a parameter that is summed: zeros where this rank has not used it; None if it is not trained."""
-    parameter = sharded.parameter
     if parameter.grad is None and parameter.requires_grad:
         parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype or parameter.dtype)
     return parameter.grad
@@ -72,7 +85,7 @@ def _sum_over_holders(parameters: Sequence[ShardedParameter], groups: ProcessGro
     # Where replicas hold different rows, the holders of an element need not be at one place of the data axis.
     rows_are_shared_out = any(len(r.holders_over(groups.replicas).ranks) < groups.replicas.size for _, r in shared)
     axis = groups.stage if rows_are_shared_out else groups.tensor
-    gradients = {id(s): _gradient(s) for s, _ in shared}
+    gradients = {id(s): _gradient(s.parameter) for s, _ in shared}
     # Every rank has some region of each, so that all lay out the same buffer.
     shapes = {region.name: region.whole_shape for _, region in shared}
     # In the gradients' own dtype: that of a bfloat16 parameter may be float32.
@@ -99,7 +112,7 @@ def _sum_over_stages(parameters: Sequence[ShardedParameter], groups: ProcessGrou
     for sharded in parameters:
         holders = [region.holders_over(groups.pipeline) for region in sharded.spec.regions]
         stages = next((h.ranks for h in holders if h.partial), ())
-        gradient = _gradient(sharded) if stages else None
+        gradient = _gradient(sharded.parameter) if stages else None
         if gradient is None:
             continue
         if len(set(stages)) != 2 or any(h.ranks != stages for h in holders):

@@ -115,14 +115,21 @@ def _summed_over_rows(a: Tensor, b: Tensor, blocks: Sequence[Block]) -> Tensor:
 
 def _columns(a: Tensor, b: Tensor, blocks: tuple[Block, ...]) -> Tensor:
     """``a @ b^T`` of ``[..., k]`` and ``[n, k]``, whose columns are as if each block of ``n`` were on its own."""
+    a, b = _apart(a), _apart(b)
     alike = _columns_are_alike(_kind(a), _kind(b), blocks, suits_onednn(a))
     return product(a, b) if alike else _by_columns(a, b, blocks)
 
 
 def _rows(a: Tensor, b: Tensor, blocks: tuple[Block, ...]) -> Tensor:
     """``a^T @ b`` of ``[k, m]`` and ``[k, n]``, whose rows are as if each block of ``m`` were on its own."""
+    a, b = _apart(a), _apart(b)
     alike = _rows_are_alike(_kind(a), _kind(b), blocks, suits_onednn(a))
     return product(a.t(), b.t()) if alike else _by_rows(a, b, blocks)
+
+
+def _apart(x: Tensor) -> Tensor:
+    """``x`` with a place in memory for each element, as what is drawn to try a product has."""
+    return x.contiguous() if 0 in x.stride() else x
 
 
 def _by_columns(a: Tensor, b: Tensor, blocks: Sequence[Block]) -> Tensor:
