@@ -18,6 +18,7 @@ pytestmark = pytest.mark.slow
 MICRO_BATCHES = 4  # of a step, over all replicas
 RUN = {
     "--reproducible": None,
+    "--block-size": 40,
     "--num-hidden-layers": 4,
     "--num-attention-heads": 8,
     "--num-key-value-heads": 4,
