@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from argonne.parallel import ArgonneError, ShardedParameter, ShardSpec
+from argonne.parallel import ArgonneError, ProcessGroups, ShardedParameter, ShardSpec
 from argonne.parallel.communication.tree import tree_sum
-from argonne.parallel.data_parallel.leaves import LeafSums, add_aliases
+from argonne.parallel.data_parallel.leaves import LeafSums
+from argonne.parallel.sharding.gradients import sum_partial_gradients
 
 
 def parameter_of(name: str, *shape: int, aliases: int = 0) -> ShardedParameter:
@@ -116,7 +117,7 @@ def test_aliases_are_added_last_in_the_order_of_their_blocks(aliases: int, used_
         for user, own in zip(users, leaves, strict=True):
             backward(user, own[number])
     sums.finish()
-    add_aliases([sharded])
+    sum_partial_gradients([sharded], ProcessGroups.single())
     of_users = [tree_sum([leaf.clone() for leaf in own]) for own in leaves]
     expected = tree_sum(of_users[:aliases])
     if used_itself:
