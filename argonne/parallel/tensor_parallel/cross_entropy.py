@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -155,6 +155,11 @@ def softmax_parts(
     return [(arithmetic(ids, block, objective), own) for block, own in zip(blocks, columns, strict=True)]
 
 
+def gather_statistics(found: Sequence[Tensor], axis: Axis) -> Tensor:
+    """``[3 or 4, tokens]`` of each of this rank's parts -> those of all parts of all ranks, in order."""
+    return all_gather(found[0], axis) if len(found) == 1 else all_gather(torch.stack(list(found)), axis).flatten(0, 1)
+
+
 def columns_of(logits: Tensor, columns: slice) -> Tensor:
     """Some columns of ``[tokens, vocabulary]``, as a matrix of their own where they are not all."""
     return logits if columns == slice(0, logits.shape[1]) else logits[:, columns].contiguous()
@@ -172,12 +177,11 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         arithmetic: type[ShardedSoftmax],
     ) -> Any:
         parts = softmax_parts(arithmetic, targets, vocabulary, objective, axis)
-        pieces = [
-            torch.stack([part[chunk].statistics(columns_of(logits[chunk], columns))[0] for part, columns in parts])
-            for chunk in _chunks(logits)
-        ]
-        statistics = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
-        losses, sums = parts[0][0].losses(all_gather(statistics, axis).flatten(0, 1))
+        found = []
+        for part, columns in parts:
+            pieces = [part[chunk].statistics(columns_of(logits[chunk], columns))[0] for chunk in _chunks(logits)]
+            found.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1))
+        losses, sums = parts[0][0].losses(gather_statistics(found, axis))
         ctx.save_for_backward(logits, targets, sums)
         ctx.vocabulary, ctx.objective, ctx.axis, ctx.arithmetic = vocabulary, objective, axis, arithmetic
         return losses

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from argonne.parallel.communication.collectives import all_gather
 from argonne.parallel.communication.groups import Axis
 from argonne.parallel.communication.recording import site
 from argonne.parallel.communication.regions import copy_to_region, gather_from_sequence_region
 from argonne.parallel.communication.tree import tree_sum
 from argonne.parallel.errors import ArgonneError
-from argonne.parallel.tensor_parallel.cross_entropy import Objective, ShardedSoftmax, softmax_parts
+from argonne.parallel.tensor_parallel.cross_entropy import Objective, ShardedSoftmax, gather_statistics, softmax_parts
 from argonne.parallel.tensor_parallel.embedding import VocabParallelEmbedding, VocabParallelHead, VocabularyRange
 from argonne.parallel.tensor_parallel.gemm import product
 from argonne.parallel.tensor_parallel.products import add_product
@@ -82,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for chunk in _chunks(x, vocabulary, axis):
             here = [(part[chunk], columns) for part, columns in parts]
             found = [part.statistics(_logits(x[chunk], used, used_bias, columns)) for part, columns in here]
-            statistics = all_gather(torch.stack([own for own, _ in found]), axis).flatten(0, 1)
+            statistics = gather_statistics([own for own, _ in found], axis)
             losses[chunk], sums[:, chunk] = here[0][0].losses(statistics)
             if gradients is not None:
                 both = zip(here, found, strict=True)
