@@ -52,7 +52,10 @@ def words(demo: Demo, processes: int) -> list[str]:
         "--log-interval": 25,
         "--output-dir": demo.output_dir,
     }
-    return [str(word) for pair in flags.items() for word in pair] + ["--disable-gradient-checkpointing"]
+    switches = ["--disable-gradient-checkpointing"]
+    if not torch.cuda.is_available():  # there it costs a tenth of the time (docs/reproducibility.md)
+        switches.append("--reproducible")
+    return [str(word) for pair in flags.items() for word in pair] + switches
 
 
 def main(demo: Demo) -> int:

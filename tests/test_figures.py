@@ -150,6 +150,9 @@ def test_what_sums_in_tree_order_cost_is_what_was_measured() -> None:
     assert len(found) == 3
     for size, cells in found.items():
         assert f"| {size >> 20} MiB | {' | '.join(cells)} |" in page
+    for record in result("reproducible_cpu")["step"]["records"]:
+        assert f"| {record['layout']} | {record['ratio']:.2f} | {record['cpu_ratio']:.2f} |" in page
+        assert record["ratio"] <= 1.3, "the demo is reproducible by default for as long as this holds"
 
 
 def test_the_numbers_of_reproducible_layouts_are_those_that_the_tests_have() -> None:
