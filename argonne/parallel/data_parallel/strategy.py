@@ -38,7 +38,8 @@ class DataParallel:
             return []
         kept, each = self.leaves.most(micro_batches), self.leaves.gradient_bytes / 2**30
         blocks = self.groups.tensor.blocks
-        return [f"same bits at any layout: {blocks} blocks, up to {kept} gradients of {each:.2f} GiB kept"]
+        gradients = "gradient" if kept == 1 else "gradients"
+        return [f"same bits at any layout: {blocks} blocks, up to {kept} {gradients} of {each:.2f} GiB kept"]
 
     def begin(self, micro_batches: int, deferred: bool = False) -> None:
         """Call before the backward passes of an optimizer step. Gradients that are there are dropped.
