@@ -30,6 +30,7 @@ from argonne.parallel import (
     vocab_parallel_linear_cross_entropy,
     vocab_parallel_logits,
 )
+from argonne.parallel.data_parallel.kinds import Kind
 from tests.parallel.operands import fill, own_tokens, under, whole_tokens
 from tests.pool import RankPool
 from tests.whole import Parts, assemble, assert_close, parts_of
@@ -298,3 +299,32 @@ def test_uses_apart_are_completed_without_data_parallel_too(ranks: RankPool) -> 
         found = assemble(ranks.run(layout, biased, count))
         assert torch.equal(found["bias"], alone["bias"])
         torch.testing.assert_close(found["weight"], alone["weight"])
+
+
+def frozen_bias(groups: ProcessGroups, kind: Kind) -> tuple[Tensor, bool]:
+    """What a step with weight decay makes of a bias that is not trained, and whether it had a gradient."""
+    groups = groups.in_blocks(BLOCKS)
+    layer = RowParallelLinear(8, 6, groups, bias=True)
+    initialise(sharded_parameters(layer, groups), seed=3)
+    layer.bias.data.fill_(0.5)
+    layer.bias.requires_grad_(False)
+    replicas = data_parallel(layer, groups, kind)
+    optimizer = torch.optim.AdamW([s.parameter for s in replicas.parameters], lr=0.1, weight_decay=0.5)
+    replicas.begin(2)
+    for seed in range(2):
+        layer(draw(12, 8, seed=seed).chunk(groups.tensor.size, 1)[groups.tensor.rank]).sum().backward()
+    replicas.complete()
+    optimizer.step()
+    replicas.publish()
+    (bias,) = (s.parameter for s in replicas.parameters if s.name == "bias")
+    return bias.detach().clone(), bias.grad is not None
+
+
+@pytest.mark.parametrize("kind", ["replicate", "zero1", "fsdp"])
+@pytest.mark.parametrize("layout", [Layout(), Layout(data=2), Layout(tensor=2, data=2)], ids=str)
+def test_a_vector_that_is_not_trained_stays_as_it_is_in_a_reproducible_run(
+    ranks: RankPool, layout: Layout, kind: Kind
+) -> None:
+    for bias, has_gradient in ranks.run(layout, frozen_bias, kind):
+        assert torch.equal(bias, torch.full_like(bias, 0.5))
+        assert not has_gradient

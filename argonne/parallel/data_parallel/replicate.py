@@ -27,7 +27,7 @@ class Replicate(DataParallel):
         if groups.reproducible:
             self.leaves = LeafSums.of(parameters)
         trained = [s.parameter for s in parameters if s.parameter.requires_grad]
-        aliases = [alias for s in parameters for alias in s.aliases]
+        aliases = [alias for s in parameters for alias in s.trained[1:]]
         self._buckets = plan_buckets(trained, bucket_bytes) + plan_buckets(aliases, bucket_bytes)
         self._buffers: list[Tensor] = []
         self._sent: list[int] = []  # the version of each buffer when it was sent

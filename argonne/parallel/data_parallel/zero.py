@@ -61,7 +61,7 @@ class ShardedOptimizer(DataParallel):
         if groups.reproducible:
             self.leaves = LeafSums.of(parameters)
         trained = [s.parameter for s in parameters if s.parameter.requires_grad]
-        aliases = [alias for s in parameters for alias in s.aliases]
+        aliases = [alias for s in parameters for alias in s.trained[1:]]
         own = {
             id(whole): rows
             for s, o in zip(parameters, self.parameters, strict=True)

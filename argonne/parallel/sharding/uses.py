@@ -33,8 +33,8 @@ class Uses:
 
     def aliases(self, weight: Tensor) -> tuple[nn.Parameter, ...]:
         """Those of this ``weight``: once it is on its device, it must stay where it is."""
-        if self._weight is not weight:
-            trains = weight.requires_grad
+        trains = weight.requires_grad
+        if self._weight is not weight or any(alias.requires_grad != trains for alias in self._aliases):
             self._weight = weight
             self._aliases = tuple(nn.Parameter(weight.data, requires_grad=trains) for _ in range(self.count))
         return self._aliases
