@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.integration.runs import history, run_until_killed, succeed, weights
+from tests.integration.runs import history, run, run_until_killed, succeed, weights
+from tests.integration.test_refusals import assert_refused
 
 pytestmark = pytest.mark.slow
 
@@ -101,6 +102,15 @@ def test_a_run_killed_and_moved_ends_with_the_bits_of_one_process_left_alone(
 ) -> None:
     moved(small, [("tp2 + sp", 5), ("dp2 fsdp", 4)], "pp2 zb", tmp_path)
     assert bits(tmp_path) == bits(alone)
+
+
+def test_resuming_keeps_the_bits_or_is_refused(alone: Path) -> None:
+    """The command does not say --reproducible: the run is."""
+    before = bits(alone)
+    batch = {**DP2, "--gradient-accumulation-steps": 3}
+    done = run("resume", {"--checkpoint-path": alone, "--total-steps": 20, **batch})
+    assert_refused(done, "data_parallel=2 with gradient_accumulation_steps=3 is not reproducible as replicate")
+    assert bits(alone) == before
 
 
 @pytest.mark.bits

@@ -21,6 +21,7 @@ def alone(options: Options, micro_batches: int, steps: int) -> tuple[list[StepRe
     """The run in one process that keeps its activations."""
     told, parts = train(ProcessGroups.single(), ALONE, options, micro_batches, steps)
     assert len({result.loss for result in told}) == steps, "nothing happened"
+    assert all(torch.tensor(result.loss).item() == result.loss for result in told), "a loss is told in float32"
     return told, assemble([parts])
 
 
