@@ -53,7 +53,7 @@ def words(demo: Demo, processes: int) -> list[str]:
         "--output-dir": demo.output_dir,
     }
     switches = ["--disable-gradient-checkpointing"]
-    if not torch.cuda.is_available():  # there it costs a tenth of the time (docs/reproducibility.md)
+    if not torch.cuda.is_available():  # where a step takes a tenth longer (docs/reproducibility.md)
         switches.append("--reproducible")
     return [str(word) for pair in flags.items() for word in pair] + switches
 
