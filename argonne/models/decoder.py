@@ -33,6 +33,7 @@ from argonne.parallel.communication.groups import Axis
 from argonne.parallel.context_parallel.variable_length import DocumentBounds, can_vary_length, document_bounds
 from argonne.parallel.sharding.placement import Placement
 from argonne.parallel.sharding.uses import Uses
+from argonne.parallel.tensor_parallel.shared_heads import copy_heads
 from argonne.parallel.tensor_parallel.token_blocks import uses_by_token_blocks
 
 
@@ -114,12 +115,14 @@ class Attention(nn.Module):
         group = config.num_attention_heads // config.num_key_value_heads
         queries = Partition.blocks("q_proj", self.head_dim, config.num_attention_heads, ranks)
         key_value_heads = tuple(range(own[0] // group, own[-1] // group + 1) for own in queries.held)
+        self.axis, self.blocks_of_head = groups.tensor, config.blocks_of_head(groups.tensor.blocks)
+        is_shared = self.blocks_of_head > 1
         self.qkv_proj = ColumnParallelLinear(
             config.hidden_size,
             [
                 queries,
-                Partition("k_proj", self.head_dim, key_value_heads),
-                Partition("v_proj", self.head_dim, key_value_heads),
+                Partition("k_proj", self.head_dim, key_value_heads, is_shared),
+                Partition("v_proj", self.head_dim, key_value_heads, is_shared),
             ],
             groups,
             initialiser=initial(config),
@@ -136,7 +139,7 @@ class Attention(nn.Module):
         self.key_value_heads = len(shared)
         self.head_of_query = [head // group - shared[0] for head in own]
         regular = [i * len(shared) // len(own) for i in range(len(own))]
-        self.is_grouped = len(own) % len(shared) == 0 and self.head_of_query == regular
+        self.is_grouped = is_shared or (len(own) % len(shared) == 0 and self.head_of_query == regular)
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         """``[batch * positions, hidden]``, or this rank's share of the rows -> the same; causal."""
@@ -149,6 +152,7 @@ class Attention(nn.Module):
         query, key, value = apply_rope_packed(
             packed, inputs.cos, inputs.sin, self.key_value_heads, backend=self.kernels
         )
+        key, value = (copy_heads(heads, self.axis, self.blocks_of_head, dim=2) for heads in (key, value))
         if not self.is_grouped:  # the rank's query heads begin or end within a group
             key, value = key[:, :, self.head_of_query], value[:, :, self.head_of_query]
         query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))

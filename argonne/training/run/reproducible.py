@@ -94,6 +94,8 @@ def _check_blocks(blocks: int, tensor: int, shape: ArgonneConfig) -> None:
         "num_key_value_heads x head_dim": key_values * shape.head_dim,
         "intermediate_size": shape.intermediate_size,
     }
+    if shape.blocks_of_head(blocks) > 1:
+        del widths["num_key_value_heads x head_dim"]
     for field, width in widths.items():
         if width % blocks:
             raise LayoutError(
@@ -103,7 +105,8 @@ def _check_blocks(blocks: int, tensor: int, shape: ArgonneConfig) -> None:
     legal = [
         size
         for size in divisors(blocks)
-        if (size == 1 or (blocks // size).bit_count() == 1) and not (heads % size or key_values % size)
+        if (size == 1 or (blocks // size).bit_count() == 1)
+        and not (heads % size or (key_values % size and shape.blocks_of_head(blocks) == 1))
     ]
     if tensor not in legal:
         raise LayoutError(
