@@ -2,15 +2,21 @@
 
 from argonne.models.argonne import ArgonneModel
 from argonne.models.base import BaseModel
-from argonne.models.config import PRESETS, ArgonneConfig, preset
+from argonne.models.build import PRESETS, ModelConfig, build_model, preset
+from argonne.models.config import ArgonneConfig
 from argonne.models.contract import Batch, Head, LanguageModel, LossFunction, require_contract
 from argonne.models.execution import Execution
-from argonne.models.huggingface import end_tokens, from_huggingface, to_huggingface
+from argonne.models.families import from_huggingface
+from argonne.models.families.argonne1 import Argonne1Config
+from argonne.models.families.argonne1_model import Argonne1Model
+from argonne.models.huggingface import end_tokens, to_huggingface
 from argonne.models.loss import CrossEntropyLoss
 from argonne.models.replicas import build_replicas, replicas_of
 
 __all__ = [
     "PRESETS",
+    "Argonne1Config",
+    "Argonne1Model",
     "ArgonneConfig",
     "ArgonneModel",
     "BaseModel",
@@ -20,6 +26,8 @@ __all__ = [
     "Head",
     "LanguageModel",
     "LossFunction",
+    "ModelConfig",
+    "build_model",
     "build_replicas",
     "end_tokens",
     "from_huggingface",
