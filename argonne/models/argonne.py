@@ -1,4 +1,4 @@
-"""The Argonne 2.x model: one definition, dense in one process and sharded over any layout, pipelines included."""
+"""The model of every Llama-type family: one definition, dense in one process and sharded over any layout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from argonne.models.config import ArgonneConfig
 from argonne.models.contract import SpecialTokens
 from argonne.models.decoder import Block, RMSNorm, RotaryTables, initial
 from argonne.models.execution import Execution
-from argonne.models.huggingface import to_huggingface
+from argonne.models.families import family_of, to_huggingface
 from argonne.models.staged import StagedModel
 from argonne.models.stages import Span, Stage
 from argonne.parallel import VocabParallelEmbedding, VocabParallelHead
@@ -48,12 +48,14 @@ class ArgonneModel(StagedModel):
         execution: processes, dtypes, kernels and the pipeline's plan.
 
     Raises:
-        LayoutError: the shape cannot be shared out as the layout and the plan ask.
+        ArgonneError: the shape is none of its family's, which could not be saved.
+        LayoutError: it cannot be shared out as the layout and the plan ask.
     """
 
     config: ArgonneConfig
 
     def __init__(self, config: ArgonneConfig, execution: Execution) -> None:
+        family_of(config.family).check(config)
         super().__init__(config, execution)
         spans = list(self.spans.values())
         self.model = Decoder(config, execution, spans)
@@ -88,7 +90,7 @@ class ArgonneModel(StagedModel):
         return list(self.model.layers.values())
 
     def config_json(self, longest_sequence: int, special_tokens: SpecialTokens, dtype: str) -> dict[str, Any]:
-        """The ``config.json`` with which ``transformers`` opens the weights as Llama."""
+        """The ``config.json`` with which ``transformers`` opens the weights as their family's class."""
         return to_huggingface(replace(self.config, max_position_embeddings=longest_sequence), special_tokens, dtype)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class DecoderShape(Shape, Protocol):
-    """What a staged model asks of the shape that it is made of, which is a dataclass."""
+    """What a staged model asks of the shape that it is made of."""
 
     @property
     def max_position_embeddings(self) -> int: ...
@@ -40,6 +39,7 @@ class DecoderShape(Shape, Protocol):
     def tie_word_embeddings(self) -> bool: ...
     @property
     def parameter_count(self) -> int: ...
+    def as_json(self) -> dict[str, Any]: ...
     def check_layout(self, layout: Layout) -> None: ...
     def flops_per_token(self, sequence: int) -> float: ...
 
@@ -73,7 +73,7 @@ class StagedModel(BaseModel):
     @property
     def shape(self) -> Mapping[str, Any]:
         """The fields of its configuration."""
-        return dataclasses.asdict(self.config)  # type: ignore[call-overload]
+        return self.config.as_json()
 
     @property
     def longest_sequence(self) -> int:

@@ -1,4 +1,4 @@
-"""The flags that say which model is trained."""
+"""The flags of the model's shape: a preset or a file, and what is changed of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from argonne.checkpoint import require_intact
-from argonne.models import ModelConfig, from_huggingface, preset
+from argonne.models import ModelConfig, preset
+from argonne.models.families import decoder_family, from_huggingface
 from argonne.models.families.argonne1 import Argonne1Config
 from argonne.parallel.errors import ArgonneError
 
@@ -22,7 +23,11 @@ class ModelFlags:
     """A named shape: demo, argonne-2.0-4.9b, argonne-2.0-2b, argonne-2.5-1b, argonne-2.0-8b, argonne-1.0 or
     argonne-1.5 [argonne-2.0-4.9b]."""
     model_config: Path | None = None
-    """A Hugging Face Llama config.json (or its directory) to take the shape from, instead of a preset [the preset]."""
+    """A Hugging Face config.json (or its directory) of a family that is known, to take the shape from, instead of a
+    preset [the preset]."""
+    family: str | None = None
+    """What the model is saved as, and what it then has: llama, mistral, qwen2 (biases of queries, keys and values) or
+    qwen3 (a norm of each head of queries and keys) [the preset's: llama; Argonne 1.x is gpt2]."""
     hidden_size: int | None = None
     """Width of the residual stream [the preset's]."""
     num_hidden_layers: int | None = None
@@ -46,6 +51,9 @@ class ModelFlags:
     initializer_range: float | None = None
     """Standard deviation of the initial weights [the preset's: 0.02 for demo and 1.x, hidden_size ** -0.5 for all
     others]."""
+    attention_bias: bool | None = None
+    """Whether the projections of attention have biases, of a family that leaves it open: llama, qwen3
+    [the preset's; the family's: only in qwen2]."""
     max_position_embeddings: int | None = None
     """Of Argonne 1.x: the positions that are learned, at least --block-size [the preset's]."""
     dropout: float | None = None
@@ -72,6 +80,12 @@ class ModelFlags:
         for name in ("max_position_embeddings", "dropout"):
             if name in changed:
                 raise ArgonneError(f"{name}={changed[name]} is not offered by this model; legal: leave it out")
+        for name in ("family", "attention_bias"):
+            changed.pop(name, None)
+        if self.family is not None or self.attention_bias is not None:
+            family = decoder_family(self.family or base.family)
+            kept = base.attention_bias if family.model_type == base.family else None
+            changed |= family.features(kept if self.attention_bias is None else self.attention_bias)
         if self.model_config is not None:  # a file gives what a preset derives, which is to follow a changed width too
             follows = {"hidden_size": ("head_dim", "intermediate_size"), "num_attention_heads": ("head_dim",)}
             changed = {name: None for given in follows if given in changed for name in follows[given]} | changed

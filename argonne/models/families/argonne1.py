@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal, NoReturn, get_args
 
 from argonne.models.config import _LEFT_OUT, MOST_LAYERS, DerivedInt, check_shares
@@ -80,6 +80,10 @@ class Argonne1Config:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Argonne1Config:
         return self  # frozen; and what it derives stays derived
+
+    def as_json(self) -> dict[str, Any]:
+        """Its fields as JSON values, of which ``Argonne1Config(**...)`` makes it again."""
+        return asdict(self)
 
     def with_flags(self, changed: Mapping[str, Any], block_size: int) -> Argonne1Config:
         """This shape with the fields that flags name, for sequences of ``block_size``; ``dropout`` is all three.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from argonne.models import ArgonneConfig, Execution, LanguageModel, ModelConfig, build_model, require_contract
+from argonne.models import Execution, LanguageModel, ModelConfig, build_model, require_contract
 from argonne.parallel import ArgonneError, LayoutError, Precision, ProcessGroups
 from argonne.training.config import ModelFlags, RunConfig, names_of
 
@@ -37,9 +36,9 @@ def argonne_model(config: RunConfig, tokenizer_size: int) -> ModelOfRun:
         ArgonneError: there are more tokens than the flags allow.
     """
     shape, notes = _shape(config, tokenizer_size), []
-    if isinstance(shape, ArgonneConfig) and shape.hidden_size % shape.num_attention_heads:
+    if shape.family == "llama" and shape.hidden_size % shape.num_attention_heads:
         notes.append("note: transformers opens no Llama whose hidden_size is not divisible by num_attention_heads")
-    return ModelOfRun(partial(build_model, shape), dataclasses.asdict(shape), tuple(notes))
+    return ModelOfRun(partial(build_model, shape), shape.as_json(), tuple(notes))
 
 
 def own_model(
