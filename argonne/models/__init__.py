@@ -2,6 +2,7 @@
 
 from argonne.models.argonne import ArgonneModel
 from argonne.models.base import BaseModel
+from argonne.models.cache import CachingModel, KeyValueCache, Scores
 from argonne.models.config import PRESETS, ArgonneConfig, preset
 from argonne.models.contract import Batch, Head, LanguageModel, LossFunction, require_contract
 from argonne.models.execution import Execution
@@ -15,11 +16,14 @@ __all__ = [
     "ArgonneModel",
     "BaseModel",
     "Batch",
+    "CachingModel",
     "CrossEntropyLoss",
     "Execution",
     "Head",
+    "KeyValueCache",
     "LanguageModel",
     "LossFunction",
+    "Scores",
     "build_replicas",
     "end_tokens",
     "from_huggingface",

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from argonne.models.base import BaseModel, last_logits, pad_to_share
+from argonne.models.base import BaseModel, last_logits, logits_of, pad_to_share
+from argonne.models.cache import CacheShape, KeyValueCache, Scores
 from argonne.models.config import ArgonneConfig
 from argonne.models.contract import Batch, Head, LossFunction, SpecialTokens
 from argonne.models.decoder import Block, RMSNorm, RotaryTables, initial
@@ -220,6 +221,31 @@ class ArgonneModel(BaseModel):
         if hidden is not None:
             logits = last_logits(hidden, self.head, self.groups, len(ids), ids.shape[1] - 1)
         return self._from_last(logits, (len(ids), self.config.vocab_size), self.execution.precision.compute)
+
+    @property
+    def scoring_stage(self) -> int:
+        """The pipeline rank of the last stage."""
+        return self.plan.rank_of(self.plan.stages - 1)
+
+    def cache_shape(self) -> CacheShape:
+        """The key-value heads of this rank's blocks."""
+        layers = [number for stage in self._stages.values() for number in stage.span.layers]
+        heads = self.model.block(layers[0]).self_attn.key_value_heads
+        return CacheShape(layers, heads, self.config.head_dim, self.execution.precision.compute, self.groups.device)
+
+    @torch.no_grad()
+    def next_token_scores(self, ids: Tensor, counts: Sequence[int], cache: KeyValueCache | None) -> Scores | None:
+        """The logits behind each row, on the ranks of the last stage; see ``CachingModel``."""
+        cached = None if cache is None else cache.begin(counts)
+        later = cached is not None and not cached.is_first
+        padded = pad_to_share(ids.view(1, -1) if later else ids, self.groups)
+        hidden = self._through(padded, padded.shape[1], whole=True, cached=cached)
+        if hidden is None:
+            return None
+        place = torch.arange(len(counts), device=ids.device)  # of a later pass: the rows are neighbours in one sequence
+        if not later:
+            place = place * padded.shape[1] + torch.tensor(counts, device=ids.device) - 1
+        return Scores.of(logits_of(hidden, self.head, self.groups, place), self.head.range, self.groups.tensor)
 
     def flops_per_token(self, sequence: int) -> float:
         """Of a forward and a backward pass, with causal attention (closed form)."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from argonne import kernels
 from argonne.kernels import apply_rope_packed, rope_tables, swiglu
 from argonne.kernels.swiglu import VECTOR
+from argonne.models.cache import LayerCache
 from argonne.models.config import ArgonneConfig
 from argonne.models.execution import Execution
 from argonne.parallel import (
@@ -49,6 +50,8 @@ class AttentionInputs:
     """``[batch, sequence]`` numbers, of whole sequences: no attention between positions of different ones."""
     bounds: DocumentBounds | None = None
     """Of the same documents, where attention can do without a mask."""
+    cache: LayerCache | None = None
+    """What earlier positions have left in this layer, where text is generated."""
 
 
 class RotaryTables(nn.Module):
@@ -77,6 +80,10 @@ class RotaryTables(nn.Module):
         if documents is not None and axis.size == 1 and self.varies_length:
             bounds = document_bounds(documents)
         return AttentionInputs(cos, sin, axis, documents, bounds)
+
+    def inputs_at(self, positions: Tensor) -> AttentionInputs:
+        """For one position of each of several sequences, which layers take for neighbours in one: ``[rows]`` places."""
+        return AttentionInputs(self.cos[positions], self.sin[positions], Axis("context"))
 
 
 class RMSNorm(kernels.RMSNorm):
@@ -149,12 +156,16 @@ class Attention(nn.Module):
         query, key, value = apply_rope_packed(
             packed, inputs.cos, inputs.sin, self.key_value_heads, backend=self.kernels
         )
-        if not self.is_grouped:  # the rank's query heads begin or end within a group
-            key, value = key[:, :, self.head_of_query], value[:, :, self.head_of_query]
         query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
-        context = context_parallel_attention(
-            query, key, value, inputs.axis, inputs.documents, inputs.bounds, pinned=self.is_pinned
-        )
+        used = None if self.is_grouped else self.head_of_query  # where query heads begin or end within a group
+        if inputs.cache is not None:
+            context = inputs.cache.attend(query, key, value, used, self.is_pinned)
+        else:
+            if used is not None:
+                key, value = key[:, used], value[:, used]
+            context = context_parallel_attention(
+                query, key, value, inputs.axis, inputs.documents, inputs.bounds, pinned=self.is_pinned
+            )
         return self.o_proj(rearrange(context, "batch head sequence dim -> (batch sequence) (head dim)"))
 
 

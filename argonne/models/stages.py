@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from argonne.models.cache import CachePass
 from argonne.models.config import ArgonneConfig
 from argonne.models.contract import Head
 from argonne.models.decoder import Block, RMSNorm, RotaryTables
@@ -61,7 +63,14 @@ class Stage(nn.Module):
         assert head is not None
         return head
 
-    def forward(self, x: Tensor, sequence: int, documents: Tensor | None = None, whole: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        sequence: int,
+        documents: Tensor | None = None,
+        whole: bool = False,
+        cached: CachePass | None = None,
+    ) -> Tensor:
         """Ids ``[batch, positions]``, or what the stage before returned -> ``[batch * positions, hidden]``.
 
         Under sequence parallelism this rank's share of those rows.
@@ -71,13 +80,19 @@ class Stage(nn.Module):
             sequence: the number of positions of the sequences, which a stage cannot tell from hidden values.
             documents: ``[batch, sequence]``, as of ``Batch``.
             whole: every context-parallel rank has all positions.
+            cached: what earlier positions have left, and takes in these; after its first pass ``x`` is one position
+                of each row, ``[1, rows]``, and rows that were added to share them out.
         """
-        inputs = self._rotary[0].inputs(sequence, whole, documents)
+        if cached is None or cached.is_first:
+            inputs = self._rotary[0].inputs(sequence, whole, documents)
+        else:
+            inputs = self._rotary[0].inputs_at(F.pad(cached.positions, (0, sequence - cached.rows)))
         if self.span.is_first:
             assert self.embed_tokens is not None
             x = self.embed_tokens(x.flatten())
-        for block in self.blocks:
-            x = self.execution.run(block, x, inputs)
+        for number, block in zip(self.span.layers, self.blocks, strict=True):
+            own = inputs if cached is None else replace(inputs, cache=cached.layer(number))
+            x = self.execution.run(block, x, own)
         return x if self.norm is None else self.norm(x)
 
 
