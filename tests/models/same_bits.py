@@ -13,9 +13,9 @@ from argonne.checkpoint import moment_pieces, weight_pieces
 from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas
 from argonne.parallel import Layout, ProcessGroups
 from argonne.parallel.pipeline_parallel.plan import SCHEDULES, PipelinePlan
+from argonne.parallel.tensor_parallel.precision import PRECISIONS
 from argonne.training.batch_shape import BatchShape
 from argonne.training.optimizer import build_optimizer
-from argonne.training.run.setup import PRECISIONS
 from argonne.training.step import Learner, StepResult, train_step
 from tests.whole import Parts
 
