@@ -48,8 +48,9 @@ class KeyValueCache:
         self.shape, self.positions = shape, positions
         self.lengths: list[int] = [0] * rows
         """How many positions of each row are in it."""
+        # Zeros: what is masked still counts for nothing only where it is a number.
         self._layers = {
-            number: [torch.empty(sizes, dtype=shape.dtype, device=shape.device) for _ in range(2)]
+            number: [torch.zeros(sizes, dtype=shape.dtype, device=shape.device) for _ in range(2)]
             for number in shape.layers
         }
 
