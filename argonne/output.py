@@ -26,7 +26,7 @@ def steady_output() -> None:
             setattr(sys, name, cast(TextIO, _Steady(stream or _nowhere(descriptor), name)))
 
 
-def show(text: str) -> None:
+def show(text: str, end: str = "\n") -> None:
     """Print a result: what the program was asked for, which is lost for nobody only if its reader has gone away.
 
     Raises:
@@ -34,7 +34,7 @@ def show(text: str) -> None:
     """
     stream = sys.stdout
     with contextlib.suppress(BrokenPipeError), named(Path("standard output")):
-        print(text, file=stream.wrapped if isinstance(stream, _Steady) else stream, flush=True)
+        print(text, end=end, file=stream.wrapped if isinstance(stream, _Steady) else stream, flush=True)
 
 
 class _Steady:

@@ -32,8 +32,8 @@ from argonne.parallel import (
 )
 from argonne.parallel.communication.collectives import barrier
 from argonne.parallel.pipeline_parallel.plan import SCHEDULES, PipelinePlan
+from argonne.parallel.tensor_parallel.precision import resolve_precision
 from argonne.training.optimizer import build_optimizer
-from argonne.training.run.setup import resolve_precision
 from argonne.training.step import Learner, train_step
 from benchmarks.report import environment, table, write_json
 from benchmarks.two import TwoOnCpu

@@ -28,8 +28,8 @@ from argonne.parallel import ArgonneError, Layout, ProcessGroups, choose_device,
 from argonne.parallel.communication.collectives import barrier
 from argonne.parallel.communication.reduction import sum_over
 from argonne.parallel.data_parallel.kinds import Kind
+from argonne.parallel.tensor_parallel.precision import resolve_precision
 from argonne.training.optimizer import build_optimizer
-from argonne.training.run.setup import resolve_precision
 from argonne.training.step import Learner, train_step
 from benchmarks.collective_timing import Budget, measure
 from benchmarks.memory import parse_size, size_text

@@ -15,8 +15,8 @@ import torch
 from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution
 from argonne.models.decoder import Block
 from argonne.parallel import ArgonneError, ProcessGroups
+from argonne.parallel.tensor_parallel.precision import PRECISIONS
 from argonne.training.optimizer import build_optimizer
-from argonne.training.run.setup import PRECISIONS
 from benchmarks.step_profile import StepProfile, profile_step
 
 LOSS_TOLERANCE = {"bf16": 2e-3, "fp32": 1e-5}

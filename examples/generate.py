@@ -1,33 +1,29 @@
 """Write text with a trained model: ``python examples/generate.py --checkpoint-path runs/demo --prompt 'We the people'``
 
 Any layout opens any checkpoint: add ``--nproc 2`` for tensor parallelism. Any Hugging Face directory of a
-Llama-type model with safetensors weights works too.
+Llama-type model with safetensors weights works too. Prompts come from flags, a file, or whoever types in a terminal.
 """
 
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from argonne.checkpoint import (
-    CheckpointError,
-    is_checkpoint,
-    load_pieces,
-    require_intact,
-    resolve,
-    trusted,
-    weight_pieces,
-)
-from argonne.data import load_tokenizer
-from argonne.inference import Sampling, generate
+import torch
+
+from argonne.inference import Sampling
+from argonne.inference.opening import check_opening, open_model
+from argonne.inference.prompts import STANDARD_INPUT, read_prompts, require_chat_template, typed_prompts
+from argonne.inference.text import check_stops
+from argonne.inference.writer import Writer
 from argonne.launch import Given, LaunchFlags, drive, guarded, parse, world_size
-from argonne.models import Execution, ModelConfig, build_model, end_tokens, from_huggingface
-from argonne.output import show
-from argonne.parallel import ArgonneError, PipelinePlan, choose_device, process_groups
+from argonne.models import end_tokens
+from argonne.parallel import ArgonneError, choose_device, process_groups
+from argonne.parallel.communication.collectives import collectively, gather_objects
 from argonne.parallel.legal import require_whole
+from argonne.parallel.tensor_parallel.precision import check_precision, resolve_precision
 from argonne.training.config import MOST_SEED
 from argonne.training.layout_flags import LayoutFlags
 from argonne.training.run.conflicts import without_effect
-from argonne.training.run.setup import PRECISIONS, resolve_precision
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,17 @@ class GenerateFlags:
     checkpoint_path: Path
     """A run's directory (its newest checkpoint), a step directory, or a Hugging Face directory."""
     prompt: tuple[str, ...] = ("Long long time ago, ",)
-    """Texts to continue."""
+    """Texts to continue [in a terminal: what is typed there; elsewhere "Long long time ago, "]."""
+    prompt_file: Path | None = None
+    """A file of prompts, one a line, or JSON lines with a "prompt" each; - for standard input [none]."""
+    chat: bool = False
+    """Prompts are what a user says: they are written as the tokenizer's chat template has it, and answered."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a text, before which it is cut off [none]."""
+    stream: bool = False
+    """Print the text while it is written, of one prompt; a session in a terminal always does."""
+    max_batch: int = 8
+    """Prompts that are continued at a time, at most."""
     seed: int = 0
     """Seed of the draws."""
     precision: str = "auto"
@@ -55,57 +61,47 @@ class GenerateConfig:
     given: Given = frozenset()
 
 
-def is_plain(path: Path) -> bool:
-    """Whether this is a Hugging Face directory that has no manifest to go by."""
-    return (path / "config.json").exists() and not is_checkpoint(path)
-
-
-def some_config(path: Path) -> ModelConfig:
-    """The model's shape, from the newest checkpoint whose config.json is as it was written."""
-    problem: ArgonneError | None = None
-    for directory in [path] if is_plain(path) else reversed(resolve(path)):
-        try:
-            require_intact(directory, lambda name: name == "config.json")
-            return from_huggingface(directory)
-        except CheckpointError as error:
-            problem = problem or error
-    assert problem is not None
-    raise problem
+def in_session(config: GenerateConfig) -> bool:
+    """Whether prompts are typed, one after the other."""
+    flags = config.generate
+    named = "prompt" in config.given or flags.prompt_file not in (None, STANDARD_INPUT)
+    return not named and sys.stdin is not None and sys.stdin.isatty()
 
 
 def check(config: GenerateConfig, processes: int) -> None:
-    if config.generate.precision not in ("auto", *PRECISIONS):
-        legal = ", ".join(("auto", *PRECISIONS))
-        raise ArgonneError(f"precision={config.generate.precision!r} is not known; legal: {legal}")
+    flags = config.generate
+    check_precision(flags.precision)
     for name in ("top_k", "top_p") if config.sampling.temperature == 0 else ():
         if name in config.given:
             raise without_effect(config.sampling, name, "a --temperature above 0")
-    require_whole("seed", config.generate.seed, 0, MOST_SEED - len(config.generate.prompt))
-    layout = config.parallel.layout(processes)
-    model = some_config(config.generate.checkpoint_path)
-    model.check_layout(layout)
-    PipelinePlan.of("1f1b", layout.pipeline).check_layers(model.num_hidden_layers)
+    require_whole("seed", flags.seed, 0, MOST_SEED)
+    require_whole("max_batch", flags.max_batch, 1)
+    check_stops(flags.stop)
+    if flags.prompt_file is not None and "prompt" in config.given:
+        raise ArgonneError(f"prompt_file={str(flags.prompt_file)!r} conflicts with --prompt; legal: one of them")
+    if flags.stream and (len(flags.prompt) != 1 or flags.prompt_file is not None) and not in_session(config):
+        raise ArgonneError("stream=True prints one text as it is written; legal: with one --prompt, or in a terminal")
+    if flags.prompt_file not in (None, STANDARD_INPUT):
+        read_prompts(flags.prompt_file)
+    check_opening(flags.checkpoint_path, config.parallel.layout(processes))
 
 
 def main(config: GenerateConfig) -> None:
-    flags, directory = config.generate, config.generate.checkpoint_path
-    device = choose_device(config.launch.device)
-    with process_groups(config.parallel.layout(world_size()), device) as groups:
-        if not is_plain(directory):
-            directory, reports = trusted(directory, groups)
-            for report in reports if groups.is_first else ():
-                print(report, file=sys.stderr, flush=True)  # the text stands alone on stdout
-        with device:
-            execution = Execution(groups, resolve_precision(flags.precision, device))
-            model = build_model(from_huggingface(directory), execution)
-        load_pieces(directory, weight_pieces(model.sharded_parameters()), verify=False)
-        tokenizer = load_tokenizer(directory)
-        stop = end_tokens(directory) | {tokenizer.eos_token_id}
-        for number, prompt in enumerate(flags.prompt):
-            ids = tokenizer.encode(prompt, add_special_tokens=False)
-            new = generate(model, ids, config.sampling, flags.seed + number, stop)
-            if groups.is_first:
-                show(tokenizer.decode(ids + new))
+    flags, device = config.generate, choose_device(config.launch.device)
+    with process_groups(config.parallel.layout(world_size()), device) as groups, torch.inference_mode():
+        opened = open_model(flags.checkpoint_path, groups, resolve_precision(flags.precision, device))
+        for report in opened.reports if groups.is_first else ():
+            print(report, file=sys.stderr, flush=True)  # the text stands alone on stdout
+        if flags.chat:
+            require_chat_template(opened.tokenizer, opened.directory)
+        ends = end_tokens(opened.directory) | {opened.tokenizer.eos_token_id}
+        writer = Writer(opened.model, opened.tokenizer, config.sampling, flags.seed, ends, flags.stop, flags.chat)
+        if gather_objects(in_session(config), groups.world)[0]:
+            writer.converse(typed_prompts())
+            return
+        file = flags.prompt_file if groups.is_first else None
+        read = collectively(lambda: flags.prompt if file is None else read_prompts(file), groups.world)
+        writer.write(gather_objects(read, groups.world)[0], flags.max_batch, flags.stream)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Text from trained models."""
 
-from argonne.inference.generate import Sampling, generate
+from argonne.inference.generate import cache_line, continue_all, generate
+from argonne.inference.sampling import Sampling
 
-__all__ = ["Sampling", "generate"]
+__all__ = ["Sampling", "cache_line", "continue_all", "generate"]

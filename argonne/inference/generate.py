@@ -1,87 +1,133 @@
-"""Text from a model, under any layout."""
+"""Text from a model, under any layout: prompts in, tokens out."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from argonne.models import LanguageModel
+from argonne.inference.passes import Cached, Row, Uncached
+from argonne.inference.sampling import NOT_FINITE, Sampling, draw, uniform
+from argonne.models import CachingModel, LanguageModel
 from argonne.parallel.communication.collectives import broadcast
 from argonne.parallel.errors import ArgonneError
-from argonne.parallel.legal import require_number, require_whole
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn."""
+class Follower(Protocol):
+    """Who is told of a text's tokens as they come, on every rank alike."""
 
-    max_new_tokens: int = 100
-    """Tokens to add, at most."""
-    temperature: float = 0.7
-    """Divides the logits; 0 takes the most likely token."""
-    top_k: int = 50
-    """Draw from this many most likely tokens; 0 for all."""
-    top_p: float = 0.9
-    """Draw from the fewest most likely tokens that have this probability together; 1 for all."""
-
-    def __post_init__(self) -> None:
-        require_whole("max_new_tokens", self.max_new_tokens, 0)
-        require_number("temperature", self.temperature, zero=True)
-        require_whole("top_k", self.top_k, 0)
-        if not 0 < self.top_p <= 1:
-            raise ArgonneError(f"top_p={self.top_p} is not legal; legal: more than 0, at most 1")
+    def take(self, token: int) -> bool:
+        """Hear of a new token; whether the text ends with it."""
+        ...
 
 
-@torch.no_grad()
 def generate(
     model: LanguageModel,
-    prompt: list[int],
+    prompt: Sequence[int],
     sampling: Sampling,
     seed: int,
     stop: int | Collection[int] | None = None,
 ) -> list[int]:
-    """Continue ``prompt``; every rank of the job calls this and gets the same tokens.
+    """``continue_all`` of one prompt."""
+    return continue_all(model, [prompt], sampling, seed, stop)[0]
+
+
+@torch.no_grad()
+def continue_all(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    seed: int,
+    stop: int | Collection[int] | None = None,
+    *,
+    batch: int | None = None,
+    followers: Sequence[Follower] | None = None,
+    cached: bool = True,
+    first: int = 0,
+) -> list[list[int]]:
+    """Continue ``prompts``; every rank of the job calls this and gets the same tokens.
+
+    A prompt's tokens do not depend on the others, nor on the layout but for rounding.
 
     Args:
         model: the model; the context that it sees is its longest sequence.
-        prompt: at least one token id.
+        prompts: each of at least one token id.
         sampling: how tokens are drawn.
         seed: of the draws.
-        stop: a token, or several, that end the text (the one that did is not returned), or None.
+        stop: a token, or several, that end a text (the one that did is not returned), or None.
+        batch: how many texts are written at a time; None: all.
+        followers: one for each prompt.
+        cached: keep keys and values of what was seen, where the model can.
+        first: the number of the first prompt, if there were others before.
 
     Returns:
-        The new token ids, without the prompt.
+        The new token ids of each prompt.
+
+    Raises:
+        ArgonneError: a prompt has no tokens, or the model's logits are not finite.
     """
-    if not prompt:
+    if not all(prompts):
         raise ArgonneError("the prompt has no tokens; legal: at least one")
     ends = {stop} if isinstance(stop, int) else set(stop or ())
-    device = model.groups.device
-    generator = torch.Generator(device).manual_seed(seed)
-    ids = torch.tensor([prompt], device=device)
+    rows = [Row(first + number, list(prompt)) for number, prompt in enumerate(prompts)]
+    step = batch or len(rows)
+    for start in range(0, len(rows), step):
+        own = slice(start, start + step)
+        _write(model, rows[own], sampling, seed, ends, None if followers is None else followers[own], cached)
+    return [row.new for row in rows]
+
+
+def cache_line(model: LanguageModel, prompts: Sequence[Sequence[int]], sampling: Sampling, batch: int) -> str:
+    """What the largest cache of these prompts takes of a rank's memory; of a model without one, that it has none."""
+    if not isinstance(model, CachingModel):
+        return f"no cache: model={type(model).__name__} computes the whole context for every token"
+    shape, most, widest = model.cache_shape(), 0, (0, 0)
+    for start in range(0, len(prompts), batch):
+        own = prompts[start : start + batch]
+        positions = min(_longest([len(prompt) for prompt in own], sampling), model.longest_sequence)
+        if (size := shape.bytes(len(own), positions)) >= most:
+            most, widest = size, (len(own), positions)
+    kind = str(shape.dtype).removeprefix("torch.")
+    return (
+        f"cache: {most / 2**30:.3f} GiB on this rank, {widest[0]} x {widest[1]:,} positions, {len(shape.layers)} layers "
+        f"of {shape.heads} key-value heads in {kind}"
+    )
+
+
+def _longest(prompts: Sequence[int], sampling: Sampling) -> int:
+    """The most tokens that a row has when it is computed on: the last one is not."""
+    return max(prompts) + max(sampling.max_new_tokens, 1) - 1
+
+
+def _write(
+    model: LanguageModel,
+    rows: list[Row],
+    sampling: Sampling,
+    seed: int,
+    ends: set[int],
+    followers: Sequence[Follower] | None,
+    cached: bool,
+) -> None:
+    """Add to each row until it ends."""
+    longest = _longest([len(row.ids) for row in rows], sampling)
+    passes = Cached(model, longest) if cached and isinstance(model, CachingModel) else Uncached(model)
+    follower = {} if followers is None else {row.number: f for row, f in zip(rows, followers, strict=True)}
     for _ in range(sampling.max_new_tokens):
-        logits = model.next_token_logits(ids[:, -model.longest_sequence :])[0]
-        token = _draw(logits.float(), sampling, generator)
-        broadcast(token, model.groups.world)
-        if token.item() in ends:
-            break
-        ids = torch.cat((ids, token.view(1, 1)), dim=1)
-    return ids[0, len(prompt) :].tolist()
-
-
-def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """One token id ``[1]`` from logits ``[vocabulary]``."""
-    if sampling.temperature == 0:
-        return logits.argmax().view(1)
-    if not torch.isfinite(logits).all():
-        raise ArgonneError("the model's logits are not finite: its weights have diverged")
-    values, order = logits.sort(descending=True, stable=True)
-    if sampling.top_k:
-        values, order = values[: sampling.top_k], order[: sampling.top_k]
-    probabilities = ((values - values[0]) / sampling.temperature).softmax(0)
-    # A token stays while those before it have less than top_p together; the first always stays.
-    before = probabilities.cumsum(0) - probabilities
-    probabilities = torch.where(before < sampling.top_p, probabilities, 0.0)
-    return order[torch.multinomial(probabilities, 1, generator=generator)]
+        scores = passes.scores(rows)
+        tokens = torch.empty(len(rows), dtype=torch.int64, device=model.groups.device)
+        if scores is not None:
+            numbers = [uniform(seed, row.number, len(row.ids)) for row in rows]
+            tokens = draw(scores, sampling, [row.ids for row in rows], numbers)
+        going = []
+        for row, token in zip(rows, broadcast(tokens, model.groups.world, passes.source).tolist(), strict=True):
+            if token == NOT_FINITE:
+                raise ArgonneError("the model's logits are not finite: its weights have diverged")
+            if token in ends:
+                continue
+            row.ids.append(token)
+            if not (row.number in follower and follower[row.number].take(token)):
+                going.append(row)
+        rows = going
+        if not rows:
+            return

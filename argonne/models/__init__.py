@@ -3,6 +3,7 @@
 from argonne.models.argonne import ArgonneModel
 from argonne.models.base import BaseModel
 from argonne.models.build import PRESETS, ModelConfig, build_model, preset
+from argonne.models.cache import CachingModel, KeyValueCache, Scores
 from argonne.models.config import ArgonneConfig
 from argonne.models.contract import Batch, Head, LanguageModel, LossFunction, require_contract
 from argonne.models.end_tokens import end_tokens
@@ -22,13 +23,16 @@ __all__ = [
     "ArgonneModel",
     "BaseModel",
     "Batch",
+    "CachingModel",
     "CrossEntropyLoss",
     "Execution",
     "Head",
+    "KeyValueCache",
     "LanguageModel",
     "LossFunction",
     "ModelConfig",
     "RopeScaling",
+    "Scores",
     "build_model",
     "build_replicas",
     "end_tokens",

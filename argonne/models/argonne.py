@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from argonne.models.cache import CacheShape
 from argonne.models.config import ArgonneConfig
 from argonne.models.contract import SpecialTokens
 from argonne.models.decoder import Block, RMSNorm, RotaryTables, initial
@@ -88,6 +89,12 @@ class ArgonneModel(StagedModel):
     def blocks(self) -> Sequence[nn.Module]:
         """The transformer blocks of this rank."""
         return list(self.model.layers.values())
+
+    def cache_shape(self) -> CacheShape:
+        """The key-value heads of this rank's blocks."""
+        layers = [number for stage in self._stages.values() for number in stage.span.layers]
+        heads = self.model.block(layers[0]).self_attn.key_value_heads
+        return CacheShape(layers, heads, self.config.head_dim, self.execution.precision.compute, self.groups.device)
 
     def config_json(self, longest_sequence: int, special_tokens: SpecialTokens, dtype: str) -> dict[str, Any]:
         """The ``config.json`` with which ``transformers`` opens the weights as their family's class."""

@@ -151,11 +151,15 @@ def pad_to_share(ids: Tensor, groups: ProcessGroups) -> Tensor:
 
 def last_logits(hidden: Tensor, head: Head, groups: ProcessGroups, batch: int, position: int) -> Tensor:
     """The logits ``[batch, vocabulary]`` of one position of ``[batch * positions, hidden]``, on all tensor ranks."""
-    axis = groups.tensor
-    if groups.sequence_parallel:
-        hidden = gather_from_sequence_region(hidden, axis)
-    chosen = hidden.unflatten(0, (batch, -1))[:, position]
-    local = column_parallel_linear(chosen, head.weight, head.bias, axis, head.precision, cut=head.cut)
-    whole = rearrange(all_gather(local, axis), "rank batch token -> batch (rank token)")
+    positions = len(hidden) * (groups.tensor.size if groups.sequence_parallel else 1) // batch
+    local = logits_of(hidden, head, groups, torch.arange(batch, device=hidden.device) * positions + position)
+    whole = rearrange(all_gather(local, groups.tensor), "rank batch token -> batch (rank token)")
     # Only the last ranks have padding, so that it lies behind every real token.
     return whole[:, : head.range.vocabulary]
+
+
+def logits_of(hidden: Tensor, head: Head, groups: ProcessGroups, rows: Tensor) -> Tensor:
+    """This rank's logits ``[rows, head.range.rows]``, of padding too, of some rows of ``[batch * positions, hidden]``."""
+    if groups.sequence_parallel:
+        hidden = gather_from_sequence_region(hidden, groups.tensor)
+    return column_parallel_linear(hidden[rows], head.weight, head.bias, groups.tensor, head.precision, cut=head.cut)

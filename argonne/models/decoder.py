@@ -17,6 +17,7 @@ from argonne import kernels
 from argonne.kernels import apply_rope, apply_rope_packed, rms_norm, swiglu
 from argonne.kernels.rotation import rope_frequencies, tables_of
 from argonne.kernels.swiglu import VECTOR
+from argonne.models.cache import LayerCache
 from argonne.models.config import ArgonneConfig
 from argonne.models.execution import Execution
 from argonne.parallel import (
@@ -52,6 +53,8 @@ class AttentionInputs:
     """``[batch, sequence]`` numbers, of whole sequences: no attention between positions of different ones."""
     bounds: DocumentBounds | None = None
     """Of the same documents, where attention can do without a mask."""
+    cache: LayerCache | None = None
+    """What earlier positions have left in this layer, where text is generated."""
 
 
 class RotaryTables(nn.Module):
@@ -83,6 +86,10 @@ class RotaryTables(nn.Module):
         if documents is not None and axis.size == 1 and self.varies_length:
             bounds = document_bounds(documents)
         return AttentionInputs(cos, sin, axis, documents, bounds)
+
+    def inputs_at(self, positions: Tensor) -> AttentionInputs:
+        """For one position of each of several sequences, which layers take for neighbours in one: ``[rows]`` places."""
+        return AttentionInputs(self.cos[positions], self.sin[positions], Axis("context"))
 
 
 class RMSNorm(kernels.RMSNorm):
@@ -189,18 +196,23 @@ class Attention(nn.Module):
         self.key_value_heads = len(shared)
         self.head_of_query = [head // group - shared[0] for head in own]
         regular = [i * len(shared) // len(own) for i in range(len(own))]
-        self.is_grouped = is_shared or (len(own) % len(shared) == 0 and self.head_of_query == regular)
+        self.is_grouped = len(own) % len(shared) == 0 and self.head_of_query == regular
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         """``[batch * positions, hidden]``, or this rank's share of the rows -> the same; causal."""
         query, key, value = self._turned(self.qkv_proj(x), inputs)
-        key, value = (copy_heads(heads, self.axis, self.blocks_of_head, dim=2) for heads in (key, value))
-        if not self.is_grouped:  # the rank's query heads begin or end within a group
-            key, value = key[:, :, self.head_of_query], value[:, :, self.head_of_query]
+        if inputs.cache is None:
+            key, value = (copy_heads(heads, self.axis, self.blocks_of_head, dim=2) for heads in (key, value))
         query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
-        context = context_parallel_attention(
-            query, key, value, inputs.axis, inputs.documents, inputs.bounds, pinned=self.is_pinned
-        )
+        used = None if self.is_grouped else self.head_of_query  # where query heads begin or end within a group
+        if inputs.cache is not None:
+            context = inputs.cache.attend(query, key, value, used, self.is_pinned)
+        else:
+            if used is not None:
+                key, value = key[:, used], value[:, used]
+            context = context_parallel_attention(
+                query, key, value, inputs.axis, inputs.documents, inputs.bounds, pinned=self.is_pinned
+            )
         return self.o_proj(rearrange(context, "batch head sequence dim -> (batch sequence) (head dim)"))
 
     def _turned(self, packed: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:

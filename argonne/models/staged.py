@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from argonne.models.base import BaseModel, last_logits, pad_to_share
+from argonne.models.base import BaseModel, last_logits, logits_of, pad_to_share
+from argonne.models.cache import KeyValueCache, Scores
 from argonne.models.contract import Batch, Head, LossFunction
 from argonne.models.execution import Execution
 from argonne.models.stages import Shape, Stage, cut
@@ -188,6 +189,25 @@ class StagedModel(BaseModel):
         if hidden is not None:
             logits = last_logits(hidden, self.head, self.groups, len(ids), ids.shape[1] - 1)
         return self._from_last(logits, (len(ids), self.config.vocab_size), self.execution.precision.compute)
+
+    @property
+    def scoring_stage(self) -> int:
+        """The pipeline rank of the last stage."""
+        return self.plan.rank_of(self.plan.stages - 1)
+
+    @torch.no_grad()
+    def next_token_scores(self, ids: Tensor, counts: Sequence[int], cache: KeyValueCache | None) -> Scores | None:
+        """The logits behind each row, on the ranks of the last stage; see ``CachingModel``."""
+        cached = None if cache is None else cache.begin(counts)
+        later = cached is not None and not cached.is_first
+        padded = pad_to_share(ids.view(1, -1) if later else ids, self.groups)
+        hidden = self._through(padded, sequence=padded.shape[1], whole=True, cached=cached)
+        if hidden is None:
+            return None
+        place = torch.arange(len(counts), device=ids.device)  # of a later pass: the rows are neighbours in one sequence
+        if not later:
+            place = place * padded.shape[1] + torch.tensor(counts, device=ids.device) - 1
+        return Scores.of(logits_of(hidden, self.head, self.groups, place), self.head.range, self.groups.tensor)
 
     def flops_per_token(self, sequence: int) -> float:
         """Of a forward and a backward pass, with causal attention (closed form)."""

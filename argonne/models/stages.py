@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from argonne.models.cache import CachePass
 from argonne.models.contract import Head
 from argonne.models.execution import Execution
 from argonne.parallel import VocabParallelEmbedding, VocabParallelHead, balance
@@ -33,6 +35,10 @@ class Places(Protocol):
 
     def inputs(self, sequence: int) -> Any:
         """What each block is given besides hidden values, for sequences of that length; further words are its own."""
+        ...
+
+    def inputs_at(self, positions: Tensor) -> Any:
+        """The same for one position of each of several sequences, as of ``CachePass.positions``."""
         ...
 
 
@@ -68,7 +74,7 @@ class Stage(nn.Module):
         assert head is not None
         return head
 
-    def forward(self, x: Tensor, sequence: int, **given: Any) -> Tensor:
+    def forward(self, x: Tensor, sequence: int, cached: CachePass | None = None, **given: Any) -> Tensor:
         """Ids ``[batch, positions]``, or what the stage before returned -> ``[batch * positions, hidden]``.
 
         Under sequence parallelism this rank's share of those rows.
@@ -76,14 +82,20 @@ class Stage(nn.Module):
         Args:
             x: of this context-parallel rank's positions, or of all positions if they are ``whole``.
             sequence: the number of positions of the sequences, which a stage cannot tell from hidden values.
+            cached: what earlier positions have left, and takes in these; after its first pass ``x`` is one position
+                of each row, ``[1, rows]``, and rows that were added to share them out.
             given: what else ``Places.inputs`` takes: ``documents`` ``[batch, sequence]``, as of ``Batch``; or
                 ``whole``, where every context-parallel rank has all positions.
         """
-        inputs = self._places[0].inputs(sequence, **given)
+        if cached is None or cached.is_first:
+            inputs = self._places[0].inputs(sequence, **given)
+        else:
+            inputs = self._places[0].inputs_at(F.pad(cached.positions, (0, sequence - cached.rows)))
         if self.span.is_first:
             x = self.embed(x, inputs)
-        for block in self.blocks:
-            x = self.execution.run(block, x, inputs)
+        for number, block in zip(self.span.layers, self.blocks, strict=True):
+            own = inputs if cached is None else replace(inputs, cache=cached.layer(number))
+            x = self.execution.run(block, x, own)
         return x if self.norm is None else self.norm(x)
 
     def embed(self, ids: Tensor, inputs: Any) -> Tensor:

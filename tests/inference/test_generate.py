@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from argonne.inference.generate import Sampling, _draw, generate
-from argonne.models import ArgonneConfig, ArgonneModel, Execution
+from argonne.inference import Sampling, generate
+from argonne.inference.sampling import draw, uniform
+from argonne.models import ArgonneConfig, ArgonneModel, Execution, Scores
 from argonne.parallel import ArgonneError, Layout, Precision, ProcessGroups
+from argonne.parallel.communication.groups import Axis
 from argonne.parallel.pipeline_parallel.plan import PipelinePlan
 from tests import dense
 from tests.pool import RankPool
@@ -105,8 +107,8 @@ def test_a_prompt_longer_than_the_window_is_seen_from_its_end() -> None:
 
 
 def drawn_tokens(logits: Tensor, sampling: Sampling, draws: int) -> list[int]:
-    generator = torch.Generator().manual_seed(0)
-    return [int(_draw(logits, sampling, generator)) for _ in range(draws)]
+    scores = Scores(logits.repeat(draws, 1), len(logits), 0, Axis("tensor"))
+    return draw(scores, sampling, [[]] * draws, [uniform(0, 0, number) for number in range(draws)]).tolist()
 
 
 @st.composite

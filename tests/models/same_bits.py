@@ -14,9 +14,9 @@ from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss,
 from argonne.models.families import decoder_family
 from argonne.parallel import Layout, ProcessGroups
 from argonne.parallel.pipeline_parallel.plan import SCHEDULES, PipelinePlan
+from argonne.parallel.tensor_parallel.precision import PRECISIONS
 from argonne.training.batch_shape import BatchShape
 from argonne.training.optimizer import build_optimizer
-from argonne.training.run.setup import PRECISIONS
 from argonne.training.step import Learner, StepResult, train_step
 from tests.whole import Parts
 

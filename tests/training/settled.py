@@ -12,9 +12,10 @@ from torch import Tensor
 
 from argonne.checkpoint import MOMENTS
 from argonne.parallel import ProcessGroups
+from argonne.parallel.tensor_parallel.precision import resolve_precision
 from argonne.training.batch_shape import BatchShape
 from argonne.training.config import DataFlags, ModelFlags, RunConfig, RunFlags, TrainingFlags
-from argonne.training.run.setup import Workload, prepare, resolve_precision
+from argonne.training.run.setup import Workload, prepare
 from argonne.training.state import TrainingState
 from argonne.training.trainer import Trainer
 from tests.integration.runs import write_corpus

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from argonne.kernels import rope
 from argonne.parallel import ArgonneError, Layout, ProcessGroups
+from argonne.parallel.tensor_parallel.precision import PRECISIONS
 from argonne.training.config import ParallelFlags, RunConfig
 from argonne.training.run import facts
 from argonne.training.run.facts import FACTS, Sizes
 from argonne.training.run.probe import require_facts, sizes_of, try_facts
-from argonne.training.run.setup import PRECISIONS
 from tests.integration.runs import ROOT, finish, start, words_of
 from tests.pool import RankPool
 from tests.training.small_run import small_run

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from argonne.parallel import ArgonneError, Layout, ProcessGroups
+from argonne.parallel.tensor_parallel.precision import resolve_precision
 from argonne.training.config import RunConfig
 from argonne.training.run.checks import check, check_kernels, check_sequence
 from argonne.training.run.identity import RunIdentity
-from argonne.training.run.setup import open_corpora, prepare, resolve_precision, with_tokens
+from argonne.training.run.setup import open_corpora, prepare, with_tokens
 from tests.pool import RankPool
 from tests.training.small_run import small_run
 

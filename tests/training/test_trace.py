@@ -13,8 +13,8 @@ from argonne.compare.traces import Parting, first_difference
 from argonne.models import Batch, CrossEntropyLoss, Execution
 from argonne.models.config import PRESETS
 from argonne.parallel import Layout, ProcessGroups, initialise
+from argonne.parallel.tensor_parallel.precision import PRECISIONS
 from argonne.training.config import TrainingFlags
-from argonne.training.run.setup import PRECISIONS
 from argonne.training.trace import StepTrace
 from argonne.training.trace_file import TraceLine, read_trace, trace_path
 from tests.models.own import VOCABULARY, Small

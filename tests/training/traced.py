@@ -15,8 +15,8 @@ from argonne.data.assignment import Order
 from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas
 from argonne.parallel import PipelinePlan, Precision, ProcessGroups
 from argonne.parallel.communication.tree import TreeSum
+from argonne.parallel.tensor_parallel.precision import PRECISIONS
 from argonne.training.optimizer import build_optimizer
-from argonne.training.run.setup import PRECISIONS
 from argonne.training.step import Learner, train_step
 from argonne.training.trace import StepTrace
 from argonne.training.trace_file import write_trace

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from argonne.parallel.errors import ArgonneError
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -25,3 +27,26 @@ class Precision:
     def statistics(self) -> torch.dtype:
         """Losses, and whatever else is added up to be looked at: float32, or the compute dtype where it is wider."""
         return torch.promote_types(self.compute, torch.float32)
+
+
+PRECISIONS = {
+    "fp32": Precision(torch.float32, torch.float32),
+    "bf16": Precision(torch.float32, torch.bfloat16),
+    "fp16": Precision(torch.float32, torch.float16),
+    "fp64": Precision(torch.float64, torch.float64),
+}
+"""What the names of ``--precision`` mean, but for auto, which depends on the device."""
+
+
+def resolve_precision(name: str, device: torch.device) -> Precision:
+    """The dtypes that ``--precision`` means on ``device``."""
+    check_precision(name)
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    return PRECISIONS[name]
+
+
+def check_precision(name: str) -> None:
+    """Raise ``ArgonneError`` for a name that ``resolve_precision`` does not know."""
+    if name not in ("auto", *PRECISIONS):
+        raise ArgonneError(f"precision={name!r} is not known; legal: {', '.join(('auto', *PRECISIONS))}")

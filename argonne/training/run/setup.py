@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -17,6 +16,7 @@ from argonne.checkpoint.format import TRAINER
 from argonne.data import boundary_tokens, load_tokenizer, tokenizer_fingerprint
 from argonne.parallel import Precision, ProcessGroups
 from argonne.parallel.communication.collectives import collectively, gather_objects
+from argonne.parallel.tensor_parallel.precision import resolve_precision
 from argonne.training.config import RunConfig
 from argonne.training.evaluation import held_out_sequences
 from argonne.training.run.conditions import conditions_of
@@ -28,13 +28,6 @@ from argonne.training.run.kept_tokenizer import fallback_tokenizer, from_json
 from argonne.training.run.model import ModelBuilder, ModelOfRun, argonne_model, own_model
 from argonne.training.run.probe import require_facts
 from argonne.training.run.token_caches import token_caches
-
-PRECISIONS = {
-    "fp32": Precision(torch.float32, torch.float32),
-    "bf16": Precision(torch.float32, torch.bfloat16),
-    "fp16": Precision(torch.float32, torch.float16),
-    "fp64": Precision(torch.float64, torch.float64),
-}
 
 
 @dataclass(frozen=True)
@@ -122,13 +115,6 @@ def open_corpora(config: RunConfig, groups: ProcessGroups, saved: RunIdentity | 
         for index, reason in sorted(away.items()):
             log(groups, f"shard {part.shards[index].path} {reason}; it is skipped (--on-bad-shard skip)")
     return collectively(lambda: data.without(reasons), groups.world)
-
-
-def resolve_precision(name: str, device: torch.device) -> Precision:
-    """The dtypes that ``--precision`` means on ``device``."""
-    if name == "auto":
-        name = "bf16" if device.type == "cuda" else "fp32"
-    return PRECISIONS[name]
 
 
 def _require_run(

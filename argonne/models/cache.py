@@ -1,0 +1,215 @@
+"""The keys and values of positions that a model has seen, so that the next position costs no more than itself.
+
+The first pass is over whole prompts, those of a batch padded on the right: attention is causal, so that nothing sees
+what is added. Every later pass is over one position of each row, which is its own place in its own row: the key and
+the value of a token overwrite what padding has left there, before anything may see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from argonne.parallel import context_parallel_attention
+from argonne.parallel.communication.groups import Axis
+from argonne.parallel.tensor_parallel.embedding import VocabularyRange
+
+_ALONE = Axis("context")
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What a rank keeps of each position."""
+
+    layers: Sequence[int]
+    """The numbers of the rank's layers."""
+    heads: int
+    """The rank's key-value heads, each kept once however many query heads share it."""
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def bytes(self, rows: int, positions: int) -> int:
+        """Of the cache of so many rows."""
+        return 2 * len(self.layers) * rows * self.heads * positions * self.head_dim * self.dtype.itemsize
+
+
+class KeyValueCache:
+    """A rank's keys and values of a batch: in each of its layers ``[rows, heads, positions, head_dim]`` of both."""
+
+    def __init__(self, shape: CacheShape, rows: int, positions: int) -> None:
+        sizes = (rows, shape.heads, positions, shape.head_dim)
+        self.shape, self.positions = shape, positions
+        self.lengths: list[int] = [0] * rows
+        """How many positions of each row are in it."""
+        # Zeros: what is masked still counts for nothing only where it is a number.
+        self._layers = {
+            number: [torch.zeros(sizes, dtype=shape.dtype, device=shape.device) for _ in range(2)]
+            for number in shape.layers
+        }
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget the rows that are not among these; the others are numbered anew, in this order."""
+        if list(rows) == list(range(len(self.lengths))):
+            return
+        chosen = torch.tensor(list(rows), device=self.shape.device)
+        self.lengths = [self.lengths[row] for row in rows]
+        for pair in self._layers.values():
+            pair[:] = [kept[chosen] for kept in pair]
+
+    def begin(self, counts: Sequence[int]) -> CachePass:
+        """A pass over so many new positions of each row: the first ones of all, or one more of each."""
+        before, device = self.lengths, self.shape.device
+        self.lengths = [length + count for length, count in zip(before, counts, strict=True)]
+        seen = max(self.lengths)
+        if not any(before):
+            return CachePass(self, True, len(before), seen, torch.zeros(0, dtype=torch.int64, device=device), None)
+        if set(counts) != {1}:
+            raise ValueError("a cache takes whole prompts once, and then one position of each row at a time")
+        positions = torch.tensor(before, device=device)
+        mask = None
+        if len(set(before)) > 1:
+            mask = (torch.arange(seen, device=device) <= positions[:, None])[:, None, None, :]
+        return CachePass(self, False, len(before), seen, positions, mask)
+
+    def layer(self, number: int) -> list[Tensor]:
+        """The keys and the values of one layer."""
+        return self._layers[number]
+
+
+@dataclass(frozen=True)
+class CachePass:
+    """One pass of a model over positions that a cache takes in."""
+
+    cache: KeyValueCache
+    is_first: bool
+    """Whether it is over whole prompts."""
+    rows: int
+    seen: int
+    """Positions that the longest row has behind it."""
+    positions: Tensor
+    """``[rows]`` where in its row each new position is, of a later pass."""
+    mask: Tensor | None
+    """``[rows, 1, 1, seen]``: what each row has of those, of a later pass; None where each has all."""
+
+    def layer(self, number: int) -> LayerCache:
+        """What attention of that layer is handed."""
+        return LayerCache(self, *self.cache.layer(number))
+
+    def write(self, kept: Tensor, new: Tensor) -> None:
+        """Put ``new`` where it belongs: ``[rows, heads, positions, dim]``, or of a later pass ``[rows, heads, dim]``."""
+        if self.is_first:
+            kept[:, :, : new.shape[2]].copy_(new[:, :, : kept.shape[2]])
+        elif self.mask is None:
+            kept.select(2, self.seen - 1).copy_(new)
+        else:
+            kept[torch.arange(self.rows, device=kept.device), :, self.positions] = new
+
+
+class LayerCache:
+    """A pass as the attention of one layer sees it."""
+
+    def __init__(self, whole: CachePass, keys: Tensor, values: Tensor) -> None:
+        self._pass, self._keys, self._values = whole, keys, values
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, used: Sequence[int] | None, pinned: bool) -> Tensor:
+        """Causal attention to what is kept and what is new, which is kept from here on.
+
+        Args:
+            query: ``[rows, heads, positions, dim]`` of whole prompts; of a later pass ``[1, heads, rows, dim]``, with
+                rows at the end that were added to share them out.
+            key: the same of this rank's key-value heads.
+            value: likewise.
+            used: the key-value head of each query head, where it is not that of runs of equally many.
+            pinned: as of ``context_parallel_attention``.
+
+        Returns:
+            The shape of ``query``.
+        """
+        if self._pass.is_first:
+            self._pass.write(self._keys, key)
+            self._pass.write(self._values, value)
+            if used is not None:
+                key, value = key[:, used], value[:, used]
+            return context_parallel_attention(query, key, value, _ALONE, pinned=pinned)
+        rows, seen = self._pass.rows, self._pass.seen
+        added = query.shape[2] - rows
+        query, key, value = (new[0, :, :rows].transpose(0, 1) for new in (query, key, value))
+        self._pass.write(self._keys, key)
+        self._pass.write(self._values, value)
+        keys, values = self._keys[:, :, :seen], self._values[:, :, :seen]
+        if used is not None:
+            keys, values = keys[:, used], values[:, used]
+        # The query heads of a group see the same: to the product they are queries of one head.
+        grouped = query.unflatten(1, (keys.shape[1], -1))
+        attended = _one_position_attention(grouped, keys, values, self._pass.mask, pinned)
+        attended = attended.flatten(1, 2).transpose(0, 1).unsqueeze(0)
+        return F.pad(attended, (0, 0, 0, added)) if added else attended
+
+
+def _one_position_attention(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, pinned: bool = False
+) -> Tensor:
+    """``[rows, kv heads, group, dim]`` queries, each of which sees all of ``[rows, kv heads, seen, dim]`` or the mask."""
+    width = query.shape[-1]
+    padding = -width % (16 // query.element_size()) if pinned else 0
+    if padding:  # as in context_parallel_attention: a head's bits do not depend on what lies beside it
+        query, keys, values = (F.pad(x, (0, padding)) for x in (query, keys, values))
+    if mask is not None:
+        mask = mask.expand(-1, -1, query.shape[2], -1)
+    attended = F.scaled_dot_product_attention(query, keys, values, mask, scale=width**-0.5)
+    return attended[..., :width] if padding else attended
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The logits of the token after each row, as some ranks share them out by vocabulary."""
+
+    values: Tensor
+    """``[rows, width]``, this rank's; the same width on each, minus infinity where there is no token."""
+    tokens: int
+    """How many of them there are."""
+    first: int
+    """The id of the first."""
+    axis: Axis
+    """The ranks that have the others, whose ids ascend with the rank."""
+
+    @classmethod
+    def of(cls, logits: Tensor, held: VocabularyRange, axis: Axis) -> Scores:
+        """Of ``[rows, held.rows]``, padding among them."""
+        values = (
+            logits
+            if held.tokens == held.rows
+            else F.pad(logits[:, : held.tokens], (0, held.rows - held.tokens), value=-inf)
+        )
+        return cls(values, held.tokens, held.start, axis)
+
+
+@runtime_checkable
+class CachingModel(Protocol):
+    """A ``LanguageModel`` that can go on from keys and values that it keeps. Every method is collective."""
+
+    @property
+    def scoring_stage(self) -> int:
+        """The rank along the pipeline that has the logits."""
+        ...
+
+    def cache_shape(self) -> CacheShape:
+        """What this rank keeps of a position."""
+        ...
+
+    def next_token_scores(self, ids: Tensor, counts: Sequence[int], cache: KeyValueCache | None) -> Scores | None:
+        """The logits behind each row, on the ranks of the stage that has them; elsewhere None.
+
+        Args:
+            ids: ``[rows, positions]``, which end with padding where a row has fewer.
+            counts: how many each row has.
+            cache: holds what comes before them, and takes them in. None: they are all there is.
+        """
+        ...
