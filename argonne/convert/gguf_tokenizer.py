@@ -75,9 +75,9 @@ def gguf_tokenizer(tokenizer: PreTrainedTokenizerFast, vocabulary: int) -> GGUFT
 def _pre_tokenizer(state: dict[str, Any]) -> str:
     """The name of what cuts a text into words as this tokenizer does."""
     model = state["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback"):
-        raise ArgonneError(f"the tokenizer is {model['type']}, with bytes as a last resort or none; {_LEGAL}")
-    for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "unk_token"):
+    if model["type"] != "BPE":
+        raise ArgonneError(f"the tokenizer is {model['type']}; {_LEGAL}")
+    for field in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix", "unk_token"):
         if model.get(field):
             raise ArgonneError(f"the tokenizer has {field}={model[field]!r}, which llama.cpp has not; {_LEGAL}")
     steps = tuple(_steps(state["pre_tokenizer"]))
