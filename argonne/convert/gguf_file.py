@@ -47,7 +47,7 @@ def require_gguf() -> Any:
     try:
         import gguf
     except ImportError:
-        raise ArgonneError("--to gguf needs the gguf package; legal: pip install 'argonne[gguf]'") from None
+        raise ArgonneError("--to gguf needs the gguf package; legal: pip install gguf") from None
     return gguf
 
 
