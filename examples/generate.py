@@ -20,7 +20,7 @@ from argonne.checkpoint import (
 from argonne.data import load_tokenizer
 from argonne.inference import Sampling, generate
 from argonne.launch import Given, LaunchFlags, drive, guarded, parse, world_size
-from argonne.models import ArgonneConfig, ArgonneModel, Execution, end_tokens, from_huggingface
+from argonne.models import Execution, ModelConfig, build_model, end_tokens, from_huggingface
 from argonne.output import show
 from argonne.parallel import ArgonneError, PipelinePlan, choose_device, process_groups
 from argonne.parallel.legal import require_whole
@@ -60,7 +60,7 @@ def is_plain(path: Path) -> bool:
     return (path / "config.json").exists() and not is_checkpoint(path)
 
 
-def some_config(path: Path) -> ArgonneConfig:
+def some_config(path: Path) -> ModelConfig:
     """The model's shape, from the newest checkpoint whose config.json is as it was written."""
     problem: ArgonneError | None = None
     for directory in [path] if is_plain(path) else reversed(resolve(path)):
@@ -97,7 +97,7 @@ def main(config: GenerateConfig) -> None:
                 print(report, file=sys.stderr, flush=True)  # the text stands alone on stdout
         with device:
             execution = Execution(groups, resolve_precision(flags.precision, device))
-            model = ArgonneModel(from_huggingface(directory), execution)
+            model = build_model(from_huggingface(directory), execution)
         load_pieces(directory, weight_pieces(model.sharded_parameters()), verify=False)
         tokenizer = load_tokenizer(directory)
         stop = end_tokens(directory) | {tokenizer.eos_token_id}

@@ -2,18 +2,22 @@
 
 from argonne.models.argonne import ArgonneModel
 from argonne.models.base import BaseModel
-from argonne.models.build import build_model
-from argonne.models.config import PRESETS, ArgonneConfig, preset
+from argonne.models.build import PRESETS, ModelConfig, build_model, preset
+from argonne.models.config import ArgonneConfig
 from argonne.models.contract import Batch, Head, LanguageModel, LossFunction, require_contract
 from argonne.models.end_tokens import end_tokens
 from argonne.models.execution import Execution
 from argonne.models.families import from_huggingface, to_huggingface
+from argonne.models.families.argonne1 import Argonne1Config
+from argonne.models.families.argonne1_model import Argonne1Model
 from argonne.models.loss import CrossEntropyLoss
 from argonne.models.replicas import build_replicas, replicas_of
 from argonne.models.rope import RopeScaling
 
 __all__ = [
     "PRESETS",
+    "Argonne1Config",
+    "Argonne1Model",
     "ArgonneConfig",
     "ArgonneModel",
     "BaseModel",
@@ -23,6 +27,7 @@ __all__ = [
     "Head",
     "LanguageModel",
     "LossFunction",
+    "ModelConfig",
     "RopeScaling",
     "build_model",
     "build_replicas",

@@ -140,23 +140,7 @@ class ArgonneConfig:
 
     def check_layout(self, layout: Layout) -> None:
         """Raise ``LayoutError`` unless every part of the model can be shared out as ``layout`` asks."""
-        tensor = layout.tensor
-        shared = {"num_attention_heads": self.num_attention_heads, "intermediate_size": self.intermediate_size}
-        if layout.uneven_shards:
-            for field, value in shared.items():
-                if value < tensor:
-                    raise LayoutError(
-                        f"{field}={value} is less than tensor_parallel={tensor}; legal sizes: 1 to {value}"
-                    )
-            return
-        legal = [t for t in divisors(self.num_attention_heads) if self.intermediate_size % t == 0]
-        if tensor not in legal:
-            field = next(field for field, value in shared.items() if value % tensor)
-            listed = ", ".join(str(size) for size in legal)
-            raise LayoutError(
-                f"{field}={shared[field]} is not divisible by tensor_parallel={tensor}; legal sizes: {listed} "
-                "(or uneven_shards, which gives some ranks one more than others)"
-            )
+        check_shares(self.num_attention_heads, self.intermediate_size, layout)
 
     @property
     def parameter_count(self) -> int:
@@ -183,6 +167,25 @@ class ArgonneConfig:
         embedding = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
         attention = 6 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * sequence
         return 6 * (self.parameter_count - embedding) + attention
+
+
+def check_shares(num_attention_heads: int, intermediate_size: int, layout: Layout) -> None:
+    """Raise ``LayoutError`` unless heads and features of a model can be shared out over tensor-parallel ranks."""
+    tensor = layout.tensor
+    shared = {"num_attention_heads": num_attention_heads, "intermediate_size": intermediate_size}
+    if layout.uneven_shards:
+        for field, value in shared.items():
+            if value < tensor:
+                raise LayoutError(f"{field}={value} is less than tensor_parallel={tensor}; legal sizes: 1 to {value}")
+        return
+    legal = [t for t in divisors(num_attention_heads) if intermediate_size % t == 0]
+    if tensor not in legal:
+        field = next(field for field, value in shared.items() if value % tensor)
+        listed = ", ".join(str(size) for size in legal)
+        raise LayoutError(
+            f"{field}={shared[field]} is not divisible by tensor_parallel={tensor}; legal sizes: {listed} "
+            "(or uneven_shards, which gives some ranks one more than others)"
+        )
 
 
 _PLAIN: dict[str, Any] = {

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from argonne.parallel import (
     ArgonneError,
     Axis,
+    Draws,
     Layout,
     ProcessGroups,
     ShardedParameter,
@@ -48,6 +49,8 @@ class Batch:
     """The same shape: what the loss of each position counts. None: each counts 1."""
     divisor: float = 1.0
     """What the summed loss is divided by: the target tokens of the global batch, over the loss scale."""
+    draws: Draws | None = None
+    """What random numbers (of dropout) follow from. None: nothing is drawn, as where a model is only used."""
 
     def micro_batches(self) -> Iterator[Batch]:
         """Each micro-batch of a step."""
@@ -57,7 +60,9 @@ class Batch:
     def micro_batch(self, number: int) -> Batch:
         """The micro-batch of that number of a step."""
         documents, weights = (None if x is None else x[number] for x in (self.documents, self.weights))
-        return replace(self, ids=self.ids[number], targets=self.targets[number], documents=documents, weights=weights)
+        draws = None if self.draws is None else self.draws.micro_batch(number)
+        ids, targets = self.ids[number], self.targets[number]
+        return replace(self, ids=ids, targets=targets, documents=documents, weights=weights, draws=draws)
 
     def shard(self, axis: Axis) -> Batch:
         """This rank's positions of it, but of ``documents``, which say what attention sees of whole sequences."""

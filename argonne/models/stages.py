@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from argonne.models.config import ArgonneConfig
 from argonne.models.contract import Head
-from argonne.models.decoder import Block, RMSNorm, RotaryTables
 from argonne.models.execution import Execution
 from argonne.parallel import VocabParallelEmbedding, VocabParallelHead, balance
 
@@ -29,6 +28,14 @@ class Span:
         return self.is_first or (self.is_last and tied)
 
 
+class Places(Protocol):
+    """What tells blocks where in their sequences the positions are that they work on."""
+
+    def inputs(self, sequence: int) -> Any:
+        """What each block is given besides hidden values, for sequences of that length; further words are its own."""
+        ...
+
+
 class Stage(nn.Module):
     """Some blocks in a row, behind the embedding in the first stage, before the last norm and the head in the last.
 
@@ -40,15 +47,15 @@ class Stage(nn.Module):
         self,
         span: Span,
         execution: Execution,
-        rotary: RotaryTables,
+        places: Places,
         embed_tokens: VocabParallelEmbedding | None,
-        blocks: Sequence[Block],
-        norm: RMSNorm | None,
+        blocks: Sequence[nn.Module],
+        norm: nn.Module | None,
         lm_head: VocabParallelHead | None,
     ) -> None:
         super().__init__()
         self.span, self.execution = span, execution
-        self._rotary = (rotary,)  # in a tuple: it is no part of the stage, whoever moves or shards it
+        self._places = (places,)  # in a tuple: it is no part of the stage, whoever moves or shards it
         self.embed_tokens = embed_tokens
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
@@ -61,7 +68,7 @@ class Stage(nn.Module):
         assert head is not None
         return head
 
-    def forward(self, x: Tensor, sequence: int, documents: Tensor | None = None, whole: bool = False) -> Tensor:
+    def forward(self, x: Tensor, sequence: int, **given: Any) -> Tensor:
         """Ids ``[batch, positions]``, or what the stage before returned -> ``[batch * positions, hidden]``.
 
         Under sequence parallelism this rank's share of those rows.
@@ -69,19 +76,37 @@ class Stage(nn.Module):
         Args:
             x: of this context-parallel rank's positions, or of all positions if they are ``whole``.
             sequence: the number of positions of the sequences, which a stage cannot tell from hidden values.
-            documents: ``[batch, sequence]``, as of ``Batch``.
-            whole: every context-parallel rank has all positions.
+            given: what else ``Places.inputs`` takes: ``documents`` ``[batch, sequence]``, as of ``Batch``; or
+                ``whole``, where every context-parallel rank has all positions.
         """
-        inputs = self._rotary[0].inputs(sequence, whole, documents)
+        inputs = self._places[0].inputs(sequence, **given)
         if self.span.is_first:
-            assert self.embed_tokens is not None
-            x = self.embed_tokens(x.flatten())
+            x = self.embed(x, inputs)
         for block in self.blocks:
             x = self.execution.run(block, x, inputs)
         return x if self.norm is None else self.norm(x)
 
+    def embed(self, ids: Tensor, inputs: Any) -> Tensor:
+        """What the first block is given of ids ``[batch, positions]``."""
+        assert self.embed_tokens is not None
+        vectors: Tensor = self.embed_tokens(ids.flatten())
+        return vectors
 
-def cut(config: ArgonneConfig, stages: int) -> tuple[list[float], list[Span]]:
+
+class Shape(Protocol):
+    """What says how much there is to share out."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def block_parameter_count(self) -> int: ...
+
+
+def cut(config: Shape, stages: int) -> tuple[list[float], list[Span]]:
     """The cost of each stage in units of a block's matrix products, and what it holds; balanced by cost.
 
     A token costs a block its parameters in multiply-adds (and attention, which all blocks share alike); the head

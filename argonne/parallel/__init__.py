@@ -24,6 +24,7 @@ from argonne.parallel.pipeline_parallel.plan import PipelinePlan, balance
 from argonne.parallel.pipeline_parallel.stages import Activation, pipeline_forward
 from argonne.parallel.sharding.check import check_declarations, check_gradients
 from argonne.parallel.sharding.declare import Use, replicated, sharded, transposed
+from argonne.parallel.sharding.dropout import Draws, Dropout
 from argonne.parallel.sharding.gradients import clip_gradients, complete_gradients, global_gradient_norm
 from argonne.parallel.sharding.initialisation import Constant, Initialiser, Normal
 from argonne.parallel.sharding.partition import Partition, share
@@ -61,6 +62,8 @@ __all__ = [
     "ColumnParallelLinear",
     "Constant",
     "DataParallel",
+    "Draws",
+    "Dropout",
     "Holders",
     "Initialiser",
     "Layout",

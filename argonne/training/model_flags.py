@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from argonne.checkpoint import require_intact
-from argonne.models.config import ArgonneConfig, preset
+from argonne.models import ModelConfig, preset
 from argonne.models.families import decoder_family, from_huggingface
+from argonne.models.families.argonne1 import Argonne1Config
 from argonne.parallel.errors import ArgonneError
 
 DEFAULT_PRESET = "argonne-2.0-4.9b"
@@ -19,14 +20,14 @@ class ModelFlags:
     """The model: a preset (or the config in its place), any field of which may be overridden."""
 
     preset: str | None = None
-    """A named shape: demo, argonne-2.0-4.9b, argonne-2.0-2b, argonne-2.5-1b or argonne-2.0-8b
-    [argonne-2.0-4.9b]."""
+    """A named shape: demo, argonne-2.0-4.9b, argonne-2.0-2b, argonne-2.5-1b, argonne-2.0-8b, argonne-1.0 or
+    argonne-1.5 [argonne-2.0-4.9b]."""
     model_config: Path | None = None
     """A Hugging Face config.json (or its directory) of a family that is known, to take the shape from, instead of a
     preset [the preset]."""
     family: str | None = None
     """What the model is saved as, and what it then has: llama, mistral, qwen2 (biases of queries, keys and values) or
-    qwen3 (a norm of each head of queries and keys) [the preset's: llama]."""
+    qwen3 (a norm of each head of queries and keys) [the preset's: llama; Argonne 1.x is gpt2]."""
     hidden_size: int | None = None
     """Width of the residual stream [the preset's]."""
     num_hidden_layers: int | None = None
@@ -48,12 +49,18 @@ class ModelFlags:
     tie_word_embeddings: bool | None = None
     """Whether the output head is the embedding [the preset's]."""
     initializer_range: float | None = None
-    """Standard deviation of the initial weights [the preset's: 0.02 for demo, hidden_size ** -0.5 for all others]."""
+    """Standard deviation of the initial weights [the preset's: 0.02 for demo and 1.x, hidden_size ** -0.5 for all
+    others]."""
     attention_bias: bool | None = None
     """Whether the projections of attention have biases, of a family that leaves it open: llama, qwen3
     [the preset's; the family's: only in qwen2]."""
+    max_position_embeddings: int | None = None
+    """Of Argonne 1.x: the positions that are learned, at least --block-size [the preset's]."""
+    dropout: float | None = None
+    """Of Argonne 1.x: the share of vectors, of attention and of what layers add that is dropped in training
+    [the preset's]."""
 
-    def resolve(self, block_size: int) -> ArgonneConfig:
+    def resolve(self, block_size: int) -> ModelConfig:
         """The whole shape. Raises ``ArgonneError`` naming what is not legal."""
         if self.preset is not None and self.model_config is not None:
             raise ArgonneError(
@@ -64,7 +71,16 @@ class ModelFlags:
             require_intact(directory, lambda name: name == "config.json")
         base = from_huggingface(self.model_config) if self.model_config else preset(self.preset or DEFAULT_PRESET)
         changed: dict[str, Any] = {name: value for name, value in vars(self).items() if value is not None}
-        for name in ("preset", "model_config", "family", "attention_bias"):
+        for name in ("preset", "model_config"):
+            changed.pop(name, None)
+        if isinstance(base, Argonne1Config):
+            if self.model_config is not None and "hidden_size" in changed:
+                changed = {"intermediate_size": None} | changed
+            return base.with_flags(changed, block_size)
+        for name in ("max_position_embeddings", "dropout"):
+            if name in changed:
+                raise ArgonneError(f"{name}={changed[name]} is not offered by this model; legal: leave it out")
+        for name in ("family", "attention_bias"):
             changed.pop(name, None)
         if self.family is not None or self.attention_bias is not None:
             family = decoder_family(self.family or base.family)

@@ -45,7 +45,7 @@ class TrainingState(Learner):
     tokens: int = 0
     """Target tokens trained on."""
     next_sample: int = 0
-    """The number of the next global sample (known to ranks that read data)."""
+    """The number of the next global sample."""
     lanes: dict[int, LaneState] = field(default_factory=dict)
     """The state of each lane that this rank reads; empty where none was read yet."""
     changes: list[dict[str, Any]] = field(default_factory=list)

@@ -17,6 +17,7 @@ from argonne.data import BatchStream
 from argonne.launch.refusal import NOTHING_GAINED, STOPPING, log, stopped_status
 from argonne.launch.signals import STOP
 from argonne.models import Batch, CrossEntropyLoss
+from argonne.parallel import Draws
 from argonne.parallel.communication.environment import seconds_since_start
 from argonne.parallel.communication.job import TRAINING_TIMEOUT
 from argonne.parallel.communication.reduction import sum_over
@@ -145,12 +146,15 @@ class Trainer:
     def _batch(self, fed: Fed) -> Batch:
         """The micro-batches of a step as the model is given them."""
         documents = None if fed.documents is None else fed.documents[..., :-1]
-        return Batch(fed.tokens[..., :-1], fed.tokens[..., 1:], documents, divisor=self.shape.tokens_per_step)
+        state, divisor = self.state, self.shape.tokens_per_step
+        samples = torch.from_numpy(self.assignment.samples(self.groups.data.rank, state.next_sample))
+        draws = Draws(self.config.training.seed, state.step + 1, samples)
+        return Batch(fed.tokens[..., :-1], fed.tokens[..., 1:], documents, divisor=divisor, draws=draws)
 
     def _consume(self, batch: Fed) -> None:
         """Count the data of this batch as consumed."""
         self.state.tokens += self.shape.tokens_per_step
-        self.state.next_sample = batch.next_sample
+        self.state.next_sample += self.shape.global_batch
         self.state.lanes = dict(batch.states)
 
     def _held_out_loss(self, sequences: Tensor) -> float:

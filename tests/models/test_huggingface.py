@@ -131,7 +131,7 @@ def test_a_file_that_says_only_that_it_is_a_llama_is_llama_configs(tmp_path: Pat
     [
         (
             {"model_type": "gemma3"},
-            "model_type='gemma3' in {file!r} is not supported; legal: llama, mistral, qwen2, qwen3",
+            "model_type='gemma3' in {file!r} is not supported; legal: llama, mistral, qwen2, qwen3, gpt2",
         ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' in {file!r} is not supported; legal: 'silu'"),
         ({"mlp_bias": True}, "mlp_bias=True in {file!r} is not supported; legal: False"),

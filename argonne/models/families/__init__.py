@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from argonne.models.contract import SpecialTokens
+from argonne.models.families.argonne1 import ARGONNE1
 from argonne.models.families.decoder import SHARED, DecoderFamily, Family
 from argonne.models.families.file import ConfigFile
 from argonne.models.families.llama import LLAMA
@@ -16,7 +17,7 @@ from argonne.parallel.errors import ArgonneError
 
 DECODERS = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 """Those of ``ArgonneConfig``."""
-FAMILIES: dict[str, Family] = {**DECODERS}
+FAMILIES: dict[str, Family] = {**DECODERS, ARGONNE1.model_type: ARGONNE1}
 """All of them, by ``model_type``."""
 
 

@@ -44,7 +44,7 @@ class Normal:
     std: float
 
     def fill(self, part: Tensor, seed: int, name: str, whole_shape: Sequence[int], start: Sequence[int]) -> None:
-        key = _key(seed, name)
+        key = key_of(seed, name)
         # Whole trailing dimensions are contiguous in the whole tensor, and are drawn in one stretch.
         first_whole = part.dim()
         while first_whole > 1 and part.shape[first_whole - 1] == whole_shape[first_whole - 1]:
@@ -61,7 +61,8 @@ class Normal:
             part[tuple(outer)].copy_(values.view(part.shape[len(outer) :]))
 
 
-def _key(seed: int, name: str) -> int:
+def key_of(seed: int, name: str) -> int:
+    """128 bits that seed and name decide."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest(), "little")
 
 

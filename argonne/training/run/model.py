@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from argonne.models import ArgonneConfig, ArgonneModel, Execution, LanguageModel, require_contract
+from argonne.models import Execution, LanguageModel, ModelConfig, build_model, require_contract
 from argonne.parallel import ArgonneError, LayoutError, Precision, ProcessGroups
 from argonne.training.config import ModelFlags, RunConfig, names_of
 
@@ -38,7 +38,7 @@ def argonne_model(config: RunConfig, tokenizer_size: int) -> ModelOfRun:
     shape, notes = _shape(config, tokenizer_size), []
     if shape.family == "llama" and shape.hidden_size % shape.num_attention_heads:
         notes.append("note: transformers opens no Llama whose hidden_size is not divisible by num_attention_heads")
-    return ModelOfRun(partial(ArgonneModel, shape), shape.as_json(), tuple(notes))
+    return ModelOfRun(partial(build_model, shape), shape.as_json(), tuple(notes))
 
 
 def own_model(
@@ -95,7 +95,7 @@ def _built(builder: ModelBuilder, tokenizer_size: int, execution: Execution) -> 
     return builder(execution, tokenizer_size)
 
 
-def _shape(config: RunConfig, tokenizer_size: int) -> ArgonneConfig:
+def _shape(config: RunConfig, tokenizer_size: int) -> ModelConfig:
     shape = config.model.resolve(config.data.block_size)
     if config.data.tokenizer_path is None and config.model.vocab_size is None:
         return replace(shape, vocab_size=tokenizer_size)

@@ -54,7 +54,9 @@ def sizes_of(config: RunConfig, device: torch.device, precision: Precision, own_
         documents=config.data.document_mask,
     )
     if not own_model:
-        found = _with_shape(found, config.model.resolve(sequence))
+        shape = config.model.resolve(sequence)
+        assert isinstance(shape, ArgonneConfig)  # no other is reproducible
+        found = _with_shape(found, shape)
     return found if device.type == "cuda" else _small(found)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from argonne.models import ArgonneConfig
+from argonne.models import ArgonneConfig, ModelConfig
+from argonne.models.families.argonne1 import Argonne1Config, require_not_reproducible
 from argonne.parallel import Layout, LayoutError
 from argonne.parallel.communication.layout import divisors
 from argonne.parallel.errors import ArgonneError
@@ -24,14 +25,17 @@ def blocks_of(config: RunConfig) -> int | None:
     """The canonical blocks along the tensor axis; None where the run is not reproducible.
 
     Raises:
-        ArgonneError: a model of one's own is trained, whose key-value heads the flags do not say.
+        ArgonneError: the model is Argonne 1.x, which has no such blocks.
     """
     parallel = config.parallel
     if not parallel.reproducible:
         return None
     if parallel.reproducible_blocks is not None:
         return parallel.reproducible_blocks
-    return config.model.resolve(config.data.block_size).num_key_value_heads
+    shape = config.model.resolve(config.data.block_size)
+    if isinstance(shape, Argonne1Config):
+        require_not_reproducible()
+    return shape.num_key_value_heads
 
 
 def reproducible_identity(config: RunConfig) -> dict[str, Any] | None:
@@ -41,7 +45,7 @@ def reproducible_identity(config: RunConfig) -> dict[str, Any] | None:
     return {"blocks": blocks_of(config), "micro_batch": config.training.initial_batch_size}
 
 
-def check_reproducible(config: RunConfig, layout: Layout, shape: ArgonneConfig | None) -> None:
+def check_reproducible(config: RunConfig, layout: Layout, shape: ModelConfig | None) -> None:
     """Refuse what has not the same bits at every layout; ``shape`` is None for a model of one's own.
 
     Raises:
@@ -55,6 +59,8 @@ def check_reproducible(config: RunConfig, layout: Layout, shape: ArgonneConfig |
                 "legal: --reproducible too, or leave it out"
             )
         return
+    if isinstance(shape, Argonne1Config):
+        require_not_reproducible()
     if shape is None and config.parallel.reproducible_blocks is None:
         raise ArgonneError(
             "reproducible=True needs --reproducible-blocks for a model of one's own; legal: a number that divides "
