@@ -28,7 +28,7 @@ def load_pieces(directory: Path, pieces: Iterable[Piece], verify: bool = True) -
     Raises:
         CheckpointError: a tensor is missing, or has another shape, or a file is not as it was written.
     """
-    pieces, files = list(pieces), _tensor_files(directory)
+    pieces, files = list(pieces), tensor_files(directory)
     if verify:
         read = {files.get(piece.name) for piece in pieces}
         require_intact(directory, lambda name: name in read)
@@ -80,7 +80,7 @@ def _require_shape(piece: Piece, shape: tuple[int, ...], place: str) -> None:
         )
 
 
-def _tensor_files(directory: Path) -> dict[str, str]:
+def tensor_files(directory: Path) -> dict[str, str]:
     """The file of each tensor: from the manifest, or as Hugging Face keeps them."""
     if (directory / MANIFEST).exists():
         return {name: record.file for name, record in read_manifest(directory).tensors.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def save_checkpoint(
             problems += written.problems
     if groups.is_first and not problems:
         try:
-            _write_index(temporary, tensors)
+            write_index(temporary, tensors)
             write_rest(temporary)
             for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
                 name = str(path.relative_to(temporary))
@@ -126,7 +126,7 @@ def _write_tensors(directory: Path, kind: str, pieces: Sequence[Piece], groups: 
     parts = {(p.name, p.region.start): p.part for p in mine}
     wholes = _wholes(gather_objects([(p.name, p.region, p.part.dtype) for p in mine], groups.world))
     writers = sorted({rank for whole in wholes.values() for rank, _ in whole.sources})
-    files = list(_files(wholes))
+    files = list(file_groups({name: whole.bytes for name, whole in wholes.items()}))
     written = _Written()
     for number, names in enumerate(files):
         writer = writers[number % len(writers)]
@@ -153,15 +153,16 @@ def _wholes(held: list[list[tuple[str, Region, torch.dtype]]]) -> dict[str, _Who
     return wholes
 
 
-def _files(wholes: dict[str, _Whole]) -> Iterable[list[str]]:
+def file_groups(sizes: Mapping[str, int]) -> Iterable[list[str]]:
+    """Which whole tensors, of so many bytes each, share a file, in their order."""
     names: list[str] = []
     size = 0
-    for name in sorted(wholes):
-        if names and size + wholes[name].bytes > MAX_FILE_BYTES:
+    for name in sorted(sizes):
+        if names and size + sizes[name] > MAX_FILE_BYTES:
             yield names
             names, size = [], 0
         names.append(name)
-        size += wholes[name].bytes
+        size += sizes[name]
     if names:
         yield names
 
@@ -190,7 +191,7 @@ def _assemble(
     return result
 
 
-def _write_index(directory: Path, tensors: dict[str, TensorRecord]) -> None:
+def write_index(directory: Path, tensors: Mapping[str, TensorRecord]) -> None:
     """The index with which Hugging Face finds each weight."""
     weights = {name: record for name, record in tensors.items() if record.file.startswith("model-")}
     size = sum(math.prod(r.shape) * getattr(torch, r.dtype).itemsize for r in weights.values())

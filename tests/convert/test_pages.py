@@ -1,0 +1,77 @@
+"""The commands of docs/convert.md and of the README's tables run as printed, on files made in the old forms."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from argonne.data import boundary_tokens, train_tokenizer, write_tokenizer
+from argonne.models import ArgonneConfig
+from tests.convert import old
+from tests.export import export
+from tests.integration.runs import ROOT
+
+PAGE, README = ((ROOT / name).read_text() for name in ("docs/convert.md", "README.md"))
+COMMAND = re.compile(r"python (examples/convert\.py [^`\n|]*[^`\n| ])")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory in which there is what the commands name."""
+    tokenizer = train_tokenizer(["some words of a text, and a few more "] * 9, 300)
+    config = ArgonneConfig(24, 2, 6, 3, len(tokenizer), 40, max_position_embeddings=32)
+    state = old.argonne2(config)
+    old.saved(tmp_path / "old-2.0.pth", old.checkpoint(state, config={}))
+    shards = old.shards(state, 3)
+    old.saved(tmp_path / "old-shards.pth", old.checkpoint({}, tensor_parallel_shards=shards, world_size=3))
+    old.saved(tmp_path / "old-1.5.pth", old.checkpoint(old.argonne1(), config={}))
+    (tmp_path / "tokenizer").mkdir()
+    write_tokenizer(tokenizer, tmp_path / "tokenizer")
+    export(tmp_path / "runs" / "demo", config, tokenizer, boundary_tokens(tokenizer))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(commands: list[str]) -> None:
+    """All in one process, each as the driver runs it."""
+    script = "import runpy, sys\nfor words in %r:\n    sys.argv = words\n    runpy.run_path(%r, run_name='__main__')\n"
+    words = [shlex.split(command) for command in commands]
+    made = script % (words, str(ROOT / "examples" / "convert.py"))
+    done = subprocess.run([sys.executable, "-c", made], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len(commands)
+
+
+def test_every_command_of_the_page_runs(here: Path) -> None:
+    commands = COMMAND.findall(PAGE.partition("## Each way")[2])
+    assert len(commands) == PAGE.partition("## Each way")[2].count("convert.py")
+    run(commands)
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        first, last = (AutoModelForCausalLM.from_pretrained(here / name)(ids).logits for name in ("2.0", "shards"))
+    assert torch.equal(first, last)
+    assert json.loads((here / "2.0" / "config.json").read_text())["eos_token_id"] == 2
+    assert (here / "demo.gguf").stat().st_size < (here / "2.0.gguf").stat().st_size
+
+
+def test_every_command_of_the_readme_runs(here: Path) -> None:
+    commands = COMMAND.findall(README)
+    assert len(commands) == README.count("examples/convert.py") > 4
+    run(commands)
+    assert AutoModelForCausalLM.from_pretrained(here / "demo-again").config.vocab_size > 200
+
+
+def test_every_flag_is_on_the_page() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "convert.py"), "--help"], capture_output=True, text=True, check=True
+    )
+    flags = set(re.findall(r"--[a-z][\w-]+", done.stdout)) - {"--help", "--no-take-first-rank"}
+    assert {flag for flag in flags if flag not in PAGE} == set()
