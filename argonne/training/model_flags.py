@@ -79,7 +79,7 @@ class ModelFlags:
             return base.with_flags(changed, block_size)
         for name in ("max_position_embeddings", "dropout"):
             if name in changed:
-                raise ArgonneError(f"{name}={changed[name]} is not offered by this model; legal: leave it out")
+                raise ArgonneError(f"{name}={changed[name]!r} is not offered by this model; legal: leave it out")
         for name in ("family", "attention_bias"):
             changed.pop(name, None)
         if self.family is not None or self.attention_bias is not None:

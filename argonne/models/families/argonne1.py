@@ -97,7 +97,7 @@ class Argonne1Config:
             values |= dict.fromkeys(DROPOUTS, values.pop("dropout"))
         known = {field.name for field in fields(self)}
         for name in (name for name in values if name not in known):
-            raise ArgonneError(f"{name}={values[name]} is not offered by Argonne 1.x (GPT-2); legal: leave it out")
+            raise ArgonneError(f"{name}={values[name]!r} is not offered by Argonne 1.x (GPT-2); legal: leave it out")
         shape = replace(self, **values)
         if block_size > (learnt := shape.max_position_embeddings):
             raise ArgonneError(
