@@ -36,8 +36,8 @@ from argonne.parallel import (
     sharded_parameters,
 )
 from argonne.parallel.communication.layout import require_blocks
+from argonne.parallel.tensor_parallel.precision import resolve_precision
 from argonne.training.run.reproducible import settle_process
-from argonne.training.run.setup import resolve_precision
 from benchmarks.lockstep import in_lockstep
 from benchmarks.report import environment, write_json
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from argonne.models import ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas
 from argonne.parallel import ProcessGroups, initialise
-from argonne.training.run.setup import PRECISIONS
+from argonne.parallel.tensor_parallel.precision import PRECISIONS
 from argonne.training.step import StepResult
 from tests.models.same_bits import (
     ALONE,

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from argonne.models.cache import LayerCache
 from argonne.models.execution import Execution
 from argonne.models.families.argonne1 import Argonne1Config
 from argonne.parallel import (
@@ -51,6 +52,10 @@ class BlockInputs:
     """The keys ``[batch, sequence]`` of all positions, which meet in attention."""
     rows: Tensor | None = None
     """The keys ``[tokens]`` of those that this rank has between the tensor-parallel pairs."""
+    positions: Tensor | None = None
+    """``[sequence]`` where in its own sequence each is; None: one after the other."""
+    cache: LayerCache | None = None
+    """What earlier positions have left in this layer, where text is generated."""
 
 
 class Places:
@@ -75,6 +80,10 @@ class Places:
             return BlockInputs(sequence, documents)
         queries = row_keys(key, samples, torch.arange(sequence, device=self.groups.device))
         return BlockInputs(sequence, documents, queries, own_tokens(queries.flatten(), self.groups))
+
+    def inputs_at(self, positions: Tensor) -> BlockInputs:
+        """For one position of each of several sequences, which layers take for neighbours in one: ``[rows]`` places."""
+        return BlockInputs(len(positions), positions=positions)
 
 
 def own_tokens(x: Tensor, groups: ProcessGroups) -> Tensor:
@@ -114,9 +123,11 @@ class PositionEmbedding(nn.Module):
         shape = config.max_position_embeddings, config.hidden_size
         self.weight = nn.Parameter(torch.empty(shape, dtype=execution.precision.parameters))
 
-    def forward(self, batch: int, sequence: int) -> Tensor:
+    def forward(self, batch: int, inputs: BlockInputs) -> Tensor:
         """``[batch * sequence, hidden]``, or this rank's share of those rows."""
-        positions = torch.arange(sequence, device=self.groups.device).repeat(batch)
+        positions = inputs.positions
+        if positions is None:
+            positions = torch.arange(inputs.sequence, device=self.groups.device).repeat(batch)
         # Past the last: ids that are padded to be shared out (next_token_logits), which nothing sees.
         positions = own_tokens(positions, self.groups).clamp_max(len(self.weight) - 1)
         return F.embedding(positions, self.weight).to(self.precision.compute)
@@ -186,7 +197,9 @@ class Attention(nn.Module):
             sequence=inputs.sequence,
             head=len(self.heads),
         )
-        if inputs.queries is None or not self.attn_dropout.probability:
+        if inputs.cache is not None:
+            found = inputs.cache.attend(query, key, value, None, pinned=False)
+        elif inputs.queries is None or not self.attn_dropout.probability:
             found = context_parallel_attention(query, key, value, Axis("context"), inputs.documents)
         else:
             found = self._dropping(query, key, value, inputs.queries, inputs.documents)

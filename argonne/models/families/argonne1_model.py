@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from argonne.models.cache import CacheShape
 from argonne.models.contract import Batch, LossFunction, SpecialTokens
 from argonne.models.execution import Execution
 from argonne.models.families.argonne1 import ARGONNE1, DROPOUTS, Argonne1Config, require_not_reproducible
@@ -54,7 +55,7 @@ class Argonne1Stage(Stage):
     def embed(self, ids: Tensor, inputs: BlockInputs) -> Tensor:
         """Vectors of tokens and positions."""
         assert self.wpe is not None
-        dropped: Tensor = self.drop(super().embed(ids, inputs) + self.wpe(*ids.shape), inputs.rows)
+        dropped: Tensor = self.drop(super().embed(ids, inputs) + self.wpe(len(ids), inputs), inputs.rows)
         return dropped
 
 
@@ -105,6 +106,12 @@ class Argonne1Model(StagedModel):
             wpe=transformer.wpe if span.is_first else None,
             dropout=self.config.embedding_dropout,
         )
+
+    def cache_shape(self) -> CacheShape:
+        """The heads of this rank's blocks."""
+        layers = [number for span in self.spans.values() for number in span.layers]
+        heads = len(self.transformer.h[str(layers[0])].attn.heads)
+        return CacheShape(layers, heads, self.config.head_dim, self.execution.precision.compute, self.groups.device)
 
     @property
     def masks_documents(self) -> bool:
