@@ -63,6 +63,10 @@ class ModelFlags:
     """Whether the output head is the embedding [the preset's]."""
     initializer_range: float | None = None
     """Standard deviation of the initial weights [the preset's: 0.02 for demo, hidden_size ** -0.5 for all others]."""
+    init_from: Path | None = None
+    """Begin with these weights, at step 0: a Hugging Face directory, or a run's (its newest valid checkpoint) or one of
+    its step directories; the shape is its config.json's, and the tokenizer its own unless --tokenizer-path says
+    otherwise [weights are drawn by --seed]."""
 
     def resolve(self, block_size: int) -> ArgonneConfig:
         """The whole shape. Raises ``ArgonneError`` naming what is not legal."""
@@ -75,7 +79,7 @@ class ModelFlags:
             require_intact(directory, lambda name: name == "config.json")
         base = from_huggingface(self.model_config) if self.model_config else preset(self.preset or DEFAULT_PRESET)
         changed: dict[str, Any] = {name: value for name, value in vars(self).items() if value is not None}
-        for name in ("preset", "model_config"):
+        for name in ("preset", "model_config", "init_from"):
             changed.pop(name, None)
         if self.model_config is not None:  # a file gives what a preset derives, which is to follow a changed width too
             follows = {"hidden_size": ("head_dim", "intermediate_size"), "num_attention_heads": ("head_dim",)}
