@@ -10,7 +10,6 @@ import pytest
 
 from argonne.launch import RestartFlags, parse
 from argonne.training.config import (
-    DEFAULT_PRESET,
     DataFlags,
     ModelFlags,
     ParallelFlags,
@@ -19,6 +18,7 @@ from argonne.training.config import (
     RunFlags,
     TrainingFlags,
 )
+from argonne.training.model_flags import DEFAULT_PRESET
 
 DRIVERS = {
     "examples.custom_model": "Config",

@@ -84,6 +84,8 @@ def other_values(base: RunConfig) -> dict[str, Any]:
         "rms_norm_eps": 1e-3,
         "tie_word_embeddings": False,
         "initializer_range": 0.5,
+        "family": "qwen3",
+        "attention_bias": True,
         "hidden_size": 56,
         "num_hidden_layers": 3,
         "data_glob": (f"{home}/other/*.parquet",),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -38,9 +37,9 @@ def argonne_model(config: RunConfig, tokenizer_size: int) -> ModelOfRun:
         ArgonneError: there are more tokens than the flags allow.
     """
     shape, notes = _shape(config, tokenizer_size), []
-    if shape.hidden_size % shape.num_attention_heads:
+    if shape.family == "llama" and shape.hidden_size % shape.num_attention_heads:
         notes.append("note: transformers opens no Llama whose hidden_size is not divisible by num_attention_heads")
-    return ModelOfRun(partial(ArgonneModel, shape), dataclasses.asdict(shape), tuple(notes))
+    return ModelOfRun(partial(ArgonneModel, shape), shape.as_json(), tuple(notes))
 
 
 def own_model(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import ChainMap
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -139,7 +138,7 @@ def _with_shape(identity: RunIdentity, config: RunConfig, saved: RunIdentity | N
     """``identity`` with the model's shape as far as the flags settle it: of the vocabulary, the tokenizer decides."""
     if saved is None or not saved.model:
         return identity
-    shape = dataclasses.asdict(shape_of(config))
+    shape = shape_of(config).as_json()
     return replace(identity, model=shape | {"vocab_size": saved.model.get("vocab_size")})
 
 
