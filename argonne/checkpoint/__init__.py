@@ -12,7 +12,7 @@ from argonne.checkpoint.format import (
     step_directory,
     step_of,
 )
-from argonne.checkpoint.load import load_pieces, load_tensors, load_trainer
+from argonne.checkpoint.load import load_pieces, load_tensors, load_trainer, tensor_files
 from argonne.checkpoint.pieces import MOMENTS, Piece, moment_pieces, reset_moments, weight_pieces
 from argonne.checkpoint.retention import checkpoints, newest_valid, prune, resolve, trusted
 from argonne.checkpoint.save import save_checkpoint
@@ -39,6 +39,7 @@ __all__ = [
     "save_checkpoint",
     "step_directory",
     "step_of",
+    "tensor_files",
     "trusted",
     "weight_pieces",
     "weights_fingerprint",

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, PretrainedConfig, Qwen3Config
 
 from argonne.data import load_tokenizer
 from argonne.parallel import ArgonneError
@@ -28,11 +28,13 @@ from tests.training.small_run import small_run
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
-def write_origin(directory: Path, tokenizer: Path, seed: int = 3) -> Path:
-    """A Llama with a head of its own, and with what checkpoints of real models have beside the weights."""
+def write_origin(directory: Path, tokenizer: Path, seed: int = 3, kind: type[PretrainedConfig] = LlamaConfig) -> Path:
+    """A model with a head of its own, and with what checkpoints of real models have beside the weights."""
     torch.manual_seed(seed)
     loaded = load_tokenizer(tokenizer)
-    config = LlamaConfig(
+    own = {"sliding_window": None} if kind is MistralConfig else {}
+    config = kind(
+        **own,
         vocab_size=len(loaded) + 5,
         hidden_size=24,
         intermediate_size=36,
@@ -49,7 +51,7 @@ def write_origin(directory: Path, tokenizer: Path, seed: int = 3) -> Path:
         pad_token_id=None,
         dtype="bfloat16",
     )
-    LlamaForCausalLM(config).bfloat16().save_pretrained(directory, max_shard_size="20KB")
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(directory, max_shard_size="20KB")
     loaded.chat_template = TEMPLATE
     loaded.save_pretrained(directory)
     said = json.loads((directory / "config.json").read_text())
@@ -93,16 +95,34 @@ def whole(config: RunConfig) -> Path:
     return config.run.output_dir
 
 
-def test_the_first_loss_is_that_of_the_weights_in_transformers(config: RunConfig, whole: Path) -> None:
+def first_loss(config: RunConfig) -> float:
+    """Of the run's first batch, by ``transformers``."""
     model = AutoModelForCausalLM.from_pretrained(config.model.init_from, dtype=torch.float32)
     corpora = Corpora.open(config.data, config.training.seed)
-    tokenizer = load_tokenizer(str(config.model.init_from))
-    mixture = corpora.mixture(tokenizer, None, range(corpora.lanes), {})
+    mixture = corpora.mixture(load_tokenizer(str(config.model.init_from)), None, range(corpora.lanes), {})
     ids = torch.stack([torch.from_numpy(mixture.sample(number).tokens).long() for number in range(4)])
     with torch.no_grad():
         logits = model(ids[:, :-1]).logits
-    expected = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
-    assert metrics(whole)[0]["loss"] == pytest.approx(expected, rel=1e-5)
+    return functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
+
+
+def test_the_first_loss_is_that_of_the_weights_in_transformers(config: RunConfig, whole: Path) -> None:
+    assert metrics(whole)[0]["loss"] == pytest.approx(first_loss(config), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [MistralConfig, Qwen3Config])
+def test_a_model_of_another_family_is_begun_with_and_saved_as_that(
+    config: RunConfig, tmp_path: Path, kind: type[PretrainedConfig]
+) -> None:
+    origin = write_origin(tmp_path / "origin", config.run.output_dir.parent / "tokenizer", kind=kind)
+    asked = replace(into(config, tmp_path / "run", 1), model=ModelFlags(init_from=origin))
+    begin(asked)
+    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(first_loss(asked), rel=1e-5)
+    told, kept = (json.loads((at / "config.json").read_text()) for at in (origin, tmp_path / "run/step_00000001"))
+    assert kept == told | {"torch_dtype": "float32"}
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "run/step_00000001", output_loading_info=True)
+    assert type(model).__name__ == kind.__name__.replace("Config", "ForCausalLM")
+    assert not any(info.values()), info
 
 
 def test_a_checkpoint_keeps_every_field_and_file_that_training_did_not_change(config: RunConfig, whole: Path) -> None:
@@ -144,6 +164,12 @@ def test_a_run_goes_on_without_the_directory_it_began_with(
         for file in (whole / "step_00000004").iterdir():
             if file.suffix != ".safetensors" and file.name not in ("trainer.json", "manifest.json"):
                 assert (run / "step_00000004" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_resume_from_scratch_begins_with_the_weights_again(config: RunConfig, whole: Path, tmp_path: Path) -> None:
+    words = ["--checkpoint-path", str(whole), "--force-from-scratch", "--output-dir", str(tmp_path / "run")]
+    assert resume(parse_resume(words)) == 0
+    assert weights(tmp_path / "run") == weights(whole)
 
 
 def test_a_run_killed_before_its_first_save_begins_again(config: RunConfig, whole: Path, tmp_path: Path) -> None:
@@ -219,7 +245,7 @@ def quantised(path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
-    "no config": ("config.json", Path.unlink, "holds no checkpoint|does not exist"),
+    "no config": ("config.json", Path.unlink, "holds no model; legal: a Hugging Face directory"),
     "config is no JSON": ("config.json", lambda path: path.write_text("{"), "config.json.* cannot be read"),
     "config of another kind": ("config.json", edited(model_type="bert"), "model_type='bert'"),
     "generation config is no JSON": ("generation_config.json", lambda path: path.write_text("["), "cannot be read"),
@@ -228,6 +254,11 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         "model.safetensors",
         lambda path: path.write_bytes(path.read_bytes()[:-90]),
         "cannot be read",
+    ),
+    "weights of another form": (
+        "model.safetensors",
+        lambda path: path.rename(path.with_suffix(".bin")),
+        "no safetensors",
     ),
     "weights are missing": ("model.safetensors", Path.unlink, "holds no safetensors"),
     "quantised weights": ("model.safetensors", quantised, "is stored as I8; legal: F16"),

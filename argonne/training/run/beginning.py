@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from argonne.checkpoint import is_small, require_intact, resolve, weights_fingerprint
+from argonne.checkpoint import is_small, require_intact, resolve, tensor_files, weights_fingerprint
 from argonne.data.tokens.tokenizer import holds_tokenizer
 from argonne.inference.opening import is_plain, locate
 from argonne.models import end_tokens
@@ -64,3 +64,4 @@ def check_beginning(config: RunConfig) -> None:
     if directory == path:  # of a run, one that is damaged may be passed over
         require_intact(path, is_small)
         end_tokens(path)  # refuses what is no JSON
+        tensor_files(path)  # refuses what is no safetensors

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-from argonne.checkpoint import CheckpointError, checkpoints, load_trainer, resolve
+from argonne.checkpoint import CheckpointError, checkpoints, is_checkpoint, load_trainer, resolve
 from argonne.inference.opening import some_config
 from argonne.models import ArgonneConfig
 from argonne.parallel.errors import ArgonneError
@@ -36,13 +36,13 @@ def shape_of(config: RunConfig) -> ArgonneConfig:
 
 
 def origin_path(path: Path) -> Path:
-    """``path``, if it is a directory. Raises ``ArgonneError`` if it is not."""
-    if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
-        raise ArgonneError(
-            f"init_from={str(path)!r} {what}; legal: a Hugging Face directory, a run's or one of its checkpoints"
-        )
-    return path
+    """``path``, if it is a directory with a model in it. Raises ``ArgonneError`` if it is not."""
+    if (path / "config.json").exists() or is_checkpoint(path) or checkpoints(path):
+        return path
+    what = "holds no model" if path.is_dir() else "is a file" if path.exists() else "does not exist"
+    raise ArgonneError(
+        f"init_from={str(path)!r} {what}; legal: a Hugging Face directory, a run's or one of its checkpoints"
+    )
 
 
 def own_checkpoints(config: RunConfig) -> Path | None:
