@@ -1,5 +1,6 @@
 """Checkpoints: whole tensors in a Hugging Face directory, valid or not there at all."""
 
+from argonne.checkpoint.fingerprint import weights_fingerprint
 from argonne.checkpoint.format import (
     MANIFEST,
     CheckpointError,
@@ -11,7 +12,7 @@ from argonne.checkpoint.format import (
     step_directory,
     step_of,
 )
-from argonne.checkpoint.load import load_pieces, load_tensors, load_trainer
+from argonne.checkpoint.load import load_pieces, load_tensors, load_trainer, tensor_files
 from argonne.checkpoint.pieces import MOMENTS, Piece, moment_pieces, reset_moments, weight_pieces
 from argonne.checkpoint.retention import checkpoints, newest_valid, prune, resolve, trusted
 from argonne.checkpoint.save import save_checkpoint
@@ -38,6 +39,8 @@ __all__ = [
     "save_checkpoint",
     "step_directory",
     "step_of",
+    "tensor_files",
     "trusted",
     "weight_pieces",
+    "weights_fingerprint",
 ]

@@ -59,6 +59,10 @@ class ModelFlags:
     dropout: float | None = None
     """Of Argonne 1.x: the share of vectors, of attention and of what layers add that is dropped in training
     [the preset's]."""
+    init_from: Path | None = None
+    """Begin with these weights, at step 0: a Hugging Face directory, or a run's (its newest valid checkpoint) or one of
+    its step directories; the shape is its config.json's, and the tokenizer its own unless --tokenizer-path says
+    otherwise [weights are drawn by --seed]."""
 
     def resolve(self, block_size: int) -> ModelConfig:
         """The whole shape. Raises ``ArgonneError`` naming what is not legal."""
@@ -71,7 +75,7 @@ class ModelFlags:
             require_intact(directory, lambda name: name == "config.json")
         base = from_huggingface(self.model_config) if self.model_config else preset(self.preset or DEFAULT_PRESET)
         changed: dict[str, Any] = {name: value for name, value in vars(self).items() if value is not None}
-        for name in ("preset", "model_config"):
+        for name in ("preset", "model_config", "init_from"):
             changed.pop(name, None)
         if isinstance(base, Argonne1Config):
             if self.model_config is not None and "hidden_size" in changed:

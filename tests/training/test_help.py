@@ -25,6 +25,7 @@ DRIVERS = {
     "examples.demo": "Demo",
     "examples.demo_corpus": "DemoCorpus",
     "examples.generate": "GenerateConfig",
+    "examples.perplexity": "PerplexityConfig",
     "argonne.training.config": "RunConfig",
     "argonne.training.config resume": "ResumeConfig",
     "benchmarks.data_corpus": "Flags",

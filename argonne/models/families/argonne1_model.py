@@ -110,8 +110,9 @@ class Argonne1Model(StagedModel):
     def cache_shape(self) -> CacheShape:
         """The heads of this rank's blocks."""
         layers = [number for span in self.spans.values() for number in span.layers]
-        heads = len(self.transformer.h[str(layers[0])].attn.heads)
-        return CacheShape(layers, heads, self.config.head_dim, self.execution.precision.compute, self.groups.device)
+        block = self.transformer.h[str(layers[0])]
+        assert isinstance(block, Block)
+        return CacheShape(layers, len(block.attn.heads), self.config.head_dim, self.execution.precision.compute, self.groups.device)
 
     @property
     def masks_documents(self) -> bool:

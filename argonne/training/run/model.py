@@ -13,6 +13,7 @@ import torch
 from argonne.models import Execution, LanguageModel, ModelConfig, build_model, require_contract
 from argonne.parallel import ArgonneError, LayoutError, Precision, ProcessGroups
 from argonne.training.config import ModelFlags, RunConfig, names_of
+from argonne.training.run.shape import shape_of
 
 ModelBuilder = Callable[[Execution, int], LanguageModel]
 """Makes this rank's part of a model from how it is computed and the number of tokens of the vocabulary."""
@@ -96,10 +97,15 @@ def _built(builder: ModelBuilder, tokenizer_size: int, execution: Execution) -> 
 
 
 def _shape(config: RunConfig, tokenizer_size: int) -> ModelConfig:
-    shape = config.model.resolve(config.data.block_size)
-    if config.data.tokenizer_path is None and config.model.vocab_size is None:
+    shape, origin = shape_of(config), config.model.init_from
+    if origin is None and config.data.tokenizer_path is None and config.model.vocab_size is None:
         return replace(shape, vocab_size=tokenizer_size)
     if shape.vocab_size < tokenizer_size:
+        if origin is not None:
+            raise ArgonneError(
+                f"the tokenizer has {tokenizer_size} tokens, more than the model of init_from={str(origin)!r}; legal: "
+                f"a tokenizer of at most {shape.vocab_size}, its vocab_size"
+            )
         raise ArgonneError(
             f"vocab_size={shape.vocab_size} is less than the tokenizer's {tokenizer_size}; "
             f"legal: --vocab-size {tokenizer_size} or more"

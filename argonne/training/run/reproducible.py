@@ -16,6 +16,7 @@ from argonne.parallel import Layout, LayoutError
 from argonne.parallel.communication.layout import divisors
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import RunConfig
+from argonne.training.run.shape import shape_of
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _CUBLAS_LEGAL = (":4096:8", ":16:8")
@@ -32,7 +33,7 @@ def blocks_of(config: RunConfig) -> int | None:
         return None
     if parallel.reproducible_blocks is not None:
         return parallel.reproducible_blocks
-    shape = config.model.resolve(config.data.block_size)
+    shape = shape_of(config)
     if isinstance(shape, Argonne1Config):
         require_not_reproducible()
     return shape.num_key_value_heads
