@@ -164,9 +164,9 @@ def test_what_an_old_file_has_no_place_for_is_refused(tmp_path: Path, step: Path
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"activation_function": "gelu_new"}, "activation_function='gelu_new' has no place in the files of 1.x"),
-        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06 has no place"),
-        ({"n_head": "4"}, "n_head='4' is not legal"),
+        ({"activation_function": "gelu_new"}, "activation='gelu_new' has no place in the files of 1.x"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_eps=1e-06 has no place"),
+        ({"n_head": "4"}, "num_attention_heads='4' is not legal"),
     ],
 )
 def test_a_gpt2_that_is_not_one_of_ours_becomes_no_file_of_one(
