@@ -23,6 +23,8 @@ from tests.convert import old
 from tests.convert.test_old_files import weights
 from tests.export import export
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+
 TWO = old.argonne2()
 MADE = {"argonne2": (TWO, old.TOLD), "argonne1": (old.argonne1(), {"n_head": 4})}
 
@@ -39,7 +41,6 @@ def step(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = ArgonneConfig(24, 2, 6, 3, len(tokenizer), 40, max_position_embeddings=32)
     directory = export(root, config, tokenizer, None)
     write_json(directory / "trainer.json", {"step": 1, "tokens": 640})
-    shutil.rmtree(root / "again", ignore_errors=True)
     return directory
 
 
