@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"files", "parallel"},
     "models": {"files", "parallel", "kernels"},
     "inference": {"files", "parallel", "kernels", "data", "checkpoint", "models"},
-    "convert": {"files", "parallel", "models", "data", "checkpoint"},
+    "convert": {"files", "parallel", "kernels", "models", "data", "checkpoint"},
     "training": {
         *("argonne", "parent", "files", "output", "parallel", "kernels", "launch"),
         *("data", "checkpoint", "models", "inference"),

@@ -16,15 +16,15 @@ from safetensors import SafetensorError
 from argonne.convert.directories import write_beside, write_directory
 from argonne.convert.distributed import write_distributed
 from argonne.convert.gguf_file import check_gguf, require_gguf, write_gguf
-from argonne.convert.gpt2 import argonne1_config, require_plain
 from argonne.convert.names import argonne1_from_gpt2, argonne2_name
 from argonne.convert.old_writing import write_old
 from argonne.convert.opening import open_model
-from argonne.convert.shapes import OldFileFlags, old_config
+from argonne.convert.shapes import OldFileFlags, argonne1_words, argonne2_words
 from argonne.convert.stored import StoredModel
 from argonne.data import load_tokenizer, write_tokenizer
 from argonne.data.errors import one_line
 from argonne.files import TEMPORARY, make_directory, replacing, sync
+from argonne.models import Argonne1Config, ArgonneConfig
 from argonne.parallel.errors import ArgonneError
 
 Form = Literal["huggingface", "dcp", "argonne2", "argonne1", "gguf"]
@@ -87,20 +87,19 @@ def _dcp(model: StoredModel, flags: ConvertFlags) -> Callable[[Path], None]:
 
 
 def _argonne2(model: StoredModel, flags: ConvertFlags) -> Callable[[Path], None]:
-    if model.kind != "llama" or model.shape is None:
+    if not isinstance(model.shape, ArgonneConfig) or model.shape.family != "llama":
         raise _no_such("argonne2", model, "llama")
+    told = replace(model, config=argonne2_words(model.shape))
     tensors = {argonne2_name(name): tensor for name, tensor in model.tensors.items()}
-    told = replace(model, config=old_config(model.shape))
     tied = ("lm_head.weight", "embed_tokens.weight") if model.is_tied else None
     return lambda path: write_old(tensors, tied, told, path)
 
 
 def _argonne1(model: StoredModel, flags: ConvertFlags) -> Callable[[Path], None]:
-    if model.kind != "gpt2":
+    if not isinstance(model.shape, Argonne1Config):
         raise _no_such("argonne1", model, "gpt2")
-    require_plain(model.config)
+    told = replace(model, config=argonne1_words(model.shape))
     tensors = argonne1_from_gpt2(model.tensors)
-    told = replace(model, config=argonne1_config(model.config))
     tied = ("head.weight", "token_embedding.weight") if model.is_tied else None
     return lambda path: write_old(tensors, tied, told, path)
 
@@ -125,7 +124,7 @@ _WRITERS: dict[Form, Callable[[StoredModel, ConvertFlags], Callable[[Path], None
 
 
 def _no_such(form: str, model: StoredModel, kind: str) -> ArgonneError:
-    return ArgonneError(f"model_type={model.kind!r} has no place in a file of {form}; legal: {kind!r}")
+    return ArgonneError(f"model_type={model.shape.family!r} has no place in a file of {form}; legal: {kind!r}")
 
 
 def _with_tokenizer(model: StoredModel, flags: ConvertFlags) -> tuple[StoredModel, Callable[[Path], None] | None]:
@@ -133,7 +132,7 @@ def _with_tokenizer(model: StoredModel, flags: ConvertFlags) -> tuple[StoredMode
     if flags.tokenizer_path is None:
         return model, None
     tokenizer = load_tokenizer(flags.tokenizer_path)
-    size, rows = max(tokenizer.get_vocab().values()) + 1, int(model.config["vocab_size"])
+    size, rows = max(tokenizer.get_vocab().values()) + 1, model.shape.vocab_size
     if size > rows:
         raise ArgonneError(f"tokenizer_path={str(flags.tokenizer_path)!r} has {size} tokens; legal: {rows} at most")
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from argonne.convert.gguf_tokenizer import GGUFTokenizer, gguf_tokenizer
 from argonne.convert.stored import Stored, StoredModel
 from argonne.files import sync
+from argonne.kernels.rotation import rope_frequencies
 from argonne.models import ArgonneConfig
 from argonne.parallel.errors import ArgonneError
 
@@ -38,6 +41,8 @@ _BLOCK = {
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """llama.cpp's name for each ``model_type``."""
 
+# What llama.cpp's YaRN is not told here: it takes what is usual.
+_UNUSUAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 _FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
 """``general.file_type`` of a file whose matrices have this dtype."""
 
@@ -53,15 +58,22 @@ def require_gguf() -> Any:
 
 def check_gguf(model: StoredModel) -> ArgonneConfig:
     """The shape of a model that can be written. Raises ``ArgonneError`` for what llama.cpp computes in another way."""
-    if model.shape is None or model.kind not in ARCHITECTURES:
-        why = "llama.cpp has its GELU in another form" if model.kind == "gpt2" else "it has no place in GGUF here"
-        raise ArgonneError(f"model_type={model.kind!r} cannot become GGUF: {why}; legal: {', '.join(ARCHITECTURES)}")
-    if (scaling := getattr(model.shape, "rope_scaling", None)) is not None:
-        raise ArgonneError(f"rope_scaling={scaling!r} cannot become GGUF here; legal: none")
+    shape, family = model.shape, model.shape.family
+    if not isinstance(shape, ArgonneConfig) or family not in ARCHITECTURES:
+        why = "llama.cpp has its GELU in another form" if family == "gpt2" else "it has no place in GGUF here"
+        raise ArgonneError(f"model_type={family!r} cannot become GGUF: {why}; legal: {', '.join(ARCHITECTURES)}")
+    if family == "qwen3" and (shape.attention_bias or shape.output_bias):
+        raise ArgonneError("attention_bias=True of a Qwen3 cannot become GGUF; legal: False")
+    if (scaling := shape.rope_scaling) is not None:
+        unusual = [name for name in _UNUSUAL if getattr(scaling, name) is not None]
+        if unusual or (scaling.rope_type == "llama3" and ARCHITECTURES[family] != "llama"):
+            what = unusual[0] if unusual else "rope_type"
+            value = getattr(scaling, what)
+            raise ArgonneError(f"rope_scaling.{what}={value!r} of a {family} cannot become GGUF; legal: without it")
     dtype = model.tensors["model.embed_tokens.weight"].dtype
     if dtype not in _FILE_TYPES:
         raise ArgonneError(f"weights in {dtype} cannot become GGUF; legal: --dtype float32, float16 or bfloat16")
-    return model.shape
+    return shape
 
 
 def write_gguf(model: StoredModel, tokenizer: PreTrainedTokenizerFast, path: Path, name: str) -> None:
@@ -71,12 +83,14 @@ def write_gguf(model: StoredModel, tokenizer: PreTrainedTokenizerFast, path: Pat
         ArgonneError: llama.cpp has no such model, or no such tokenizer.
     """
     gguf = require_gguf()
-    shape, architecture = check_gguf(model), ARCHITECTURES[model.kind]
+    shape, architecture = check_gguf(model), ARCHITECTURES[model.shape.family]
     words = gguf_tokenizer(tokenizer, shape.vocab_size)
     writer = gguf.GGUFWriter(None, architecture)
     _add_shape(writer, shape, name, _FILE_TYPES[model.tensors["model.embed_tokens.weight"].dtype])
     _add_tokenizer(writer, words)
     tensors = {_gguf_name(each): _as_gguf(each, tensor, shape, architecture) for each, tensor in model.tensors.items()}
+    if shape.rope_scaling is not None and shape.rope_scaling.rope_type == "llama3":
+        tensors["rope_freqs.weight"] = _divisors(shape)
     for each, tensor in tensors.items():
         # Bytes, as NumPy has no bfloat16.
         raw = None if tensor.dtype != torch.bfloat16 else gguf.GGMLQuantizationType.BF16
@@ -108,6 +122,12 @@ def _add_shape(writer: Any, shape: ArgonneConfig, name: str, file_type: int) -> 
     writer.add_layer_norm_rms_eps(shape.rms_norm_eps)
     writer.add_rope_dimension_count(int(shape.head_dim))
     writer.add_rope_freq_base(shape.rope_theta)
+    if (scaling := shape.rope_scaling) is not None and scaling.rope_type != "llama3":
+        gguf = require_gguf()
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.rope_type))
+        writer.add_rope_scaling_factor(scaling.factor)
+        if scaling.original_max_position_embeddings is not None:
+            writer.add_rope_scaling_orig_ctx_len(scaling.original_max_position_embeddings)
 
 
 def _add_tokenizer(writer: Any, words: GGUFTokenizer) -> None:
@@ -134,13 +154,20 @@ def _gguf_name(name: str) -> str:
 
 def _as_gguf(name: str, tensor: Stored, shape: ArgonneConfig, architecture: str) -> Stored:
     """A tensor as llama.cpp stores it: vectors in float32, and of a Llama, rotated pairs side by side."""
-    projection = name.split(".")[-2]
-    heads = {"q_proj": shape.num_attention_heads, "k_proj": shape.num_key_value_heads}.get(projection)
+    heads = {"q_proj": shape.num_attention_heads, "k_proj": shape.num_key_value_heads}.get(name.split(".")[-2])
     if heads is not None and architecture == "llama":
-        return Stored(tensor.shape, tensor.dtype, lambda: _interleaved(tensor.load(), heads))
+        tensor = replace(tensor, load=partial(_interleaved, tensor, heads))
     return tensor.to(torch.float32) if len(tensor.shape) == 1 else tensor
 
 
-def _interleaved(weight: Tensor, heads: int) -> Tensor:
+def _interleaved(stored: Stored, heads: int) -> Tensor:
     """Rows of a projection in llama.cpp's order: what rotates together is half a head apart here, neighbours there."""
-    return rearrange(weight, "(head half pair) hidden -> (head pair half) hidden", head=heads, half=2)
+    return rearrange(stored.load(), "(head half pair) ... -> (head pair half) ...", head=heads, half=2)
+
+
+def _divisors(shape: ArgonneConfig) -> Stored:
+    """What llama.cpp divides each rotary frequency by."""
+    assert shape.rope_scaling is not None
+    head_dim = int(shape.head_dim)
+    slowed = shape.rope_scaling.frequencies(head_dim, shape.rope_theta)
+    return Stored.of((rope_frequencies(head_dim, shape.rope_theta) / slowed).float())

@@ -104,5 +104,12 @@ def argonne1_from_gpt2(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     return found
 
 
+def with_full_names(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """A GPT-2's tensors by their names in ``GPT2LMHeadModel``, without the buffers that old files of it have."""
+    bare = "wte.weight" in tensors
+    named = {f"transformer.{n}" if bare and n != "lm_head.weight" else n: tensor for n, tensor in tensors.items()}
+    return {n: tensor for n, tensor in named.items() if not re.search(r"\.attn\.(masked_)?bias$", n)}
+
+
 def _reversed(names: Mapping[str, str]) -> dict[str, str]:
     return {new: old for old, new in names.items()}

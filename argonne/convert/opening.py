@@ -12,20 +12,26 @@ from argonne.checkpoint import checkpoints, is_checkpoint, load_trainer, trusted
 from argonne.checkpoint.format import TRAINER
 from argonne.convert.directories import read_config, read_weights
 from argonne.convert.distributed import is_distributed, read_distributed
-from argonne.convert.gpt2 import complete, gpt2_config, gpt2_shapes, with_full_names
-from argonne.convert.names import argonne1_from_gpt2, argonne2_name, gpt2_from_argonne1, llama_from_argonne2
+from argonne.convert.names import (
+    argonne1_from_gpt2,
+    argonne2_name,
+    gpt2_from_argonne1,
+    llama_from_argonne2,
+    with_full_names,
+)
 from argonne.convert.old_files import EMBEDDING, OldFile, read_old
 from argonne.convert.pickles import load_pickle
 from argonne.convert.shapes import (
     SPECIAL,
     OldFileFlags,
-    llama_config,
-    llama_shapes,
+    argonne1_shape,
+    argonne2_shape,
     require_tensors,
+    tensor_shapes,
     without_tied_head,
 )
 from argonne.convert.stored import Progress, Stored, StoredModel
-from argonne.models import from_huggingface, to_huggingface
+from argonne.models import Argonne1Config, ModelConfig, from_huggingface, to_huggingface
 from argonne.parallel import ProcessGroups
 from argonne.parallel.errors import ArgonneError
 
@@ -76,23 +82,24 @@ def _about(path: Path, error: ArgonneError) -> ArgonneError:
 
 
 def _from_old(old: OldFile, flags: OldFileFlags) -> StoredModel:
-    told = flags.told(old.config)
+    """The model of an old file: checked under the names that its owner knows, then renamed."""
+    told, embedding = flags.told(old.config), EMBEDDING[old.version]
+    dtype = str(old.tensors[embedding].dtype).removeprefix("torch.")
     if old.version == "argonne1":
-        tensors = {name: tensor for name, tensor in old.tensors.items() if not name.endswith(".attn.mask")}
-        tensors = without_tied_head(tensors, "head.weight", EMBEDDING["argonne1"])
-        gpt2 = gpt2_config(tensors, told)
+        found = {name: tensor for name, tensor in old.tensors.items() if not name.endswith(".attn.mask")}
+        found = without_tied_head(found, "head.weight", embedding)
+        shape: ModelConfig = argonne1_shape(found, told)
         wanted = {
-            name: Stored(shape, torch.float32, lambda: torch.empty(0)) for name, shape in gpt2_shapes(gpt2).items()
+            name: Stored(size, torch.float32, lambda: torch.empty(0)) for name, size in tensor_shapes(shape).items()
         }
-        require_tensors(tensors, {name: each.shape for name, each in argonne1_from_gpt2(wanted).items()})
-        return StoredModel(gpt2_from_argonne1(tensors), gpt2, progress=old.progress, form="file of Argonne 1.x")
-    tensors = without_tied_head(old.tensors, "lm_head.weight", EMBEDDING["argonne2"])
-    shape = llama_config(tensors, told)
-    require_tensors(tensors, {argonne2_name(name): each for name, each in llama_shapes(shape).items()})
-    dtype = str(tensors[EMBEDDING["argonne2"]].dtype).removeprefix("torch.")
-    config = to_huggingface(shape, SPECIAL, dtype)
-    form = "file of Argonne 2.x"
-    return StoredModel(llama_from_argonne2(tensors), config, shape, progress=old.progress, form=form)
+        require_tensors(found, {name: each.shape for name, each in argonne1_from_gpt2(wanted).items()})
+        tensors, form = gpt2_from_argonne1(found), "file of Argonne 1.x"
+    else:
+        found = without_tied_head(old.tensors, "lm_head.weight", embedding)
+        shape = argonne2_shape(found, told)
+        require_tensors(found, {argonne2_name(name): size for name, size in tensor_shapes(shape).items()})
+        tensors, form = llama_from_argonne2(found), "file of Argonne 2.x"
+    return StoredModel(tensors, to_huggingface(shape, SPECIAL, dtype), shape, progress=old.progress, form=form)
 
 
 def _from_old_directory(path: Path, flags: OldFileFlags, stack: ExitStack) -> StoredModel:
@@ -102,18 +109,14 @@ def _from_old_directory(path: Path, flags: OldFileFlags, stack: ExitStack) -> St
 
 
 def _from_huggingface(path: Path, tensors: dict[str, Stored], form: str) -> StoredModel:
-    config = read_config(path)
-    if config.get("model_type") == "gpt2":
-        tensors = without_tied_head(with_full_names(tensors), "lm_head.weight", "transformer.wte.weight")
-        config["tie_word_embeddings"] = "lm_head.weight" not in tensors
-        config = complete(config)
-        require_tensors(tensors, gpt2_shapes(config))
-        return StoredModel(tensors, config, beside=path, form=form, progress=_progress(path))
     shape = from_huggingface(path)
+    if isinstance(shape, Argonne1Config):
+        tensors = with_full_names(tensors)
     if shape.tie_word_embeddings:
-        tensors = without_tied_head(tensors, "lm_head.weight", "model.embed_tokens.weight")
-    require_tensors(tensors, llama_shapes(shape))
-    return StoredModel(tensors, config, shape, beside=path, form=form, progress=_progress(path))
+        embedding = "transformer.wte.weight" if isinstance(shape, Argonne1Config) else "model.embed_tokens.weight"
+        tensors = without_tied_head(tensors, "lm_head.weight", embedding)
+    require_tensors(tensors, tensor_shapes(shape))
+    return StoredModel(tensors, read_config(path), shape, beside=path, form=form, progress=_progress(path))
 
 
 def _progress(path: Path) -> Progress:

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from argonne.convert.names import POSITIONS
 from argonne.convert.stored import Stored
 from argonne.files import read_object
-from argonne.models import PRESETS, ArgonneConfig, ArgonneModel, Execution
+from argonne.models import PRESETS, Argonne1Config, ArgonneConfig, Execution, ModelConfig, build_model
+from argonne.models.families.argonne1 import DROPOUTS
 from argonne.parallel import ArgonneError, ProcessGroups, sharded_parameters
 from argonne.parallel.legal import require_whole
 
@@ -64,7 +66,7 @@ class OldFileFlags:
         return told
 
 
-def llama_config(tensors: Mapping[str, Stored], told: Mapping[str, Any]) -> ArgonneConfig:
+def argonne2_shape(tensors: Mapping[str, Stored], told: Mapping[str, Any]) -> ArgonneConfig:
     """The shape of a model of 2.x, from its tensors by their own names.
 
     Raises:
@@ -73,7 +75,12 @@ def llama_config(tensors: Mapping[str, Stored], told: Mapping[str, Any]) -> Argo
     vocabulary, hidden = matrix(tensors, "embed_tokens.weight")
     query, key, gate = (matrix(tensors, f"blocks.0.{part}_proj.weight")[0] for part in ("attn.q", "attn.k", "mlp.gate"))
     layers = count_layers(tensors)
-    shown = {"hidden_size": hidden, "num_hidden_layers": layers, "vocab_size": vocabulary, "intermediate_size": gate}
+    shown: dict[str, Any] = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "vocab_size": vocabulary,
+        "intermediate_size": gate,
+    }
     require_agreement(shown, told)
     fits = [
         p for p in PRESETS.values() if isinstance(p, ArgonneConfig) and _widths(p) == (hidden, layers, gate, query, key)
@@ -100,11 +107,35 @@ def llama_config(tensors: Mapping[str, Stored], told: Mapping[str, Any]) -> Argo
     )
 
 
-def llama_shapes(config: ArgonneConfig) -> dict[str, tuple[int, ...]]:
+def argonne1_shape(tensors: Mapping[str, Stored], told: Mapping[str, Any]) -> Argonne1Config:
+    """The shape of a model of 1.x, from its tensors by their own names; raises as ``argonne2_shape``."""
+    vocabulary, hidden = matrix(tensors, "token_embedding.weight")
+    if POSITIONS not in tensors or len(tensors[POSITIONS].shape) != 3:
+        raise ArgonneError(f"tensor {POSITIONS!r} is missing, or not [1, positions, hidden]")
+    positions, width = tensors[POSITIONS].shape[1], matrix(tensors, "blocks.0.mlp.fc1.weight")[0]
+    shown: dict[str, Any] = {
+        "hidden_size": hidden,
+        "num_hidden_layers": count_layers(tensors),
+        "vocab_size": vocabulary,
+    }
+    shown |= {"max_position_embeddings": positions}
+    require_agreement(shown, told)
+    presets = [p for p in PRESETS.values() if isinstance(p, Argonne1Config)]
+    fits = [p for p in presets if (p.hidden_size, p.num_hidden_layers) == (hidden, shown["num_hidden_layers"])]
+    heads = told.get("num_attention_heads", fits[0].num_attention_heads if fits else None)
+    if heads is None:
+        raise ArgonneError(f"num_attention_heads is not known: the model is {hidden} wide; {HEADS}")
+    dropout: dict[str, Any] = dict.fromkeys(DROPOUTS, told["dropout"]) if "dropout" in told else {}
+    tied = "head.weight" not in tensors
+    inner: dict[str, Any] = {} if width == 4 * hidden else {"intermediate_size": width}
+    return Argonne1Config(**shown, **inner, **dropout, num_attention_heads=heads, tie_word_embeddings=tied)
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a model, by name, as its layers declare them."""
     groups = ProcessGroups.single("meta")
     with torch.device("meta"):
-        model = ArgonneModel(config, Execution(groups))
+        model = build_model(config, Execution(groups))
     return {
         region.name: region.whole_shape for each in sharded_parameters(model, groups) for region in each.spec.regions
     }
@@ -134,14 +165,27 @@ def without_tied_head(tensors: Mapping[str, Stored], head: str, embedding: str) 
     return dict(tensors)
 
 
-def old_config(config: ArgonneConfig) -> dict[str, Any]:
-    """What a file of 2.x is given to say of its shape, in the original's words."""
-    if config.head_dim * config.num_attention_heads != config.hidden_size:
-        raise ArgonneError(
-            f"head_dim={config.head_dim} is not hidden_size / num_attention_heads, which is all that 2.x has; legal: "
-            f"{config.hidden_size / config.num_attention_heads:g}"
-        )
+def argonne2_words(config: ArgonneConfig) -> dict[str, Any]:
+    """What a file of 2.x is given to say of its shape. Raises ``ArgonneError`` for what 2.x has not."""
+    plain: dict[str, Any] = {"attention_bias": False, "output_bias": False, "qk_norm": False, "rope_scaling": None}
+    plain["head_dim"] = config.hidden_size / config.num_attention_heads
+    _require_plain(config, plain, "2.x")
     return {"model_type": "argonne2", **{name: getattr(config, name) for name in _OLD_FIELDS}}
+
+
+def argonne1_words(config: Argonne1Config) -> dict[str, Any]:
+    """The same of 1.x."""
+    plain: dict[str, Any] = {"activation": "gelu", "layer_norm_eps": 1e-5, "intermediate_size": 4 * config.hidden_size}
+    _require_plain(config, plain | dict.fromkeys(DROPOUTS, config.residual_dropout), "1.x")
+    names = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
+    names |= {"block_size": "max_position_embeddings", "vocab_size": "vocab_size", "dropout": "residual_dropout"}
+    return {"model_type": "argonne", **{old: getattr(config, new) for old, new in names.items()}}
+
+
+def _require_plain(config: ModelConfig, plain: Mapping[str, Any], version: str) -> None:
+    for name, legal in plain.items():
+        if (value := getattr(config, name)) != legal:
+            raise ArgonneError(f"{name}={value!r} has no place in the files of {version}; legal: {legal!r}")
 
 
 def _our_names(config: Mapping[str, Any]) -> dict[str, Any]:

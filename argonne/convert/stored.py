@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from argonne.models import ArgonneConfig
+from argonne.models import ModelConfig
 from argonne.parallel.errors import ArgonneError
 
 
@@ -83,18 +83,13 @@ class StoredModel:
     """By the names of ``LlamaForCausalLM``, say. A tied head is left out."""
     config: Mapping[str, Any]
     """What its ``config.json`` says."""
-    shape: ArgonneConfig | None = None
-    """The same of a model that can be trained here."""
+    shape: ModelConfig
+    """The same as it is built here."""
     beside: Path | None = None
     """The directory of its tokenizer, if it has one."""
     form: str = ""
     """What it was opened from, in words."""
     progress: Progress = field(default_factory=Progress)
-
-    @property
-    def kind(self) -> str:
-        """``model_type``."""
-        return str(self.config.get("model_type"))
 
     @property
     def is_tied(self) -> bool:

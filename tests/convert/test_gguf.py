@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from argonne.convert import ConvertFlags, convert
 from argonne.convert.gguf_tokenizer import gguf_tokenizer
-from argonne.data import boundary_tokens, train_tokenizer
-from argonne.models import ArgonneConfig
+from argonne.data import boundary_tokens, train_tokenizer, write_tokenizer
+from argonne.models import ArgonneConfig, RopeScaling
 from argonne.parallel import ArgonneError
 from tests.export import export
 from tests.qwen import PATTERN
@@ -193,3 +194,70 @@ def test_what_a_tokenizer_adds_by_itself_is_said() -> None:
     assert gguf_tokenizer(with_bos(), 300).adds == {"bos": True, "eos": False}
     with pytest.raises(ArgonneError, match="has 300 tokens and the model rows for 299"):
         gguf_tokenizer(with_bos(), 299)
+
+
+SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+FAMILIES = {
+    "llama": {"attention_bias": True, "output_bias": True},
+    "mistral": {},
+    "qwen2": {"attention_bias": True},
+    "qwen3": {"qk_norm": True, "head_dim": 128},  # what transformers takes for the width of any of its heads
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_of_llama_opens_with_the_same_logits(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, family: str
+) -> None:
+    config = ArgonneConfig(
+        **SIZES,
+        vocab_size=len(tokenizer),
+        intermediate_size=40,
+        family=family,
+        max_position_embeddings=32,
+        **FAMILIES[family],
+    )
+    directory = export(tmp_path, config, tokenizer, None)
+    # Of a directory of its own: beside a Qwen's weights transformers makes Qwen's rules of any vocabulary.
+    (tmp_path / "tokenizer").mkdir()
+    write_tokenizer(tokenizer, tmp_path / "tokenizer")
+    convert(directory, tmp_path / "model.gguf", ConvertFlags(to="gguf", tokenizer_path=tmp_path / "tokenizer"))
+    told, tensors = read(tmp_path / "model.gguf")
+    assert told["general.architecture"] == {"mistral": "llama"}.get(family, family)
+    assert len(tensors) == len(load_file(directory / "model-00001-of-00001.safetensors"))
+    if family == "llama":  # transformers takes no biases from a Llama's file
+        return
+    ids = torch.randint(0, len(tokenizer), (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        opened = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf")(ids).logits
+        plain = AutoModelForCausalLM.from_pretrained(directory)(ids).logits
+    assert_close(opened.double(), plain.double(), 1e-5, "logits")
+
+
+def test_stretched_rotary_positions_are_told_as_llama_cpp_wants_them(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def made(name: str, **scaling: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        config = ArgonneConfig(
+            **SIZES, head_dim=16, vocab_size=len(tokenizer), intermediate_size=40, rope_scaling=RopeScaling(**scaling)
+        )
+        directory = export(tmp_path / name, config, tokenizer, None)
+        convert(directory, tmp_path / f"{name}.gguf", ConvertFlags(to="gguf"))
+        return read(tmp_path / f"{name}.gguf")
+
+    told, _ = made("linear", rope_type="linear", factor=4.0)
+    assert (told["llama.rope.scaling.type"], told["llama.rope.scaling.factor"]) == ("linear", 4.0)
+    told, _ = made("yarn", rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
+    assert told["llama.rope.scaling.type"] == "yarn"
+    assert told["llama.rope.scaling.original_context_length"] == 64
+    fields = {"original_max_position_embeddings": 64, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    told, tensors = made("llama3", rope_type="llama3", factor=8.0, **fields)
+    assert "llama.rope.scaling.type" not in told
+    divisors = []  # from the paper's three cases
+    for turned in (10_000.0 ** -(pair / 8) for pair in range(8)):
+        length = 2 * math.pi / turned
+        share = (64 / length - 1.0) / (4.0 - 1.0)
+        divisors.append(1.0 if length < 64 / 4.0 else 8.0 if length > 64 / 1.0 else 1 / ((1 - share) / 8.0 + share))
+    assert_close(tensors["rope_freqs.weight"].double(), torch.tensor(divisors, dtype=torch.float64), 1e-6, "divisors")
+    with pytest.raises(ArgonneError, match="rope_scaling.beta_fast=16.0 of a llama cannot become GGUF"):
+        made("other", rope_type="yarn", factor=4.0, original_max_position_embeddings=64, beta_fast=16.0)
