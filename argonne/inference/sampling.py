@@ -84,7 +84,7 @@ def draw(scores: Scores, sampling: Sampling, seen: Sequence[Sequence[int]], numb
 
 def penalised(scores: Scores, penalty: float, seen: Sequence[Sequence[int]]) -> Scores:
     """The scores with those of tokens that were seen made less likely (arXiv 1909.05858, section 4.1)."""
-    values = scores.values.double()
+    values = scores.values.to(torch.float64, copy=True)
     for row, tokens in zip(values, seen, strict=True):
         own = sorted({token - scores.first for token in tokens if 0 <= token - scores.first < scores.tokens})
         at = torch.tensor(own, dtype=torch.int64, device=values.device)
