@@ -83,7 +83,9 @@ def encoded(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
 def require_chat_template(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     """Raise ``ArgonneError`` unless the tokenizer says how a chat is written."""
     if not tokenizer.chat_template:
-        raise ArgonneError(f"chat=True needs a chat template, and the tokenizer of {str(directory)!r} has none; legal: False")
+        raise ArgonneError(
+            f"chat=True needs a chat template, and the tokenizer of {str(directory)!r} has none; legal: False"
+        )
 
 
 def encoded_chat(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> list[int]:

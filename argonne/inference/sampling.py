@@ -1,7 +1,7 @@
 """How the next token is drawn: the same at every layout, in every batch, whatever else is drawn.
 
-The number that decides a draw follows from the seed, the prompt's number and the token's position alone. It is looked up
-in the cumulative probabilities of the candidates, in float64, most likely first and by id where two are equally likely.
+The number that decides a draw follows from the seed, the prompt's number and the token's position alone. It is looked
+up in the cumulative probabilities of the candidates, in float64, most likely first, by id where two are equally likely.
 """
 
 from __future__ import annotations

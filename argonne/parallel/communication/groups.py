@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from argonne.parallel.communication.layout import AXES, Layout, require_blocks
+from argonne.parallel.communication.shared_memory import SharedSums, share_memory
 from argonne.parallel.errors import LayoutError
 
 Summation = Literal["fast", "tree"]
@@ -34,6 +35,8 @@ class Axis:
     """In what order ``reduction.py`` adds what the members have."""
     blocks: int | None = None
     """Canonical blocks of the whole axis, where its sums are trees; None: as many as ranks."""
+    shared: SharedSums | None = None
+    """Where small sums are made by members that share memory (``ProcessGroups.sharing_memory``)."""
 
     @property
     def own_blocks(self) -> int:
@@ -131,6 +134,15 @@ class ProcessGroups:
     def reproducible(self) -> bool:
         """Whether every sum is made in an order that does not depend on the layout."""
         return self.tensor.summation == "tree"
+
+    def sharing_memory(self) -> ProcessGroups:
+        """The same processes, which on one machine make small sums over the tensor axis in memory (collective).
+
+        For generation, whose every token waits for many of them.
+        """
+        if self.device.type != "cpu" or self.reproducible:
+            return self
+        return replace(self, tensor=replace(self.tensor, shared=share_memory(self.tensor)))
 
     def in_blocks(self, blocks: int) -> ProcessGroups:
         """The same processes, whose sums are trees and whose tensor axis has ``blocks`` canonical blocks.
