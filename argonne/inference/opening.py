@@ -21,6 +21,7 @@ from argonne.models import ArgonneConfig, ArgonneModel, Execution, LanguageModel
 from argonne.parallel import ArgonneError, PipelinePlan, Precision, ProcessGroups
 from argonne.parallel.communication.collectives import collectively
 from argonne.parallel.communication.layout import Layout
+from argonne.parallel.communication.shared_memory import sharing_memory
 from argonne.parallel.tensor_parallel.gemm import lay_out_for_rows
 
 
@@ -39,8 +40,8 @@ class Opened:
 def open_model(path: Path, groups: ProcessGroups, precision: Precision, *, generating: bool = False) -> Opened:
     """The model and the tokenizer at ``path`` (collective): each rank reads the slices that it holds, and no more.
 
-    With ``generating`` it is made ready to write: weights are in the dtype of what is computed, and lie and are summed in
-    memory as is best for one token at a time.
+    With ``generating`` it is made ready to write: weights are in the dtype of what is computed, and memory is laid out
+    and shared as is best for one token at a time.
 
     Raises:
         ArgonneError: on every rank, what cannot be opened, and why.
@@ -48,7 +49,7 @@ def open_model(path: Path, groups: ProcessGroups, precision: Precision, *, gener
     directory, reports = locate(path, groups)
     shape = collectively(lambda: from_huggingface(directory), groups.world)
     if generating:
-        groups, precision = groups.sharing_memory(), replace(precision, parameters=precision.compute)
+        groups, precision = sharing_memory(groups), replace(precision, parameters=precision.compute)
     with groups.device:
         model = ArgonneModel(shape, Execution(groups, precision))
     pieces = weight_pieces(model.sharded_parameters())

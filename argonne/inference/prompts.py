@@ -40,7 +40,8 @@ def read_prompts(path: Path) -> list[str]:
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise ArgonneError(
-                f"line {number + 1} of prompt_file={name!r} is {lines[number][:60]!r}; legal: a JSON object with a prompt"
+                f"line {number + 1} of prompt_file={name!r} is {lines[number][:60]!r}; "
+                "legal: a JSON object with a prompt"
             )
     return [prompt for prompt in prompts if prompt]
 

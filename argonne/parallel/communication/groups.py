@@ -5,19 +5,31 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from argonne.parallel.communication.layout import AXES, Layout, require_blocks
-from argonne.parallel.communication.shared_memory import SharedSums, share_memory
 from argonne.parallel.errors import LayoutError
 
 Summation = Literal["fast", "tree"]
 """How numbers of several ranks are added. ``fast``: in whatever order the library of collectives takes. ``tree``: in
 one aligned binary tree over the ranks in their order, the same for every element (``tree.py``)."""
+
+
+class SmallSums(Protocol):
+    """What sums tensors that are small enough, faster than a collective."""
+
+    def fits(self, tensor: Tensor) -> bool:
+        """Whether it is for this one."""
+        ...
+
+    def sum(self, tensor: Tensor) -> None:
+        """Overwrite ``tensor`` with the sum over the ranks, the same on all of them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -35,8 +47,8 @@ class Axis:
     """In what order ``reduction.py`` adds what the members have."""
     blocks: int | None = None
     """Canonical blocks of the whole axis, where its sums are trees; None: as many as ranks."""
-    shared: SharedSums | None = None
-    """Where small sums are made by members that share memory (``ProcessGroups.sharing_memory``)."""
+    shared: SmallSums | None = None
+    """How members that share memory make small sums (``shared_memory.py``); None: as all others."""
 
     @property
     def own_blocks(self) -> int:
@@ -134,15 +146,6 @@ class ProcessGroups:
     def reproducible(self) -> bool:
         """Whether every sum is made in an order that does not depend on the layout."""
         return self.tensor.summation == "tree"
-
-    def sharing_memory(self) -> ProcessGroups:
-        """The same processes, which on one machine make small sums over the tensor axis in memory (collective).
-
-        For generation, whose every token waits for many of them.
-        """
-        if self.device.type != "cpu" or self.reproducible:
-            return self
-        return replace(self, tensor=replace(self.tensor, shared=share_memory(self.tensor)))
 
     def in_blocks(self, blocks: int) -> ProcessGroups:
         """The same processes, whose sums are trees and whose tensor axis has ``blocks`` canonical blocks.

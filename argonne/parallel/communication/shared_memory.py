@@ -15,15 +15,15 @@ import os
 import platform
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from argonne.parallel.communication.groups import Axis
+from argonne.parallel.communication.collectives import gather_objects
+from argonne.parallel.communication.groups import Axis, ProcessGroups
 
 CAPACITY = 1 << 16
 """Bytes of the largest tensor that is summed here; above, the time of a collective is that of its bytes."""
@@ -84,10 +84,15 @@ class SharedSums:
                 raise RuntimeError(f"a sum in shared memory timed out: rank {other} has not written its part")
 
 
+def sharing_memory(groups: ProcessGroups) -> ProcessGroups:
+    """The same processes, which on one machine make small sums over the tensor axis in memory (collective)."""
+    if groups.device.type != "cpu" or groups.reproducible:
+        return groups
+    return replace(groups, tensor=replace(groups.tensor, shared=share_memory(groups.tensor)))
+
+
 def share_memory(axis: Axis) -> SharedSums | None:
     """Memory for the sums of an axis, where its ranks can have it; else None on all of them (collective)."""
-    from argonne.parallel.communication.collectives import gather_objects
-
     # Elsewhere the processor may show a rank's number to others before its part.
     able = platform.machine() in ("x86_64", "AMD64") and _FOLDER.is_dir() and hasattr(os, "sched_yield")
     if axis.group is None or not all(gather_objects(able, axis)):

@@ -33,9 +33,14 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(a, b, bias)
 
 
-def product_without_gradients(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``product``, by whatever is fastest: of a single row that is not what it is of many."""
+def product_of_rows(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``product`` with a weight that ``lay_out_for_rows`` has laid out: MKL is fast then, of a single row."""
     return F.linear(a, b, bias) if a.numel() == a.shape[-1] else product(a, b, bias)
+
+
+def lies_for_rows(weight: Tensor) -> bool:
+    """Whether it was laid out so."""
+    return weight.stride(0) == 1 and weight.shape[0] > 1 and weight.is_cpu
 
 
 def lay_out_for_rows(weight: Tensor) -> None:
