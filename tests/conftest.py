@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from tests.pool import RankPool
+from tests.smollm2 import smollm2 as smollm2
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile(

@@ -1,5 +1,6 @@
 """Checkpoints: whole tensors in a Hugging Face directory, valid or not there at all."""
 
+from argonne.checkpoint.fingerprint import weights_fingerprint
 from argonne.checkpoint.format import (
     MANIFEST,
     CheckpointError,
@@ -40,4 +41,5 @@ __all__ = [
     "step_of",
     "trusted",
     "weight_pieces",
+    "weights_fingerprint",
 ]

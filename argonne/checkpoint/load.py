@@ -15,6 +15,8 @@ from argonne.checkpoint.format import INDEX, MANIFEST, TRAINER, CheckpointError,
 from argonne.checkpoint.pieces import Piece
 from argonne.files import read_object
 
+_DTYPES = ("F16", "BF16", "F32", "F64")
+
 
 def load_pieces(directory: Path, pieces: Iterable[Piece], verify: bool = True) -> None:
     """Overwrite each piece with its part of the whole tensor of that name.
@@ -28,7 +30,7 @@ def load_pieces(directory: Path, pieces: Iterable[Piece], verify: bool = True) -
     Raises:
         CheckpointError: a tensor is missing, or has another shape, or a file is not as it was written.
     """
-    pieces, files = list(pieces), _tensor_files(directory)
+    pieces, files = list(pieces), tensor_files(directory)
     if verify:
         read = {files.get(piece.name) for piece in pieces}
         require_intact(directory, lambda name: name in read)
@@ -43,6 +45,7 @@ def load_pieces(directory: Path, pieces: Iterable[Piece], verify: bool = True) -
                     opened[file] = stack.enter_context(safe_open(directory / file, framework="pt"))
                 stored = opened[file].get_slice(piece.name)
                 _require_shape(piece, tuple(stored.get_shape()), repr(str(directory)))
+                _require_dtype(piece, stored.get_dtype(), directory)
                 piece.part.copy_(stored[piece.region.whole_index])
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{str(directory / file)!r} cannot be read: {error}") from error
@@ -80,8 +83,21 @@ def _require_shape(piece: Piece, shape: tuple[int, ...], place: str) -> None:
         )
 
 
-def _tensor_files(directory: Path) -> dict[str, str]:
-    """The file of each tensor: from the manifest, or as Hugging Face keeps them."""
+def _require_dtype(piece: Piece, stored: str, directory: Path) -> None:
+    """Refuse numbers that mean something else than they say: those of quantised weights wait for their scales."""
+    if stored not in _DTYPES:
+        raise CheckpointError(
+            f"{piece.name!r} in {str(directory)!r} is stored as {stored}; legal: {', '.join(_DTYPES)} (weights that "
+            "are not quantised)"
+        )
+
+
+def tensor_files(directory: Path) -> dict[str, str]:
+    """The file of each tensor: from the manifest, or as Hugging Face keeps them.
+
+    Raises:
+        CheckpointError: there are no safetensors, or what lists them cannot be read.
+    """
     if (directory / MANIFEST).exists():
         return {name: record.file for name, record in read_manifest(directory).tensors.items()}
     index, single = directory / INDEX, directory / "model.safetensors"

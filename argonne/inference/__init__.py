@@ -1,4 +1,4 @@
-"""Text from trained models."""
+"""Trained models: text from them, and how well they predict one."""
 
 from argonne.inference.generate import cache_line, continue_all, generate
 from argonne.inference.sampling import Sampling

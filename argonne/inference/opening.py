@@ -17,7 +17,7 @@ from argonne.checkpoint import (
     weight_pieces,
 )
 from argonne.data import load_tokenizer
-from argonne.models import ArgonneConfig, ArgonneModel, Execution, LanguageModel, from_huggingface
+from argonne.models import ArgonneConfig, Execution, LanguageModel, build_model, from_huggingface
 from argonne.parallel import ArgonneError, PipelinePlan, Precision, ProcessGroups
 from argonne.parallel.communication.collectives import collectively
 from argonne.parallel.communication.layout import Layout
@@ -51,7 +51,7 @@ def open_model(path: Path, groups: ProcessGroups, precision: Precision, *, gener
     if generating:
         groups, precision = sharing_memory(groups), replace(precision, parameters=precision.compute)
     with groups.device:
-        model = ArgonneModel(shape, Execution(groups, precision))
+        model = build_model(shape, Execution(groups, precision))
     pieces = weight_pieces(model.sharded_parameters())
     collectively(lambda: load_pieces(directory, pieces, verify=False), groups.world)
     for parameter in model.parameters() if generating else ():

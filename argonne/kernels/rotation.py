@@ -6,17 +6,31 @@ import torch
 from torch import Tensor
 
 
+def rope_frequencies(head_dim: int, theta: float) -> Tensor:
+    """Radians by which each pair of a head turns from a position to the next: float64 ``[head_dim / 2]``.
+
+    Of pair *i*, ``theta^(-2i / head_dim)``.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    return theta**-exponent
+
+
 def rope_tables(
     positions: int, head_dim: int, theta: float, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every angle, each ``[positions, head_dim / 2]``.
+    """Cosine and sine of every angle, each ``[positions, head_dim / 2]``: a position times ``rope_frequencies``."""
+    return tables_of(positions, rope_frequencies(head_dim, theta), dtype)
 
-    The angle of pair *i* at position *p* is ``p * theta^(-2i / head_dim)``. Computed in float64: in float32
-    the product is off by up to ``p * 6e-8`` radians.
+
+def tables_of(
+    positions: int, frequencies: Tensor, dtype: torch.dtype = torch.float32, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The tables of other ``frequencies`` (float64 ``[head_dim / 2]``), times ``scale``.
+
+    Computed in float64: in float32 the product is off by up to ``p * 6e-8`` radians at position *p*.
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    angle = torch.outer(torch.arange(positions, dtype=torch.float64), theta**-exponent)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    angle = torch.outer(torch.arange(positions, dtype=torch.float64), frequencies)
+    return (angle.cos() * scale).to(dtype), (angle.sin() * scale).to(dtype)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> Tensor:

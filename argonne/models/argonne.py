@@ -1,8 +1,7 @@
-"""The Argonne 2.x model: one definition, dense in one process and sharded over any layout, pipelines included."""
+"""The model of every Llama-type family: one definition, dense in one process and sharded over any layout."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from argonne.models.config import ArgonneConfig
 from argonne.models.contract import Batch, Head, LossFunction, SpecialTokens
 from argonne.models.decoder import Block, RMSNorm, RotaryTables, initial
 from argonne.models.execution import Execution
-from argonne.models.huggingface import to_huggingface
+from argonne.models.families import family_of, to_huggingface
 from argonne.models.stages import Span, Stage, cut
 from argonne.parallel import (
     Activation,
@@ -67,13 +66,15 @@ class ArgonneModel(BaseModel):
         execution: processes, dtypes, kernels and the pipeline's plan.
 
     Raises:
-        LayoutError: the shape cannot be shared out as the layout and the plan ask.
+        ArgonneError: the shape is none of its family's, which could not be saved.
+        LayoutError: it cannot be shared out as the layout and the plan ask.
     """
 
     def __init__(self, config: ArgonneConfig, execution: Execution) -> None:
         super().__init__(execution)
         groups = execution.groups
         self.config, self.plan = config, execution.plan or PipelinePlan(groups.pipeline.size)
+        family_of(config.family).check(config)
         self.check_layout(groups.layout)
         self.costs, spans = cut(config, self.plan.stages)
         held = {stage: spans[stage] for stage in self.plan.held(groups.pipeline.rank)}
@@ -103,7 +104,7 @@ class ArgonneModel(BaseModel):
     @property
     def shape(self) -> Mapping[str, Any]:
         """The fields of its configuration."""
-        return dataclasses.asdict(self.config)
+        return self.config.as_json()
 
     @property
     def longest_sequence(self) -> int:
@@ -259,7 +260,7 @@ class ArgonneModel(BaseModel):
         return [f"{self.plan.schedule} in {self.plan.stages} stages, bubble {waiting:.0%}"]
 
     def config_json(self, longest_sequence: int, special_tokens: SpecialTokens, dtype: str) -> dict[str, Any]:
-        """The ``config.json`` with which ``transformers`` opens the weights as Llama."""
+        """The ``config.json`` with which ``transformers`` opens the weights as their family's class."""
         return to_huggingface(replace(self.config, max_position_embeddings=longest_sequence), special_tokens, dtype)
 
     def _through(self, ids: Tensor, sequence: int, **options: Any) -> Tensor | None:

@@ -1,10 +1,13 @@
-"""The shape of an Argonne 2.x model, its named presets and what makes a shape legal."""
+"""The shape of a Llama-type model, the named presets of Argonne 2.x and what makes a shape legal."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from argonne.models.rope import RopeScaling
 from argonne.parallel.communication.layout import Layout, divisors, require_divisible
 from argonne.parallel.errors import ArgonneError, LayoutError
 from argonne.parallel.legal import require_number, require_whole
@@ -35,7 +38,7 @@ class DerivedFloat(float):
 
 @dataclass(frozen=True)
 class ArgonneConfig:
-    """A Llama-type decoder: pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases.
+    """A Llama-type decoder: pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
     What is left out (or None) is derived from other fields, and derived anew by ``dataclasses.replace`` when these
     change. To keep a derived number while they do, give it as one of its own: ``head_dim=int(config.head_dim)``.
@@ -69,6 +72,16 @@ class ArgonneConfig:
     initializer_range: float = _LEFT_OUT
     """Standard deviation of the initial weights; left out: hidden_size ** -0.5. Projections into the
     residual stream begin smaller by sqrt(2 * num_hidden_layers)."""
+    family: str = "llama"
+    """The Hugging Face ``model_type`` that it is saved as (``argonne.models.families``), which must have the rest."""
+    attention_bias: bool = False
+    """Whether the projections to queries, keys and values have biases."""
+    output_bias: bool = False
+    """Whether the projection out of attention has one."""
+    qk_norm: bool = False
+    """Whether each head of queries and keys goes through an RMSNorm, before it is turned."""
+    rope_scaling: RopeScaling | None = None
+    """How the rotary frequencies are stretched; also a mapping with the fields of one."""
 
     def __post_init__(self) -> None:
         for field in ("hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
@@ -78,14 +91,29 @@ class ArgonneConfig:
         for field in ("rms_norm_eps", "rope_theta"):
             require_number(field, getattr(self, field))
             object.__setattr__(self, field, float(getattr(self, field)))
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise ArgonneError(f"tie_word_embeddings={self.tie_word_embeddings!r} is not legal; legal: True, False")
+        for field in ("tie_word_embeddings", "attention_bias", "output_bias", "qk_norm"):
+            if not isinstance(getattr(self, field), bool):
+                raise ArgonneError(f"{field}={getattr(self, field)!r} is not legal; legal: True, False")
         require_divisible(
             "num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads
         )
         self._derive()
         if self.head_dim % 2:
             raise ArgonneError(f"head_dim={self.head_dim} is odd; rotary positions rotate pairs, legal: even numbers")
+        if isinstance(self.rope_scaling, Mapping):
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        if self.rope_scaling is not None and self.rope_scaling.rope_type == "yarn" and self.rope_theta <= 1:
+            raise ArgonneError(f"rope_theta={self.rope_theta} is not legal with yarn; legal: more than 1")
+
+    def as_json(self) -> dict[str, Any]:
+        """Its fields as JSON values, of which ``ArgonneConfig(**...)`` makes it again.
+
+        Without those that a plain Llama has no use for: models were the same before there were fields for them.
+        """
+        found = dataclasses.asdict(self)
+        if self.rope_scaling is not None:
+            found["rope_scaling"] = self.rope_scaling.as_json()
+        return {name: value for name, value in found.items() if name not in _PLAIN or value != _PLAIN[name]}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ArgonneConfig:
         return self  # frozen; and what it derives stays derived
@@ -142,6 +170,8 @@ class ArgonneConfig:
         query = self.num_attention_heads * self.head_dim
         key_value = self.num_key_value_heads * self.head_dim
         attention = self.hidden_size * (2 * query + 2 * key_value)
+        attention += (query + 2 * key_value) * self.attention_bias + self.hidden_size * self.output_bias
+        attention += 2 * self.head_dim * self.qk_norm
         return attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
 
     def flops_per_token(self, sequence: int) -> float:
@@ -153,6 +183,14 @@ class ArgonneConfig:
         embedding = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
         attention = 6 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * sequence
         return 6 * (self.parameter_count - embedding) + attention
+
+
+_PLAIN: dict[str, Any] = {
+    field.name: field.default
+    for field in dataclasses.fields(ArgonneConfig)
+    if field.name in ("family", "attention_bias", "output_bias", "qk_norm", "rope_scaling")
+}
+"""What a plain Llama is in the fields that older runs do not have."""
 
 
 def feed_forward_size(hidden_size: int) -> int:

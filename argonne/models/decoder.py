@@ -1,4 +1,4 @@
-"""The parts of the Argonne 2.x model: rotary tables, norms, attention, feed-forward and blocks.
+"""The parts of a Llama-type model: rotary tables, norms, attention, feed-forward and blocks.
 
 Module names are Hugging Face Llama's; what is fused here (``qkv_proj``, ``gate_up_proj``) still declares
 the whole tensors it holds under their Llama names.
@@ -7,14 +7,15 @@ the whole tensors it holds under their Llama names.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from argonne import kernels
-from argonne.kernels import apply_rope_packed, rope_tables, swiglu
+from argonne.kernels import apply_rope, apply_rope_packed, rms_norm, swiglu
+from argonne.kernels.rotation import rope_frequencies, tables_of
 from argonne.kernels.swiglu import VECTOR
 from argonne.models.cache import LayerCache
 from argonne.models.config import ArgonneConfig
@@ -22,6 +23,7 @@ from argonne.models.execution import Execution
 from argonne.parallel import (
     ColumnParallelLinear,
     Constant,
+    LayoutError,
     Normal,
     Partition,
     RowParallelLinear,
@@ -66,7 +68,10 @@ class RotaryTables(nn.Module):
         # A little further than the longest sequence: ids may be padded to share them out (next_token_logits).
         positions = config.max_position_embeddings + groups.tensor.size - 1
         with groups.device:  # also when the parameters are still on meta: no one would fill these
-            cos, sin = rope_tables(positions, config.head_dim, config.rope_theta, table_dtype)
+            scaling, plain = config.rope_scaling, (config.head_dim, config.rope_theta)
+            frequencies = rope_frequencies(*plain) if scaling is None else scaling.frequencies(*plain)
+            scale = 1.0 if scaling is None else scaling.scale
+            cos, sin = tables_of(positions, frequencies, table_dtype, scale)
         self.cos: Tensor
         self.sin: Tensor
         self.register_buffer("cos", cos, persistent=False)
@@ -110,6 +115,47 @@ class RMSNorm(kernels.RMSNorm):
         return Placement(shares_tokens=self.groups.sequence_parallel)
 
 
+class HeadNorm(nn.Module):
+    """RMSNorm of each head on its own, with one weight for all of them, which every rank holds.
+
+    A rank's gradient of it is of its own heads, and of what its own queries ask of heads that it shares.
+
+    Raises:
+        LayoutError: a canonical block of a reproducible run has no whole heads.
+    """
+
+    def __init__(self, part: Partition, config: ArgonneConfig, execution: Execution) -> None:
+        super().__init__()
+        self.part, self.groups = part, execution.groups
+        self.head_dim, self.eps, self.kernels = config.head_dim, config.rms_norm_eps, execution.kernels
+        self.weight = nn.Parameter(torch.ones(config.head_dim, dtype=execution.precision.parameters))
+        axis = self.groups.tensor
+        if axis.blocks is not None and part.features // part.block % axis.blocks:
+            raise LayoutError(
+                f"{part.features // part.block} heads of {part.name} are not whole in {axis.blocks} blocks of a "
+                "reproducible run, as the norms of heads need them; legal: a divisor of the heads"
+            )
+        self._uses = None if axis.blocks is None else Uses(axis.own_blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[tokens, heads of this rank x head_dim]`` -> the same."""
+        weights = (self.weight,) if self._uses is None else self._uses.of(self.weight)
+        # In a reproducible run, the heads of a canonical block together: the gradient of each is a sum of its own.
+        blocks = {"block": len(weights), "dim": self.head_dim}
+        heads = rearrange(x, "token (block head dim) -> block token head dim", **blocks)
+        normal = rms_norm(heads, weights, self.eps, backend=self.kernels)
+        return rearrange(normal, "block token head dim -> token (block head dim)")
+
+    def uses_apart(self) -> dict[str, Uses]:
+        return {} if self._uses is None else {"weight": self._uses}
+
+    def shard_specs(self) -> dict[str, ShardSpec]:
+        return {"weight": replicated("weight", self.weight.shape, self.groups, Constant(1.0), used="inside")}
+
+    def output_placement(self) -> Placement:
+        return Placement((replace(self.part, name=""),))
+
+
 class Attention(nn.Module):
     """Grouped-query attention; a rank has a run of query heads and the key-value heads that they use."""
 
@@ -121,14 +167,12 @@ class Attention(nn.Module):
         group = config.num_attention_heads // config.num_key_value_heads
         queries = Partition.blocks("q_proj", self.head_dim, config.num_attention_heads, ranks)
         key_value_heads = tuple(range(own[0] // group, own[-1] // group + 1) for own in queries.held)
+        keys, values = (Partition(name, self.head_dim, key_value_heads) for name in ("k_proj", "v_proj"))
         self.qkv_proj = ColumnParallelLinear(
             config.hidden_size,
-            [
-                queries,
-                Partition("k_proj", self.head_dim, key_value_heads),
-                Partition("v_proj", self.head_dim, key_value_heads),
-            ],
+            [queries, keys, values],
             groups,
+            bias=config.attention_bias,
             initialiser=initial(config),
             precision=precision,
         )
@@ -136,9 +180,12 @@ class Attention(nn.Module):
             queries,
             config.hidden_size,
             groups,
+            bias=config.output_bias,
             initialiser=residual_initial(config),
             precision=precision,
         )
+        self.q_norm = HeadNorm(queries, config, execution) if config.qk_norm else None
+        self.k_norm = HeadNorm(keys, config, execution) if config.qk_norm else None
         own, shared = queries.held[groups.tensor.rank], key_value_heads[groups.tensor.rank]
         self.key_value_heads = len(shared)
         self.head_of_query = [head // group - shared[0] for head in own]
@@ -147,15 +194,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         """``[batch * positions, hidden]``, or this rank's share of the rows -> the same; causal."""
-        packed = rearrange(
-            self.qkv_proj(x),
-            "(batch sequence) (head dim) -> batch sequence head dim",
-            sequence=len(inputs.cos),
-            dim=self.head_dim,
-        )
-        query, key, value = apply_rope_packed(
-            packed, inputs.cos, inputs.sin, self.key_value_heads, backend=self.kernels
-        )
+        query, key, value = self._turned(self.qkv_proj(x), inputs)
         query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
         used = None if self.is_grouped else self.head_of_query  # where query heads begin or end within a group
         if inputs.cache is not None:
@@ -167,6 +206,25 @@ class Attention(nn.Module):
                 query, key, value, inputs.axis, inputs.documents, inputs.bounds, pinned=self.is_pinned
             )
         return self.o_proj(rearrange(context, "batch head sequence dim -> (batch sequence) (head dim)"))
+
+    def _turned(self, packed: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, normed where the model does and turned by their positions, and values.
+
+        Of ``[batch * positions, local features]``, each as ``[batch, positions, its heads, head_dim]``.
+        """
+        if self.q_norm is None or self.k_norm is None:
+            heads = self._heads(packed, inputs)
+            return apply_rope_packed(heads, inputs.cos, inputs.sin, self.key_value_heads, backend=self.kernels)
+        query, key, value = packed.split(self.qkv_proj.splits, dim=-1)
+        query, key = (
+            apply_rope(self._heads(norm(x), inputs), inputs.cos, inputs.sin, backend=self.kernels)
+            for norm, x in ((self.q_norm, query), (self.k_norm, key))
+        )
+        return query, key, self._heads(value, inputs)
+
+    def _heads(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
+        sizes = {"sequence": len(inputs.cos), "dim": self.head_dim}
+        return rearrange(x, "(batch sequence) (head dim) -> batch sequence head dim", **sizes)
 
 
 class FeedForward(nn.Module):

@@ -3,85 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from argonne.checkpoint import require_intact
 from argonne.data.corpus.formats import TEXT
 from argonne.data.tokens.filters import FILTERS, NO_FILTERS, Filters
 from argonne.kernels import Backend
 from argonne.launch.flags import Given, HomeText, RestartFlags, at_home
-from argonne.models.config import ArgonneConfig, preset
-from argonne.models.huggingface import from_huggingface
 from argonne.parallel import Objective
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.legal import require_number, require_share, require_whole
 from argonne.training.layout_flags import ParallelFlags
+from argonne.training.model_flags import ModelFlags
 from argonne.training.optimizer import BETAS, EPSILON
 from argonne.training.trace_file import NO_STEPS, TracedSteps
-
-DEFAULT_PRESET = "argonne-2.0-4.9b"
 
 MOST_STEPS = 2**63 - 1
 LEAST_EPSILON = 1e-37
 """The smallest epsilon of AdamW: the smallest normal number of float32 is a ninth of it."""
 MOST_SEED = 2**64 - 1
 """The largest seed of PyTorch's generators; that of a sample is the run's plus the step."""
-
-
-@dataclass(frozen=True)
-class ModelFlags:
-    """The model: a preset (or the config in its place), any field of which may be overridden."""
-
-    preset: str | None = None
-    """A named shape: demo, argonne-2.0-4.9b, argonne-2.0-2b, argonne-2.5-1b or argonne-2.0-8b
-    [argonne-2.0-4.9b]."""
-    model_config: Path | None = None
-    """A Hugging Face Llama config.json (or its directory) to take the shape from, instead of a preset [the preset]."""
-    hidden_size: int | None = None
-    """Width of the residual stream [the preset's]."""
-    num_hidden_layers: int | None = None
-    """Transformer blocks [the preset's]."""
-    num_attention_heads: int | None = None
-    """Query heads [the preset's]."""
-    num_key_value_heads: int | None = None
-    """Key-value heads [the preset's]."""
-    head_dim: int | None = None
-    """Width of a head [the preset's; hidden_size / num_attention_heads where one of these is given]."""
-    intermediate_size: int | None = None
-    """Width of the feed-forward layer [the preset's; 8/3 of a given hidden_size, up to a multiple of 256]."""
-    vocab_size: int | None = None
-    """Tokens in the model; at least the tokenizer's [the preset's; the tokenizer's own for one trained here]."""
-    rope_theta: float | None = None
-    """Base of the rotary frequencies [the preset's]."""
-    rms_norm_eps: float | None = None
-    """Added to the mean square in RMSNorm [the preset's]."""
-    tie_word_embeddings: bool | None = None
-    """Whether the output head is the embedding [the preset's]."""
-    initializer_range: float | None = None
-    """Standard deviation of the initial weights [the preset's: 0.02 for demo, hidden_size ** -0.5 for all others]."""
-
-    def resolve(self, block_size: int) -> ArgonneConfig:
-        """The whole shape. Raises ``ArgonneError`` naming what is not legal."""
-        if self.preset is not None and self.model_config is not None:
-            raise ArgonneError(
-                f"preset={self.preset!r} conflicts with model_config={str(self.model_config)!r}; legal: one"
-            )
-        if self.model_config is not None:
-            directory = self.model_config if self.model_config.is_dir() else self.model_config.parent
-            require_intact(directory, lambda name: name == "config.json")
-        base = from_huggingface(self.model_config) if self.model_config else preset(self.preset or DEFAULT_PRESET)
-        changed: dict[str, Any] = {name: value for name, value in vars(self).items() if value is not None}
-        for name in ("preset", "model_config"):
-            changed.pop(name, None)
-        if self.model_config is not None:  # a file gives what a preset derives, which is to follow a changed width too
-            follows = {"hidden_size": ("head_dim", "intermediate_size"), "num_attention_heads": ("head_dim",)}
-            changed = {name: None for given in follows if given in changed for name in follows[given]} | changed
-        changed["max_position_embeddings"] = max(block_size, base.max_position_embeddings)
-        return replace(base, **changed)
 
 
 @dataclass(frozen=True)

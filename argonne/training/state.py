@@ -26,12 +26,13 @@ from argonne.data import LaneState, special_tokens, write_tokenizer
 from argonne.files import write_json
 from argonne.models import Execution, build_replicas
 from argonne.parallel import ProcessGroups
-from argonne.parallel.communication.collectives import gather_objects
+from argonne.parallel.communication.collectives import collectively, gather_objects
 from argonne.training.config import RunConfig
 from argonne.training.loss_scale import LossScale
 from argonne.training.optimizer import build_optimizer
 from argonne.training.run.flags_json import flags_to_json
 from argonne.training.run.identity import dtype_name
+from argonne.training.run.kept_files import KeptFiles
 from argonne.training.run.setup import Workload
 from argonne.training.schedule import CosineSchedule
 from argonne.training.step import Learner
@@ -50,6 +51,8 @@ class TrainingState(Learner):
     """The state of each lane that this rank reads; empty where none was read yet."""
     changes: list[dict[str, Any]] = field(default_factory=list)
     """What was changed on the way, each with the last ``step`` before it and a ``text``."""
+    kept: KeptFiles | None = None
+    """What checkpoints keep of the directory that the run began with, if it began with one; on the first rank."""
 
     @classmethod
     def build(cls, config: RunConfig, workload: Workload, groups: ProcessGroups) -> TrainingState:
@@ -67,6 +70,13 @@ class TrainingState(Learner):
         )
         loss_scale = LossScale.of(t.precision, t.initial_loss_scale)
         return cls(model=model, replicas=replicas, optimizer=optimizer, schedule=schedule, loss_scale=loss_scale)
+
+    @torch.no_grad()
+    def begin_with(self, directory: Path) -> None:
+        """Begin with the weights of ``directory``, of which each rank reads what it holds (collective)."""
+        pieces = weight_pieces(self.parameters)
+        collectively(lambda: load_pieces(directory, pieces, verify=False), self.model.groups.world)
+        self.replicas.publish()
 
     @torch.no_grad()
     def restore(self, checkpoint: Path, reset_optimizer: bool = False, rewarmup_steps: int = 0) -> None:
@@ -108,12 +118,14 @@ class TrainingState(Learner):
 
         def write_rest(directory: Path) -> None:
             assert workload.tokenizer is not None
-            block_size = config.data.block_size
-            tokens = write_tokenizer(workload.tokenizer, directory, workload.boundary, block_size)
-            # The positions that were trained; the run's identity keeps what its flags made of the shape.
-            dtype = dtype_name(workload.precision.parameters)
-            write_json(directory / "config.json", self.model.config_json(block_size, tokens, dtype))
-            write_json(directory / "generation_config.json", tokens)
+            block_size, dtype = config.data.block_size, dtype_name(workload.precision.parameters)
+            if self.kept is not None:
+                self.kept.write(directory, dtype)
+            else:
+                tokens = write_tokenizer(workload.tokenizer, directory, workload.boundary, block_size)
+                # The positions that were trained; the run's identity keeps what its flags made of the shape.
+                write_json(directory / "config.json", self.model.config_json(block_size, tokens, dtype))
+                write_json(directory / "generation_config.json", tokens)
             write_json(directory / TRAINER, self._trainer(config, workload, lanes, global_batch))
 
         return save_checkpoint(

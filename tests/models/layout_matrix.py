@@ -13,6 +13,7 @@ import torch
 from argonne.checkpoint import load_pieces, moment_pieces, save_checkpoint, weight_pieces
 from argonne.checkpoint.format import step_directory
 from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas
+from argonne.models.families import decoder_family
 from argonne.parallel import (
     AXES,
     Layout,
@@ -47,6 +48,8 @@ class Case:
     """Replicas of a group of ``fsdp``; None: all of them are one."""
     documents: bool = False
     """Sequences are packed of documents that do not see each other."""
+    family: str = "llama"
+    """qwen3: with norms of heads, and biases in all of attention."""
 
     @property
     def plan(self) -> PipelinePlan:
@@ -70,6 +73,7 @@ class Case:
             SEQUENCE,
             initializer_range=0.3,
             tie_word_embeddings=self.tied,
+            **decoder_family(self.family).features(self.family == "qwen3"),
         )
 
     def __str__(self) -> str:
@@ -79,7 +83,8 @@ class Case:
         head = "tied" if self.tied else "untied"
         packed = ", documents" if self.documents else ""
         uneven = ", uneven" if self.layout.uneven_shards else ""
-        return f"{self.layout}{uneven}{schedule}{kind}, {head}, accumulation {self.accumulation}{packed}"
+        family = "" if self.family == "llama" else f", {self.family}"
+        return f"{self.layout}{uneven}{schedule}{kind}, {head}, accumulation {self.accumulation}{packed}{family}"
 
 
 def every_case() -> Iterator[Case]:
@@ -124,6 +129,7 @@ def _even_cases() -> Iterator[Case]:
                 accumulation=accumulation,
                 shard=shard,
                 documents=turn % 3 == 2,
+                family="qwen3" if turn % 5 == 3 else "llama",
             )
             turn += 1
 

@@ -11,6 +11,7 @@ import torch
 
 from argonne.checkpoint import moment_pieces, weight_pieces
 from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas
+from argonne.models.families import decoder_family
 from argonne.parallel import Layout, ProcessGroups
 from argonne.parallel.pipeline_parallel.plan import SCHEDULES, PipelinePlan
 from argonne.parallel.tensor_parallel.precision import PRECISIONS
@@ -38,6 +39,8 @@ class Options:
     recompute: bool = False
     accumulation: int = 4
     """Micro-batches of a replica, at least; a pipeline's replica has as many as it has ranks, or more."""
+    family: str = "llama"
+    """qwen3: with norms of heads, and biases in all of attention."""
 
     @property
     def config(self) -> ArgonneConfig:
@@ -52,12 +55,13 @@ class Options:
             max_position_embeddings=SEQUENCE,
             head_dim=10,
             tie_word_embeddings=self.tied,
+            **decoder_family(self.family).features(self.family == "qwen3"),
         )
 
     def __str__(self) -> str:
         heads = "MHA" if self.key_values == HEADS else "GQA"
         words = [self.precision, "tied" if self.tied else "untied", heads, f"{self.accumulation} of {self.sequences}"]
-        return ", ".join([*words, *(name for name in ("documents", "recompute") if getattr(self, name))])
+        return ", ".join([*words, *(name for name in ("documents", "recompute") if getattr(self, name)), self.family])
 
 
 @dataclass(frozen=True)
@@ -139,8 +143,11 @@ def every_place() -> list[Place]:
 
 
 def every_case() -> Iterator[tuple[Place, Options]]:
-    """Every layout with every option set that it can have."""
-    return ((place, options) for place in every_place() for options in option_sets() if _is_legal(place, options))
+    """Every layout with every option set that it can have, and with one of another family."""
+    sets = option_sets()
+    for number, place in enumerate(every_place()):
+        other = replace(sets[(5 * number) % 8], family="qwen3")
+        yield from ((place, options) for options in (*sets, other) if _is_legal(place, options))
 
 
 def long_cases() -> Iterator[tuple[Place, Options]]:
@@ -170,5 +177,8 @@ def few_cases() -> list[tuple[Place, Options]]:
         DATA[3]: 7,
         PRODUCTS[1]: 6,
     }
-    sets = option_sets()
-    return [(place, sets[number]) for place, number in cases.items()]
+    sets, others = option_sets(), (TENSOR[1], TENSOR[2], DATA[2], PRODUCTS[1])
+    return [
+        (place, replace(sets[number], family="qwen3" if place in others else "llama"))
+        for place, number in cases.items()
+    ]

@@ -79,10 +79,11 @@ def test_a_truth_value_of_another_type_is_refused(tmp_path: Path, field: str, va
         ({"rope_parameters": "default"}, "rope_parameters='default'"),
         ({"rope_scaling": ["linear"]}, "rope_scaling=['linear']"),
         ({"rope_scaling": 0}, "rope_scaling=0"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'default'"),
-        ({"rope_parameters": {"rope_type": None}}, "rope_type 'default'"),
-        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear"}}, "rope_type 'default'"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "rope_type 'default'"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type='longrope'"),
+        ({"rope_parameters": {"rope_type": None}}, "rope_type=None"),
+        ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_type=['yarn']"),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear"}}, "rope_scaling.factor=None"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "rope_parameters['full_attention']="),
         ({"rope_parameters": {"rope_theta": 0}}, "rope_parameters.rope_theta=0"),
         ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_parameters.rope_theta='1e4'"),
         ({"rope_parameters": {"rope_theta": 5.0}, "rope_theta": 6.0}, "rope_parameters.rope_theta=5.0, rope_theta=6.0"),
@@ -142,7 +143,7 @@ def test_any_file_gives_a_legal_shape_or_one_line(tmp_path: Path, changed: dict[
         values = dataclasses.asdict(config)
         assert all(type(values[name]) is int and values[name] >= 1 for name in WHOLE)
         assert all(type(values[name]) is float and 0 < values[name] < math.inf for name in REAL)
-        assert type(config.tie_word_embeddings) is bool
+        assert all(type(values[name]) is bool for name in ("tie_word_embeddings", "attention_bias", "qk_norm"))
 
 
 @pytest.mark.parametrize(

@@ -24,15 +24,15 @@ pytestmark = pytest.mark.slow
 FAST = [
     Case(Layout(pipeline=2), "1f1b", tied=True, accumulation=4),
     Case(Layout(pipeline=2), "zb", tied=True, accumulation=1),
-    Case(Layout(pipeline=2), "interleaved", tied=False, accumulation=4, documents=True),
+    Case(Layout(pipeline=2), "interleaved", tied=False, accumulation=4, documents=True, family="qwen3"),
     Case(Layout(context=2), kind="zero1", tied=False, accumulation=4),
     Case(Layout(data=2), "zb", "fsdp", tied=True, accumulation=4),  # a schedule, but no pipeline
     Case(Layout(pipeline=2, data=2), "gpipe", "fsdp", tied=True, accumulation=1),
-    Case(Layout(pipeline=2, tensor=2, sequence_parallel=True), "zb", tied=False, accumulation=4, documents=True),
+    Case(Layout(pipeline=2, tensor=2, sequence_parallel=True), "zb", "replicate", False, 4, 5, None, True, "qwen3"),
     Case(Layout(data=2, context=2), kind="replicate", tied=True, accumulation=1, documents=True),
-    Case(Layout(context=2, tensor=2, sequence_parallel=True), kind="fsdp", tied=True, accumulation=4),
+    Case(Layout(context=2, tensor=2, sequence_parallel=True), kind="fsdp", tied=True, accumulation=4, family="qwen3"),
     Case(Layout(data=4), kind="fsdp", tied=True, accumulation=2, shard=2),
-    Case(Layout(tensor=4, uneven_shards=True), tied=False, accumulation=4),
+    Case(Layout(tensor=4, uneven_shards=True), tied=False, accumulation=4, family="qwen3"),
     Case(Layout(data=2, tensor=2, sequence_parallel=True, uneven_shards=True), kind="zero1", tied=True, accumulation=1),
 ]
 SLOW = [
@@ -47,16 +47,17 @@ SLOW = [
 
 @cache
 def alone(
-    layers: int, tied: bool, documents: bool = False, uneven: bool = False
+    layers: int, tied: bool, documents: bool = False, uneven: bool = False, family: str = "llama"
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The run in one process; accumulation changes nothing but the last bits."""
     layout = Layout(uneven_shards=uneven)
-    losses, parts = train(ProcessGroups.single(), Case(layout, tied=tied, blocks=layers, documents=documents))
+    groups = ProcessGroups.single()
+    losses, parts = train(groups, Case(layout, tied=tied, blocks=layers, documents=documents, family=family))
     return losses, assemble([parts])
 
 
 def compare(ranks: RankPool, case: Case) -> None:
-    losses, weights = alone(case.layers, case.tied, case.documents, case.layout.uneven_shards)
+    losses, weights = alone(case.layers, case.tied, case.documents, case.layout.uneven_shards, case.family)
     assert len(set(losses)) == STEPS, "nothing happened"
     results = ranks.run(case.layout, train, case)
     for rank, (found, _) in enumerate(results):
@@ -84,13 +85,14 @@ def test_a_checkpoint_of_any_layout_goes_on_in_any_other(ranks: RankPool, exampl
     def claim(first: Case, second: Case, third: Case, stop: int, data: st.DataObject) -> None:
         documents = first.documents
         stops = [0, stop, data.draw(st.integers(stop + 1, STEPS - 1)), STEPS]
-        tied, uneven = first.tied, first.layout.uneven_shards
-        losses, weights = alone(5, tied, documents, uneven)
+        kept = {"tied": first.tied, "blocks": 5, "documents": documents, "family": first.family}
+        uneven = first.layout.uneven_shards
+        losses, weights = alone(5, first.tied, documents, uneven, first.family)
         found: list[float] = []
         with TemporaryDirectory() as name:
             for case, (begin, end) in zip((first, second, third), pairwise(stops), strict=True):
                 layout = replace(case.layout, uneven_shards=uneven)
-                case = replace(case, layout=layout, tied=tied, blocks=5, documents=documents)
+                case = replace(case, layout=layout, **kept)
                 results = ranks.run(case.layout, train, case, begin, end, Path(name))
                 found += results[0][0]
         assert found == pytest.approx(losses, rel=1e-9)
@@ -108,7 +110,7 @@ def test_moving_to_another_layout_changes_no_bit_of_weights_and_moments(ranks: R
     written = read_manifest(step_directory(tmp_path, 3))
     for other in FAST:
         even = replace(other.layout, uneven_shards=False)
-        other = replace(other, layout=even, tied=True, blocks=5)
+        other = replace(other, layout=even, tied=True, blocks=5, family="llama")
         ranks.run(other.layout, train, other, 3, 3, tmp_path)
         assert read_manifest(step_directory(tmp_path, 3)).tensors == written.tensors, f"{case} -> {other}"
 

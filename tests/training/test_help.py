@@ -10,7 +10,6 @@ import pytest
 
 from argonne.launch import RestartFlags, parse
 from argonne.training.config import (
-    DEFAULT_PRESET,
     DataFlags,
     ModelFlags,
     ParallelFlags,
@@ -19,12 +18,14 @@ from argonne.training.config import (
     RunFlags,
     TrainingFlags,
 )
+from argonne.training.model_flags import DEFAULT_PRESET
 
 DRIVERS = {
     "examples.custom_model": "Config",
     "examples.demo": "Demo",
     "examples.demo_corpus": "DemoCorpus",
     "examples.generate": "GenerateConfig",
+    "examples.perplexity": "PerplexityConfig",
     "argonne.training.config": "RunConfig",
     "argonne.training.config resume": "ResumeConfig",
     "benchmarks.data_corpus": "Flags",

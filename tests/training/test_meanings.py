@@ -42,7 +42,7 @@ GROUPS = {
 }
 # Told with the global batch, or in a test of its own.
 ELSEWHERE = {"initial_batch_size", "gradient_accumulation_steps", "reproducible", "batch_size", "reset_optimizer"}
-ELSEWHERE |= {"rewarmup_steps", "checkpoint_path", "force_from_scratch", "reproducible_blocks"}
+ELSEWHERE |= {"init_from", "rewarmup_steps", "checkpoint_path", "force_from_scratch", "reproducible_blocks"}
 
 
 def names(*kinds: type) -> list[str]:
@@ -84,6 +84,8 @@ def other_values(base: RunConfig) -> dict[str, Any]:
         "rms_norm_eps": 1e-3,
         "tie_word_embeddings": False,
         "initializer_range": 0.5,
+        "family": "qwen3",
+        "attention_bias": True,
         "hidden_size": 56,
         "num_hidden_layers": 3,
         "data_glob": (f"{home}/other/*.parquet",),

@@ -51,7 +51,7 @@ def load_tokenizer(
     directory = Path(path).expanduser()
     if not directory.is_dir():
         raise DataError(f"tokenizer path {path} is not a directory; give the local directory of a tokenizer")
-    if not any(file for pattern in VOCABULARY_FILES for file in directory.glob(pattern)):
+    if not holds_tokenizer(directory):
         raise DataError(f"tokenizer path {path} holds no tokenizer: none of {', '.join(VOCABULARY_FILES)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -70,6 +70,11 @@ def load_tokenizer(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def holds_tokenizer(directory: Path) -> bool:
+    """Whether there is a vocabulary in a directory."""
+    return any(file for pattern in VOCABULARY_FILES for file in directory.glob(pattern))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 12_000) -> PreTrainedTokenizerFast:

@@ -16,11 +16,13 @@ from argonne.parallel.communication.layout import require_divisible
 from argonne.parallel.data_parallel.kinds import check_shard
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import RunConfig
+from argonne.training.run.beginning import check_beginning
 from argonne.training.run.conflicts import check_meaning
 from argonne.training.run.corpora import Corpora
 from argonne.training.run.directory import read_run
 from argonne.training.run.model import ModelBuilder, check_own_model
 from argonne.training.run.reproducible import check_reproducible, pin_threads
+from argonne.training.run.shape import shape_of
 
 
 def check(config: RunConfig, world_size: int, model: ModelBuilder | None = None) -> None:
@@ -41,7 +43,8 @@ def check(config: RunConfig, world_size: int, model: ModelBuilder | None = None)
     if model is not None:
         check_own_model(config)
     else:
-        shape = config.model.resolve(config.data.block_size)
+        shape = shape_of(config)
+        check_beginning(config)
         shape.check_layout(layout)
         plan.check_layers(shape.num_hidden_layers)
     check_reproducible(config, layout, shape)

@@ -50,12 +50,13 @@ def in_vain(config: RunConfig, layout: Layout) -> list[str]:
     data = config.data
     alone, unstaged = "the layout has tensor_parallel=1", "the layout has pipeline_parallel=1"
     one, single = layout.data * layout.context == 1, "there is one replica"
+    trained = data.tokenizer_path is None and config.model.init_from is None
     past_the_end = all(steps.start > config.training.total_steps for steps in config.run.traced_steps.ranges)
     idle = (
         ("--min-batch-size", True, "the search for a batch that fits into memory is not built yet"),
         ("--disable-compile", True, "compilation is not built yet, and every run is eager"),
         ("--num-proc", data.streaming, "without --no-streaming, tokens are made while training"),
-        ("--trust-remote-code", data.tokenizer_path is None, "without --tokenizer-path, no tokenizer comes with code"),
+        ("--trust-remote-code", trained, "without --tokenizer-path, no tokenizer comes with code"),
         ("--local_rank", True, "LOCAL_RANK in the environment is what counts"),
         ("--sequence-parallel", layout.tensor == 1, alone),
         ("--uneven-shards", layout.tensor == 1, alone),

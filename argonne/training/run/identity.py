@@ -68,6 +68,8 @@ class RunIdentity:
     """``LanguageModel.shape``: the fields of ``ArgonneConfig``, or what a model of one's own says."""
     tokenizer: Mapping[str, Any] | None = None
     """``fingerprint`` and ``size``, and ``boundary``: its (BOS, EOS) ids where documents are given them."""
+    init_from: str | None = None
+    """``weights_fingerprint`` of those that it began with, where they are not drawn by the seed."""
     reproducible: Mapping[str, Any] | None = None
     """``blocks`` and ``micro_batch``, of a run whose bits no layout changes."""
     others: Mapping[str, Any] = field(default_factory=dict)
@@ -104,6 +106,7 @@ class RunIdentity:
                 listed = isinstance(shards, list) and all(isinstance(each, list) for each in shards)
                 wrong["identity.data.shards"] = not listed
                 wrong["identity.data.lanes"] = not _is_count(data.get("lanes") or 1)
+            wrong["identity.init_from"] = not isinstance(saved.get("init_from", ""), str)
         for name, is_wrong in wrong.items():
             if is_wrong:
                 raise ValueError(f"its {name} is of another kind")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ import torch
 from argonne.models import ArgonneConfig, ArgonneModel, Execution, LanguageModel, require_contract
 from argonne.parallel import ArgonneError, LayoutError, Precision, ProcessGroups
 from argonne.training.config import ModelFlags, RunConfig, names_of
+from argonne.training.run.shape import shape_of
 
 ModelBuilder = Callable[[Execution, int], LanguageModel]
 """Makes this rank's part of a model from how it is computed and the number of tokens of the vocabulary."""
@@ -37,9 +37,9 @@ def argonne_model(config: RunConfig, tokenizer_size: int) -> ModelOfRun:
         ArgonneError: there are more tokens than the flags allow.
     """
     shape, notes = _shape(config, tokenizer_size), []
-    if shape.hidden_size % shape.num_attention_heads:
+    if shape.family == "llama" and shape.hidden_size % shape.num_attention_heads:
         notes.append("note: transformers opens no Llama whose hidden_size is not divisible by num_attention_heads")
-    return ModelOfRun(partial(ArgonneModel, shape), dataclasses.asdict(shape), tuple(notes))
+    return ModelOfRun(partial(ArgonneModel, shape), shape.as_json(), tuple(notes))
 
 
 def own_model(
@@ -97,10 +97,15 @@ def _built(builder: ModelBuilder, tokenizer_size: int, execution: Execution) -> 
 
 
 def _shape(config: RunConfig, tokenizer_size: int) -> ArgonneConfig:
-    shape = config.model.resolve(config.data.block_size)
-    if config.data.tokenizer_path is None and config.model.vocab_size is None:
+    shape, origin = shape_of(config), config.model.init_from
+    if origin is None and config.data.tokenizer_path is None and config.model.vocab_size is None:
         return replace(shape, vocab_size=tokenizer_size)
     if shape.vocab_size < tokenizer_size:
+        if origin is not None:
+            raise ArgonneError(
+                f"the tokenizer has {tokenizer_size} tokens, more than the model of init_from={str(origin)!r}; legal: "
+                f"a tokenizer of at most {shape.vocab_size}, its vocab_size"
+            )
         raise ArgonneError(
             f"vocab_size={shape.vocab_size} is less than the tokenizer's {tokenizer_size}; "
             f"legal: --vocab-size {tokenizer_size} or more"

@@ -17,6 +17,7 @@ from argonne.parallel.errors import ArgonneError
 from argonne.training.config import RunConfig
 from argonne.training.run.facts import FACTS, Sizes
 from argonne.training.run.reproducible import blocks_of
+from argonne.training.run.shape import shape_of
 
 
 def require_facts(config: RunConfig, groups: ProcessGroups, precision: Precision, own_model: bool) -> None:
@@ -54,7 +55,7 @@ def sizes_of(config: RunConfig, device: torch.device, precision: Precision, own_
         documents=config.data.document_mask,
     )
     if not own_model:
-        found = _with_shape(found, config.model.resolve(sequence))
+        found = _with_shape(found, shape_of(config))
     return found if device.type == "cuda" else _small(found)
 
 

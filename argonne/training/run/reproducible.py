@@ -15,6 +15,7 @@ from argonne.parallel import Layout, LayoutError
 from argonne.parallel.communication.layout import divisors
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import RunConfig
+from argonne.training.run.shape import shape_of
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _CUBLAS_LEGAL = (":4096:8", ":16:8")
@@ -31,7 +32,7 @@ def blocks_of(config: RunConfig) -> int | None:
         return None
     if parallel.reproducible_blocks is not None:
         return parallel.reproducible_blocks
-    return config.model.resolve(config.data.block_size).num_key_value_heads
+    return shape_of(config).num_key_value_heads
 
 
 def reproducible_identity(config: RunConfig) -> dict[str, Any] | None:

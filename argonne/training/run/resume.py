@@ -23,11 +23,11 @@ from argonne.training.run.identity import RunIdentity, differences
 from argonne.training.run.job import joined, log
 from argonne.training.run.model import ModelBuilder
 from argonne.training.run.setup import prepare, with_tokens
-from argonne.training.run.workflow import is_done, restore, train
+from argonne.training.run.workflow import begin, is_done, restore, train
 from argonne.training.state import TrainingState
 
 # Changing these changes what the weights or the lanes mean; resume.py refuses it. The rest it announces.
-_FIXED = ("model", "data", "tokenizer", "reproducible")
+_FIXED = ("model", "data", "tokenizer", "init_from", "reproducible")
 
 
 def parse_resume(arguments: Sequence[str]) -> ResumeConfig:
@@ -103,9 +103,10 @@ def resume(config: ResumeConfig, model: ModelBuilder | None = None) -> int:
         state = TrainingState.build(config, workload, groups)
         if flags.force_from_scratch:
             log(groups, *announced(became))
-            state.initialise(config.training.seed)
+            begin(state, config, workload)
             return train(config, workload, state, shape, None)
-        restore(state, checkpoint, workload, became, flags.reset_optimizer, flags.rewarmup_steps)
+        path = config.data.tokenizer_path
+        restore(state, checkpoint, workload, became, path, flags.reset_optimizer, flags.rewarmup_steps)
         return train(config, workload, state, shape, checkpoint)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import ChainMap
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from argonne.parallel.communication.collectives import collectively, gather_obje
 from argonne.parallel.tensor_parallel.precision import resolve_precision
 from argonne.training.config import RunConfig
 from argonne.training.evaluation import held_out_sequences
+from argonne.training.run.beginning import Beginning, beginning
 from argonne.training.run.conditions import conditions_of
 from argonne.training.run.corpora import Corpora
 from argonne.training.run.directory import require_same
@@ -28,6 +28,7 @@ from argonne.training.run.job import log
 from argonne.training.run.kept_tokenizer import fallback_tokenizer, from_json
 from argonne.training.run.model import ModelBuilder, ModelOfRun, argonne_model, own_model
 from argonne.training.run.probe import require_facts
+from argonne.training.run.shape import shape_of
 from argonne.training.run.token_caches import token_caches
 
 
@@ -46,6 +47,8 @@ class Workload:
     """What it is computed and measured under, which may change on the way: JSON values."""
     held_out: Tensor | None
     """``held_out_sequences``; None where there is no held-out text."""
+    began: Beginning
+    """With which weights."""
 
 
 def prepare(
@@ -72,12 +75,13 @@ def prepare(
     """
     data = open_corpora(config, groups, saved)
     precision = resolve_precision(config.training.precision, groups.device)
-    identity = RunIdentity.of(config, data.identity, precision)
+    began = beginning(config, saved, groups)
+    identity = replace(RunIdentity.of(config, data.identity, precision), init_from=began.fingerprint)
     # Before anything that takes long.
     early = identity if model else _with_shape(identity, config, saved)
     _require_run(config, saved, early, fixed)
 
-    tokenizer = _tokenizer(config, groups, data, saved, kept_tokenizer)
+    tokenizer = _tokenizer(config, groups, data, saved, lambda: kept_tokenizer() or began.directory)
     boundary = _boundary(config, groups, tokenizer)
     facts = _tokenizer_facts(tokenizer, boundary, groups)
     of_run = _model_of(config, groups, precision, facts["size"], model)
@@ -89,7 +93,7 @@ def prepare(
     held_out = _held_out(config, groups, data, tokenizer, boundary)
     log(groups, *(f"accepted from here on: {line}" for line in accepted))
     conditions = conditions_of(config, precision, groups.device, data.validation)
-    return Workload(of_run, precision, data, tokenizer, boundary, identity, conditions, held_out)
+    return Workload(of_run, precision, data, tokenizer, boundary, identity, conditions, held_out, began)
 
 
 def with_tokens(config: RunConfig, workload: Workload, groups: ProcessGroups) -> Workload:
@@ -124,7 +128,9 @@ def _require_run(
     """Refuse another run than the ``saved`` one, as far as ``now`` is settled; the differences that are accepted."""
     if saved is None:
         return []
-    parts = [name for name in now.to_json() if fixed is None or name in fixed]
+    # What a run has or has not is settled by the flags, so that having it no more is a difference.
+    settled = {*now.to_json(), "init_from", "reproducible"}
+    parts = [name for name in settled if fixed is None or name in fixed]
     return require_same(saved, now, config.run.output_dir, config.data.accept_data_change, parts)
 
 
@@ -132,7 +138,7 @@ def _with_shape(identity: RunIdentity, config: RunConfig, saved: RunIdentity | N
     """``identity`` with the model's shape as far as the flags settle it: of the vocabulary, the tokenizer decides."""
     if saved is None or not saved.model:
         return identity
-    shape = dataclasses.asdict(config.model.resolve(config.data.block_size))
+    shape = shape_of(config).as_json()
     return replace(identity, model=shape | {"vocab_size": saved.model.get("vocab_size")})
 
 

@@ -23,6 +23,7 @@ from argonne.training.run.file import mended_run, write_run
 from argonne.training.run.flags_json import flags_to_json
 from argonne.training.run.identity import RunIdentity
 from argonne.training.run.job import joined, log
+from argonne.training.run.kept_files import KeptFiles
 from argonne.training.run.kept_tokenizer import keep
 from argonne.training.run.model import ModelBuilder
 from argonne.training.run.setup import Workload, prepare, with_tokens
@@ -54,9 +55,9 @@ def pretrain(config: RunConfig, model: ModelBuilder | None = None) -> int:
         workload = with_tokens(config, workload, groups)
         state = TrainingState.build(config, workload, groups)
         if checkpoint is None:
-            state.initialise(config.training.seed)
+            begin(state, config, workload)
         else:
-            restore(state, checkpoint, workload, became)
+            restore(state, checkpoint, workload, became, config.data.tokenizer_path)
         return train(config, workload, state, shape, checkpoint)
 
 
@@ -96,11 +97,38 @@ def _newest(directory: Path, groups: ProcessGroups) -> Path | None:
     return checkpoint
 
 
+def begin(state: TrainingState, config: RunConfig, workload: Workload) -> None:
+    """Begin at step 0, with the weights that ``--init-from`` names or with those of the seed."""
+    directory = workload.began.directory
+    if directory is None:
+        state.initialise(config.training.seed)
+        return
+    state.begin_with(directory)
+    _keep_files(state, directory, workload, config.data.tokenizer_path, begins=True)
+    log(state.model.groups, f"beginning with the weights of {directory}")
+
+
+def _keep_files(
+    state: TrainingState, directory: Path, workload: Workload, tokenizer_path: Path | None, begins: bool = False
+) -> None:
+    """Have checkpoints keep what is in ``directory`` beside the weights (collective)."""
+    groups = state.model.groups
+
+    def read() -> KeptFiles | None:
+        if not groups.is_first:
+            return None
+        assert workload.tokenizer is not None
+        return KeptFiles.read(directory, workload.tokenizer, tokenizer_path, begins)
+
+    state.kept = collectively(read, groups.world)
+
+
 def restore(
     state: TrainingState,
     checkpoint: Path,
     workload: Workload,
     became: Sequence[str],
+    tokenizer_path: Path | None = None,
     reset_optimizer: bool = False,
     rewarmup_steps: int = 0,
 ) -> None:
@@ -109,6 +137,8 @@ def restore(
     Where the data has changed since, each lane finds a place in what it is now.
     """
     state.restore(checkpoint, reset_optimizer, rewarmup_steps)
+    if workload.identity.init_from is not None:
+        _keep_files(state, checkpoint, workload, tokenizer_path)
     trainer = load_trainer(checkpoint)
     saved, now = RunIdentity.of_saved(trainer), workload.identity
     state.changes = [*trainer.get("changes", []), *({"step": state.step, "text": line} for line in became)]
@@ -154,7 +184,7 @@ def _begin(config: RunConfig, workload: Workload, state: TrainingState, shape: B
         "flags": flags_to_json(config),
         "versions": versions(),
     }
-    if config.data.tokenizer_path is None:
+    if config.data.tokenizer_path is None and config.model.init_from is None:
         assert workload.tokenizer is not None
         if keep(workload.tokenizer, directory / "tokenizer") and before:
             log(groups, f"{directory / 'tokenizer'} was missing or damaged, and was restored")
@@ -174,7 +204,7 @@ def _summary(workload: Workload, state: TrainingState, shape: BatchShape, checkp
         f"{len(data.shards)} shard{'s' if len(data.shards) > 1 else ''}{mixed}, {data.lanes} lanes",
         *state.model.facts(shape.accumulation, shape.micro_batch, shape.block_size),
         *state.replicas.facts(shape.accumulation),
-        f"continuing from {checkpoint}" if checkpoint else "from scratch",
+        f"continuing from {checkpoint}" if checkpoint else "from step 0" if state.kept else "from scratch",
     ]
     return " | ".join(facts)
 
