@@ -89,7 +89,8 @@ def check(config: GenerateConfig, processes: int) -> None:
 def main(config: GenerateConfig) -> None:
     flags, device = config.generate, choose_device(config.launch.device)
     with process_groups(config.parallel.layout(world_size()), device) as groups, torch.inference_mode():
-        opened = open_model(flags.checkpoint_path, groups, resolve_precision(flags.precision, device))
+        precision = resolve_precision(flags.precision, device)
+        opened = open_model(flags.checkpoint_path, groups, precision, generating=True)
         for report in opened.reports if groups.is_first else ():
             print(report, file=sys.stderr, flush=True)  # the text stands alone on stdout
         if flags.chat:

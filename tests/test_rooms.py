@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"parent", "files", "parallel"},
     "checkpoint": {"files", "parallel"},
     "models": {"files", "parallel", "kernels"},
-    "inference": {"files", "parallel", "kernels", "data", "checkpoint", "models"},
+    "inference": {"files", "output", "parallel", "kernels", "data", "checkpoint", "models"},
     "convert": {"files", "parallel", "kernels", "models", "data", "checkpoint"},
     "training": {
         *("argonne", "parent", "files", "output", "parallel", "kernels", "launch"),

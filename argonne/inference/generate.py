@@ -90,8 +90,8 @@ def cache_line(model: LanguageModel, prompts: Sequence[Sequence[int]], sampling:
             most, widest = size, (len(own), positions)
     kind = str(shape.dtype).removeprefix("torch.")
     return (
-        f"cache: {most / 2**30:.3f} GiB on this rank, {widest[0]} x {widest[1]:,} positions, {len(shape.layers)} layers "
-        f"of {shape.heads} key-value heads in {kind}"
+        f"cache: {most / 2**30:.3f} GiB on this rank, {widest[0]} x {widest[1]:,} positions, "
+        f"{len(shape.layers)} layers of {shape.heads} key-value heads in {kind}"
     )
 
 

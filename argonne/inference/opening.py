@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -21,6 +21,8 @@ from argonne.models import Execution, LanguageModel, ModelConfig, build_model, f
 from argonne.parallel import ArgonneError, PipelinePlan, Precision, ProcessGroups
 from argonne.parallel.communication.collectives import collectively
 from argonne.parallel.communication.layout import Layout
+from argonne.parallel.communication.shared_memory import sharing_memory
+from argonne.parallel.tensor_parallel.gemm import lay_out_for_rows
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,25 @@ class Opened:
     """Why newer checkpoints were passed over, a line each."""
 
 
-def open_model(path: Path, groups: ProcessGroups, precision: Precision) -> Opened:
+def open_model(path: Path, groups: ProcessGroups, precision: Precision, *, generating: bool = False) -> Opened:
     """The model and the tokenizer at ``path`` (collective): each rank reads the slices that it holds, and no more.
+
+    With ``generating`` it is made ready to write: weights are in the dtype of what is computed, and memory is laid out
+    and shared as is best for one token at a time.
 
     Raises:
         ArgonneError: on every rank, what cannot be opened, and why.
     """
     directory, reports = locate(path, groups)
     shape = collectively(lambda: from_huggingface(directory), groups.world)
+    if generating:
+        groups, precision = sharing_memory(groups), replace(precision, parameters=precision.compute)
     with groups.device:
         model = build_model(shape, Execution(groups, precision))
     pieces = weight_pieces(model.sharded_parameters())
     collectively(lambda: load_pieces(directory, pieces, verify=False), groups.world)
+    for parameter in model.parameters() if generating else ():
+        lay_out_for_rows(parameter)
     tokenizer = collectively(lambda: load_tokenizer(directory), groups.world)
     return Opened(model, tokenizer, directory, tuple(reports))
 

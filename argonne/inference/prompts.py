@@ -40,7 +40,8 @@ def read_prompts(path: Path) -> list[str]:
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise ArgonneError(
-                f"line {number + 1} of prompt_file={name!r} is {lines[number][:60]!r}; legal: a JSON object with a prompt"
+                f"line {number + 1} of prompt_file={name!r} is {lines[number][:60]!r}; "
+                "legal: a JSON object with a prompt"
             )
     return [prompt for prompt in prompts if prompt]
 
@@ -83,7 +84,9 @@ def encoded(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
 def require_chat_template(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     """Raise ``ArgonneError`` unless the tokenizer says how a chat is written."""
     if not tokenizer.chat_template:
-        raise ArgonneError(f"chat=True needs a chat template, and the tokenizer of {str(directory)!r} has none; legal: False")
+        raise ArgonneError(
+            f"chat=True needs a chat template, and the tokenizer of {str(directory)!r} has none; legal: False"
+        )
 
 
 def encoded_chat(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> list[int]:

@@ -1,7 +1,7 @@
 """How the next token is drawn: the same at every layout, in every batch, whatever else is drawn.
 
-The number that decides a draw follows from the seed, the prompt's number and the token's position alone. It is looked up
-in the cumulative probabilities of the candidates, in float64, most likely first and by id where two are equally likely.
+The number that decides a draw follows from the seed, the prompt's number and the token's position alone. It is looked
+up in the cumulative probabilities of the candidates, in float64, most likely first, by id where two are equally likely.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def draw(scores: Scores, sampling: Sampling, seen: Sequence[Sequence[int]], numb
 
 def penalised(scores: Scores, penalty: float, seen: Sequence[Sequence[int]]) -> Scores:
     """The scores with those of tokens that were seen made less likely (arXiv 1909.05858, section 4.1)."""
-    values = scores.values.double()
+    values = scores.values.to(torch.float64, copy=True)
     for row, tokens in zip(values, seen, strict=True):
         own = sorted({token - scores.first for token in tokens if 0 <= token - scores.first < scores.tokens})
         at = torch.tensor(own, dtype=torch.int64, device=values.device)

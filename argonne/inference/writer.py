@@ -50,7 +50,7 @@ class Writer:
                 self._show("\n" if stream else head + text + "\n")
 
     def converse(self, typed: Iterable[str]) -> None:
-        """Answer what is ``typed`` (on the first rank), each turn after all before it; without ``chat``, continue it."""
+        """Answer what is ``typed`` (on the first rank), after all turns before; without ``chat``, continue it."""
         groups = self.model.groups
         groups.set_timeout(PATIENCE)
         self._tell(cache_line(self.model, [[0] * self.model.longest_sequence], self.sampling, 1) + " at most")
@@ -67,9 +67,7 @@ class Writer:
     def _ids(self, messages: Sequence[Message]) -> list[int]:
         return encoded_chat(self.tokenizer, messages) if self.chat else encoded(self.tokenizer, messages[-1]["content"])
 
-    def _continue(
-        self, prompts: Sequence[Sequence[int]], first: int, shown: Callable[[str], None] | None
-    ) -> list[str]:
+    def _continue(self, prompts: Sequence[Sequence[int]], first: int, shown: Callable[[str], None] | None) -> list[str]:
         followers = [TextFollower(self.tokenizer, prompt, self.stops, shown) for prompt in prompts]
         continue_all(
             self.model, prompts, self.sampling, self.seed, self.ends, followers=followers, first=first, cached=True

@@ -38,5 +38,6 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> Te
     half, where = cos.shape[1], slice(x.shape[-3]) if positions is None else positions
     c, s = cos[where].unsqueeze(-2), sin[where].unsqueeze(-2)
     wide = x.to(torch.promote_types(x.dtype, cos.dtype))
-    first, second, rest = wide.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    return torch.cat((first * c - second * s, second * c + first * s, rest), dim=-1).to(x.dtype)
+    first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    turned = (first * c - second * s, second * c + first * s)
+    return torch.cat((*turned, rest) if rest.shape[-1] else turned, dim=-1).to(x.dtype)

@@ -159,7 +159,7 @@ def last_logits(hidden: Tensor, head: Head, groups: ProcessGroups, batch: int, p
 
 
 def logits_of(hidden: Tensor, head: Head, groups: ProcessGroups, rows: Tensor) -> Tensor:
-    """This rank's logits ``[rows, head.range.rows]``, of padding too, of some rows of ``[batch * positions, hidden]``."""
+    """This rank's logits of rows of ``[batch * positions, hidden]``: ``[rows, head.range.rows]``, of padding too."""
     if groups.sequence_parallel:
         hidden = gather_from_sequence_region(hidden, groups.tensor)
     return column_parallel_linear(hidden[rows], head.weight, head.bias, groups.tensor, head.precision, cut=head.cut)

@@ -7,6 +7,7 @@ the value of a token overwrite what padding has left there, before anything may 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
@@ -103,7 +104,7 @@ class CachePass:
         return LayerCache(self, *self.cache.layer(number))
 
     def write(self, kept: Tensor, new: Tensor) -> None:
-        """Put ``new`` where it belongs: ``[rows, heads, positions, dim]``, or of a later pass ``[rows, heads, dim]``."""
+        """Put ``new`` where it belongs: ``[rows, heads, positions, dim]``, of a later pass ``[rows, heads, dim]``."""
         if self.is_first:
             kept[:, :, : new.shape[2]].copy_(new[:, :, : kept.shape[2]])
         elif self.mask is None:
@@ -144,19 +145,31 @@ class LayerCache:
         self._pass.write(self._keys, key)
         self._pass.write(self._values, value)
         keys, values = self._keys[:, :, :seen], self._values[:, :, :seen]
-        if used is not None:
-            keys, values = keys[:, used], values[:, used]
         # The query heads of a group see the same: to the product they are queries of one head.
-        grouped = query.unflatten(1, (keys.shape[1], -1))
-        attended = _one_position_attention(grouped, keys, values, self._pass.mask, pinned)
-        attended = attended.flatten(1, 2).transpose(0, 1).unsqueeze(0)
+        even = None if used is None else _in_even_groups(tuple(used), query.device)
+        grouped = (query if even is None else query[:, even[0]]).unflatten(1, (keys.shape[1], -1))
+        attended = _one_position_attention(grouped, keys, values, self._pass.mask, pinned).flatten(1, 2)
+        attended = (attended if even is None else attended[:, even[1]]).transpose(0, 1).unsqueeze(0)
         return F.pad(attended, (0, 0, 0, added)) if added else attended
+
+
+@functools.cache
+def _in_even_groups(used: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Query heads of unequal groups, ascending, as groups of the largest's size: which go where, and come from where.
+
+    The last of a smaller group is there more than once. A query is little beside the keys that it spares copying.
+    """
+    members = [[query for query, head in enumerate(used) if head == own] for own in range(max(used) + 1)]
+    size = max(len(group) for group in members)
+    spread = [query for group in members for query in (*group, *group[-1:] * (size - len(group)))]
+    back = [spread.index(query) for query in range(len(used))]
+    return torch.tensor(spread, device=device), torch.tensor(back, device=device)
 
 
 def _one_position_attention(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, pinned: bool = False
 ) -> Tensor:
-    """``[rows, kv heads, group, dim]`` queries, each of which sees all of ``[rows, kv heads, seen, dim]`` or the mask."""
+    """Queries ``[rows, kv heads, group, dim]``, which see ``[rows, kv heads, seen, dim]``, or what the mask leaves."""
     width = query.shape[-1]
     padding = -width % (16 // query.element_size()) if pinned else 0
     if padding:  # as in context_parallel_attention: a head's bits do not depend on what lies beside it

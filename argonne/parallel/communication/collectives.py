@@ -59,6 +59,9 @@ def start_all_reduce(tensor: Tensor, axis: Axis, site: str | None = None, *, wai
         result = torch.ops._c10d_functional.all_reduce(tensor, "sum", axis.group.group_name)
         return Pending(result, in_graph=True)
     entry = recording.announce("all_reduce", axis, tensor, site, is_async=not wait)
+    if wait and axis.shared is not None and axis.shared.fits(tensor):
+        axis.shared.sum(tensor)
+        return Pending(tensor, None, entry)
     work = dist.all_reduce(tensor, group=axis.group, async_op=not wait)
     return Pending(tensor, work, entry)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from argonne.parallel.communication.layout import AXES, Layout, require_blocks
@@ -17,6 +18,18 @@ from argonne.parallel.errors import LayoutError
 Summation = Literal["fast", "tree"]
 """How numbers of several ranks are added. ``fast``: in whatever order the library of collectives takes. ``tree``: in
 one aligned binary tree over the ranks in their order, the same for every element (``tree.py``)."""
+
+
+class SmallSums(Protocol):
+    """What sums tensors that are small enough, faster than a collective."""
+
+    def fits(self, tensor: Tensor) -> bool:
+        """Whether it is for this one."""
+        ...
+
+    def sum(self, tensor: Tensor) -> None:
+        """Overwrite ``tensor`` with the sum over the ranks, the same on all of them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,8 @@ class Axis:
     """In what order ``reduction.py`` adds what the members have."""
     blocks: int | None = None
     """Canonical blocks of the whole axis, where its sums are trees; None: as many as ranks."""
+    shared: SmallSums | None = None
+    """How members that share memory make small sums (``shared_memory.py``); None: as all others."""
 
     @property
     def own_blocks(self) -> int:

