@@ -112,7 +112,9 @@ class Argonne1Model(StagedModel):
         layers = [number for span in self.spans.values() for number in span.layers]
         block = self.transformer.h[str(layers[0])]
         assert isinstance(block, Block)
-        return CacheShape(layers, len(block.attn.heads), self.config.head_dim, self.execution.precision.compute, self.groups.device)
+        return CacheShape(
+            layers, len(block.attn.heads), self.config.head_dim, self.execution.precision.compute, self.groups.device
+        )
 
     @property
     def masks_documents(self) -> bool:

@@ -89,6 +89,6 @@ def _require_no_other(flags: ModelFlags, shape: ModelConfig, block_size: int) ->
         other = asked.get(field)
         if field not in _NOT_COMPARED and other != value:
             raise ArgonneError(
-                f"{name}={str(getattr(flags, name))!r} contradicts init_from={origin!r} ({field}: {other}, not {value}); "
-                "legal: leave it out"
+                f"{name}={str(getattr(flags, name))!r} contradicts init_from={origin!r} ({field}: {other}, not "
+                f"{value}); legal: leave it out"
             )
