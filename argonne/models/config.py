@@ -102,6 +102,8 @@ class ArgonneConfig:
             raise ArgonneError(f"head_dim={self.head_dim} is odd; rotary positions rotate pairs, legal: even numbers")
         if isinstance(self.rope_scaling, Mapping):
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        if not isinstance(self.rope_scaling, RopeScaling | None):
+            raise ArgonneError(f"rope_scaling={self.rope_scaling!r} is not legal; legal: a RopeScaling, or None")
         if self.rope_scaling is not None and self.rope_scaling.rope_type == "yarn" and self.rope_theta <= 1:
             raise ArgonneError(f"rope_theta={self.rope_theta} is not legal with yarn; legal: more than 1")
 

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import pytest
 
 from argonne.data import boundary_tokens, load_tokenizer
 from argonne.data.tokens.byte_pair import AWKWARD
-from argonne.models import ArgonneConfig
+from argonne.models import ArgonneConfig, RopeScaling
+from argonne.models.families import DECODERS, decoder_family
 from tests.data.test_tokenizer_files import KINDS
 from tests.export import export
 from tests.qwen import qwen
@@ -26,6 +28,12 @@ OLDER = os.environ.get("ARGONNE_OLDER_PYTHON")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(OLDER is None, reason="needs ARGONNE_OLDER_PYTHON, an interpreter with transformers 4.57"),
+]
+
+SCALINGS = [
+    RopeScaling("linear", 4.0),
+    RopeScaling("llama3", 4.0, 8, low_freq_factor=1.0, high_freq_factor=4.0),
+    RopeScaling("yarn", 4.0, 8),
 ]
 
 OPEN = """
@@ -65,5 +73,19 @@ def test_transformers_4_opens_a_checkpoint_as_this_version_does(kind: str, tmp_p
     boundary = None if kind == "prefix" else boundary_tokens(tokenizer)
     config = ArgonneConfig(24, 2, 4, 2, len(tokenizer) + 8, 40, max_position_embeddings=32)
     directory = export(tmp_path, config, tokenizer, boundary)
+    assert OLDER is not None
+    assert opened(OLDER, directory) == opened(sys.executable, directory)
+
+
+@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("scaling", [None, *SCALINGS], ids=str)
+def test_transformers_4_opens_every_family_with_every_rotation(
+    family: str, scaling: RopeScaling | None, tmp_path: Path
+) -> None:
+    KINDS["own"]().save_pretrained(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    features = decoder_family(family).features(True if family in ("llama", "qwen3") else None)
+    config = ArgonneConfig(24, 2, 4, 2, len(tokenizer) + 8, 40, max_position_embeddings=32, rope_scaling=scaling)
+    directory = export(tmp_path, replace(config, **features), tokenizer, boundary_tokens(tokenizer))
     assert OLDER is not None
     assert opened(OLDER, directory) == opened(sys.executable, directory)

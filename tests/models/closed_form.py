@@ -10,6 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution
+from argonne.models.families import decoder_family
 from argonne.parallel import (
     Log,
     Objective,
@@ -116,10 +117,12 @@ class Step:
             )
         partial = 0
         if self.layout.sequence_parallel:  # each rank has seen its share of the tokens
-            partial += (2 * config.num_hidden_layers + 1) * config.hidden_size
+            partial += ((2 + config.output_bias) * config.num_hidden_layers + 1) * config.hidden_size
+        if config.qk_norm:  # and of its own heads, with one weight for all
+            partial += 2 * config.num_hidden_layers * config.head_dim
         if config.num_key_value_heads % ranks:  # a rank has seen some of the queries of a head that it shares
             key_value = config.num_key_value_heads * config.head_dim
-            partial += 2 * config.num_hidden_layers * config.hidden_size * key_value
+            partial += 2 * config.num_hidden_layers * (config.hidden_size + config.attention_bias) * key_value
         if partial:
             sent["", "outside", "all_reduce", "tensor", False, partial * itemsize] += 1
         sent["", "outside", "all_reduce", "world", False, 8] += 1
@@ -190,6 +193,8 @@ def steps(draw: st.DrawFn, layout: Layout, tied: bool | None = None) -> Step:
         intermediate_size=4 * draw(st.integers(1, 9)),
         tie_word_embeddings=draw(st.booleans()) if tied is None else tied,
     )
+    family, biased = draw(st.sampled_from([("llama", False), ("llama", True), ("qwen2", True), ("qwen3", True)]))
+    config = replace(config, **decoder_family(family).features(biased))
     batch, sequence = draw(st.integers(1, 4)), draw(st.integers(1, 9))
     if layout.sequence_parallel and batch * sequence % layout.tensor:
         batch = layout.tensor

@@ -14,8 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from argonne.models import ArgonneConfig, ArgonneModel, Execution
+from argonne.models import ArgonneConfig, ArgonneModel, Execution, RopeScaling
 from argonne.models.config import PRESETS, feed_forward_size, preset
+from argonne.models.families import decoder_family
 from argonne.parallel import ArgonneError, Layout, LayoutError, ProcessGroups
 
 SMALL = ArgonneConfig(24, 2, 6, 3, 50)
@@ -82,11 +83,21 @@ def test_every_preset_is_counted_and_demo_is_small() -> None:
     ffn=st.integers(1, 50),
     vocabulary=st.integers(1, 70),
     tied=st.booleans(),
+    family=st.sampled_from([("llama", False), ("llama", True), ("qwen2", True), ("qwen3", False), ("qwen3", True)]),
 )
 def test_closed_form_equals_the_parameters_of_the_model(
-    hidden: int, layers: int, kv: int, group: int, dim: int, ffn: int, vocabulary: int, tied: bool
+    hidden: int,
+    layers: int,
+    kv: int,
+    group: int,
+    dim: int,
+    ffn: int,
+    vocabulary: int,
+    tied: bool,
+    family: tuple[str, bool],
 ) -> None:
     config = ArgonneConfig(hidden, layers, kv * group, kv, vocabulary, ffn, 2 * dim, 8, tie_word_embeddings=tied)
+    config = replace(config, **decoder_family(family[0]).features(family[1]))
     assert config.parameter_count == counted(config)
 
 
@@ -160,6 +171,24 @@ def test_a_derived_shape_is_the_shape_that_says_the_same_numbers() -> None:
     assert ArgonneConfig(**json.loads(json.dumps(asdict(SMALL)))) == SMALL
     with pytest.raises(FrozenInstanceError):
         SMALL.head_dim = 8  # type: ignore[misc]
+
+
+def test_the_json_of_a_shape_makes_it_again_and_a_plain_llamas_is_what_it_was_before_there_were_others() -> None:
+    assert not {"family", "attention_bias", "output_bias", "qk_norm", "rope_scaling"} & set(SMALL.as_json())
+    scaling = RopeScaling("yarn", 4, original_max_position_embeddings=8, truncate=False)
+    qwen = replace(SMALL, rope_scaling=scaling, **decoder_family("qwen3").features(True))
+    told = json.loads(json.dumps(qwen.as_json()))
+    assert told["rope_scaling"] == {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 8,
+        "truncate": False,
+    }
+    assert ArgonneConfig(**told) == qwen
+    assert ArgonneConfig(**SMALL.as_json()) == SMALL
+    for scaled in ("linear", 4, [scaling]):
+        with pytest.raises(ArgonneError, match="rope_scaling=.*legal"):
+            replace(SMALL, rope_scaling=scaled)
 
 
 def test_derived_numbers_are_numbers_to_a_compiler() -> None:

@@ -86,6 +86,46 @@ def test_a_shape_from_a_file_follows_a_changed_width_as_a_preset_does(tmp_path: 
     assert resolved("--hidden-size=1000", "--intermediate-size=40", "--initializer-range=0.1") == (250, 40, 0.1)
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], ("llama", False, False, False)),
+        (["--attention-bias", "True"], ("llama", True, True, False)),
+        (["--family", "mistral"], ("mistral", False, False, False)),
+        (["--family", "qwen2"], ("qwen2", True, False, False)),
+        (["--family", "qwen3"], ("qwen3", False, False, True)),
+        (["--family", "qwen3", "--attention-bias", "True"], ("qwen3", True, True, True)),
+        (["--family", "mixtral"], "family='mixtral' is not known; legal: llama, mistral, qwen2, qwen3"),
+        (
+            ["--family", "mistral", "--attention-bias", "True"],
+            "attention_bias=True is not offered by family='mistral'; legal:",
+        ),
+        (
+            ["--family", "qwen2", "--attention-bias", "False"],
+            "attention_bias=False is not offered by family='qwen2'; legal:",
+        ),
+    ],
+)
+def test_a_family_says_which_biases_and_norms_a_shape_has(words: list[str], expected: Any) -> None:
+    flags = parse(RunConfig, ["--preset", "demo", *words]).model
+    if isinstance(expected, str):
+        with pytest.raises(ArgonneError) as refusal:
+            flags.resolve(16)
+        assert str(refusal.value).startswith(expected)
+    else:
+        shape = flags.resolve(16)
+        assert (shape.family, shape.attention_bias, shape.output_bias, shape.qk_norm) == expected
+
+
+def test_a_file_with_biases_keeps_them_unless_a_flag_says_otherwise(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    plain = {"hidden_size": 24, "num_attention_heads": 6, "num_hidden_layers": 2, "vocab_size": 50}
+    file.write_text(json.dumps({"model_type": "llama", "intermediate_size": 40, "attention_bias": True, **plain}))
+    for words, bias in (([], True), (["--attention-bias", "False"], False), (["--family", "llama"], True)):
+        shape = parse(RunConfig, ["--model-config", str(file), *words]).model.resolve(16)
+        assert (shape.attention_bias, shape.output_bias) == (bias, bias)
+
+
 def test_the_largest_seed_is_one_that_every_sample_of_the_run_can_be_drawn_with() -> None:
     largest = 2**64 - 1 - 100
     checked([f"--seed={largest}", "--total-steps=100"])

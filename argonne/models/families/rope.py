@@ -35,9 +35,9 @@ def read_rope(file: ConfigFile, longest: Any) -> tuple[Any, RopeScaling | None]:
     try:
         for name, value in theta.items():
             require_number(name, value)
-        told = {place: _scaling(file, place, part, longest) for place, part in parts.items() if _says_type(part)}
     except ArgonneError as error:
         raise file.about(error) from None
+    told = {place: _scaling(file, place, part, longest) for place, part in parts.items() if _says_type(part)}
     if len(set(theta.values())) > 1:
         raise _disagree(file, theta)
     if len(set(told.values())) > 1:
@@ -78,14 +78,16 @@ def _scaling(file: ConfigFile, place: str, part: Mapping[str, Any], longest: Any
         return None
     read: dict[str, Any] = {name: part.get(name) for name in (*NEEDED[kind], *OPTIONAL[kind])}
     if "original_max_position_embeddings" in read:
-        # Where a file has it beside the rotation, that counts; where it has it nowhere, the context is the original.
-        outside = file.found.get("original_max_position_embeddings")
-        original = read["original_max_position_embeddings"] if outside is None else outside
-        read["original_max_position_embeddings"] = longest if original is None else original
+        if read["original_max_position_embeddings"] is None:
+            read["original_max_position_embeddings"] = longest
+        outside, inside = file.found.get("original_max_position_embeddings"), read["original_max_position_embeddings"]
+        if outside not in (None, inside):  # transformers 4 heeds the one, 5 the other
+            names = ("original_max_position_embeddings", f"{place}.original_max_position_embeddings")
+            raise _disagree(file, dict(zip(names, (outside, inside), strict=True)))
     try:
         return RopeScaling(kind, **read)
     except ArgonneError as error:
-        raise ArgonneError(str(error).replace("rope_scaling.", f"{place}.")) from None
+        raise file.about(ArgonneError(str(error).replace("rope_scaling.", f"{place}."))) from None
 
 
 def _says_type(part: Mapping[str, Any]) -> bool:
