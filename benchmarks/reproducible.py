@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script, i
 
 from argonne.launch import LaunchFlags, drive, guarded, parse, world_size
 from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas
+from argonne.models.config import preset
 from argonne.parallel import ArgonneError, Layout, ProcessGroups, choose_device, process_groups
 from argonne.parallel.communication.collectives import barrier
 from argonne.parallel.communication.reduction import sum_over
@@ -37,7 +38,7 @@ from benchmarks.report import environment, table, write_json
 Part = Literal["all-reduce", "step"]
 
 STEP_MODEL = ArgonneConfig(512, 4, 8, 4, 8192, max_position_embeddings=512)
-"""What part "step" trains, in blocks of its four key-value heads, on two micro-batches of two sequences."""
+"""What part "step" trains, in blocks of its key-value heads, on two micro-batches of two sequences."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Flags:
     """Messages, in float32; K, M and G are powers of 1024."""
     iterations: int = 20
     """Timed calls of each."""
+    preset: str | None = None
+    """What part "step" trains [4 blocks of 512 hidden]."""
     seconds: float = 20.0
     """Timed calls are fewer where a figure would take longer, but never fewer than three."""
     output: Path | None = None
@@ -77,6 +80,7 @@ def check(flags: Flags, ranks: int) -> None:
         raise ArgonneError(f"seconds={flags.seconds} is not legal; legal: more than 0")
     for size in flags.sizes:
         parse_size("sizes", size)
+    step_model(flags)
 
 
 def run(flags: Flags) -> None:
@@ -89,7 +93,8 @@ def run(flags: Flags) -> None:
             report = measured[part](flags, groups)
             if groups.is_first:
                 kept = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
-                write_json(output, {**kept, part: {"environment": environment(device), **report}})
+                name = f"{part}, {flags.preset}" if part == "step" and flags.preset else part
+                write_json(output, {**kept, name: {"environment": environment(device), **report}})
         if groups.is_first:
             print(f"written: {output}")
 
@@ -145,10 +150,10 @@ def steps(flags: Flags, everyone: ProcessGroups) -> dict[str, Any]:
         "data, zero1": (Layout(data=ranks), "zero1"),
         "data, fsdp": (Layout(data=ranks), "fsdp"),
     }
-    records = []
+    model, records = step_model(flags), []
     for name, (layout, kind) in layouts.items():
         groups = ProcessGroups.from_world(layout, everyone.device)
-        actions = [train(groups, kind, blocks) for blocks in (None, STEP_MODEL.num_key_value_heads)]
+        actions = [train(model, groups, kind, blocks) for blocks in (None, model.num_key_value_heads)]
         timings = measure(actions, Budget(flags.iterations, 1, flags.seconds), replace(groups, tensor=groups.world))
         count = len(timings[0].seconds)
         fast, tree = cpu_seconds(actions, max(2, count // 4), replace(groups, tensor=groups.world))
@@ -168,18 +173,24 @@ def steps(flags: Flags, everyone: ProcessGroups) -> dict[str, Any]:
         ]
         heads = ("step", "reproducible / fast", "in CPU time", "fast, ms", "reproducible, ms")
         print(table(heads, rows), flush=True)
-    return {"ranks": ranks, "model": asdict(STEP_MODEL), "records": records}
+    return {"ranks": ranks, "model": asdict(model), "records": records}
 
 
-def train(groups: ProcessGroups, kind: Kind, blocks: int | None) -> Callable[[], object]:
-    """What takes one step of ``STEP_MODEL``, in canonical blocks or fast."""
+def step_model(flags: Flags) -> ArgonneConfig:
+    """What part "step" trains, on sequences as long as it can see, up to 512."""
+    shape = STEP_MODEL if flags.preset is None else preset(flags.preset)
+    return replace(shape, max_position_embeddings=min(512, shape.max_position_embeddings))
+
+
+def train(shape: ArgonneConfig, groups: ProcessGroups, kind: Kind, blocks: int | None) -> Callable[[], object]:
+    """What takes one step of a model, in canonical blocks or fast."""
     execution = Execution(groups, resolve_precision("auto", groups.device), reproducible=blocks)
-    model, replicas = build_replicas(partial(ArgonneModel, STEP_MODEL), execution, kind)
+    model, replicas = build_replicas(partial(ArgonneModel, shape), execution, kind)
     optimizer = build_optimizer(replicas.parameters, weight_decay=0.1, pinned=blocks is not None)
     learner = Learner(model=model, replicas=replicas, optimizer=optimizer)
     learner.initialise(seed=0)
-    sequence = STEP_MODEL.max_position_embeddings
-    ids = torch.randint(0, STEP_MODEL.vocab_size, (2, 2, sequence + 1), generator=torch.Generator().manual_seed(0))
+    sequence = shape.max_position_embeddings
+    ids = torch.randint(0, shape.vocab_size, (2, 2, sequence + 1), generator=torch.Generator().manual_seed(0))
     batch = Batch(*(part.to(groups.device) for part in (ids[..., :-1], ids[..., 1:])), divisor=4 * sequence)
     return lambda: train_step(learner, batch, CrossEntropyLoss(), 1e-3, gradient_clip=1.0)
 

@@ -160,6 +160,17 @@ class ArgonneConfig:
                 "(or uneven_shards, which gives some ranks one more than others)"
             )
 
+    def blocks_of_head(self, blocks: int | None) -> int:
+        """How many of so many canonical blocks of query heads share a key-value head; 1 where none are shared.
+
+        Blocks that are parts of heads share none either.
+        """
+        sharing, left = divmod(blocks or 1, self.num_key_value_heads)
+        is_subtree = sharing.bit_count() == 1 or sharing == blocks
+        return (
+            sharing if sharing > 1 and not left and is_subtree and not self.num_attention_heads % (blocks or 1) else 1
+        )
+
     @property
     def parameter_count(self) -> int:
         """Parameters of the whole model, a tied head counted once (closed form)."""

@@ -35,6 +35,7 @@ from argonne.parallel.communication.groups import Axis
 from argonne.parallel.context_parallel.variable_length import DocumentBounds, can_vary_length, document_bounds
 from argonne.parallel.sharding.placement import Placement
 from argonne.parallel.sharding.uses import Uses
+from argonne.parallel.tensor_parallel.shared_heads import copy_heads
 from argonne.parallel.tensor_parallel.token_blocks import uses_by_token_blocks
 
 
@@ -122,18 +123,12 @@ class HeadNorm(nn.Module):
         self.part, self.groups = part, execution.groups
         self.head_dim, self.eps, self.kernels = config.head_dim, config.rms_norm_eps, execution.kernels
         self.weight = nn.Parameter(torch.ones(config.head_dim, dtype=execution.precision.parameters))
-        axis = self.groups.tensor
-        if axis.blocks is not None and part.features // part.block % axis.blocks:
-            raise LayoutError(
-                f"{part.features // part.block} heads of {part.name} are not whole in {axis.blocks} blocks of a "
-                "reproducible run, as the norms of heads need them; legal: a divisor of the heads"
-            )
-        self._uses = None if axis.blocks is None else Uses(axis.own_blocks)
+        self._uses = None if self.groups.tensor.blocks is None else Uses(self._blocks())
 
     def forward(self, x: Tensor) -> Tensor:
         """``[tokens, heads of this rank x head_dim]`` -> the same."""
         weights = (self.weight,) if self._uses is None else self._uses.of(self.weight)
-        # In a reproducible run, the heads of a canonical block together: the gradient of each is a sum of its own.
+        # In a reproducible run, the heads of a block together: of each, the gradient is a sum of its own.
         blocks = {"block": len(weights), "dim": self.head_dim}
         heads = rearrange(x, "token (block head dim) -> block token head dim", **blocks)
         normal = rms_norm(heads, weights, self.eps, backend=self.kernels)
@@ -148,6 +143,18 @@ class HeadNorm(nn.Module):
     def output_placement(self) -> Placement:
         return Placement((replace(self.part, name=""),))
 
+    def _blocks(self) -> int:
+        """Of this rank's heads in a reproducible run: those of a canonical block, or each, where blocks share heads."""
+        axis, heads = self.groups.tensor, self.part.features // self.part.block
+        if self.part.first_has_gradient:
+            return len(self.part.held[axis.rank])
+        if heads % (axis.blocks or 1):
+            raise LayoutError(
+                f"{heads} heads of {self.part.name} are not whole in {axis.blocks} blocks of a reproducible run, as "
+                "the norms of heads need them; legal: a divisor of the heads"
+            )
+        return axis.own_blocks
+
 
 class Attention(nn.Module):
     """Grouped-query attention; a rank has a run of query heads and the key-value heads that they use."""
@@ -160,7 +167,9 @@ class Attention(nn.Module):
         group = config.num_attention_heads // config.num_key_value_heads
         queries = Partition.blocks("q_proj", self.head_dim, config.num_attention_heads, ranks)
         key_value_heads = tuple(range(own[0] // group, own[-1] // group + 1) for own in queries.held)
-        keys, values = (Partition(name, self.head_dim, key_value_heads) for name in ("k_proj", "v_proj"))
+        self.axis, self.blocks_of_head = groups.tensor, config.blocks_of_head(groups.tensor.blocks)
+        is_shared = self.blocks_of_head > 1
+        keys, values = (Partition(name, self.head_dim, key_value_heads, is_shared) for name in ("k_proj", "v_proj"))
         self.qkv_proj = ColumnParallelLinear(
             config.hidden_size,
             [queries, keys, values],
@@ -183,11 +192,12 @@ class Attention(nn.Module):
         self.key_value_heads = len(shared)
         self.head_of_query = [head // group - shared[0] for head in own]
         regular = [i * len(shared) // len(own) for i in range(len(own))]
-        self.is_grouped = len(own) % len(shared) == 0 and self.head_of_query == regular
+        self.is_grouped = is_shared or (len(own) % len(shared) == 0 and self.head_of_query == regular)
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         """``[batch * positions, hidden]``, or this rank's share of the rows -> the same; causal."""
         query, key, value = self._turned(self.qkv_proj(x), inputs)
+        key, value = (copy_heads(heads, self.axis, self.blocks_of_head, dim=2) for heads in (key, value))
         if not self.is_grouped:  # the rank's query heads begin or end within a group
             key, value = key[:, :, self.head_of_query], value[:, :, self.head_of_query]
         query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))

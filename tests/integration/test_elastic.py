@@ -47,7 +47,7 @@ def said(done: Finished, words: str) -> list[str]:
     return [line for line in done.output.splitlines() if line.startswith("argonne: ") and words in line]
 
 
-@pytest.mark.parametrize("torchrun", [False, True])
+@pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_a_job_that_loses_a_rank_comes_back_and_repeats_the_uninterrupted_run_to_the_bit(
     flags: dict[str, Any], uninterrupted: Path, tmp_path: Path, torchrun: bool
 ) -> None:
@@ -68,7 +68,7 @@ def test_a_job_that_loses_a_rank_comes_back_and_repeats_the_uninterrupted_run_to
         assert line == f"argonne: rank {rank} (pid {pid}) was killed by SIGKILL; {told}"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_rank_killed_while_the_job_starts_again_costs_another_restart(
     flags: dict[str, Any], uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -114,7 +114,7 @@ def test_one_process_alone_is_started_again_too(flags: dict[str, Any], tmp_path:
     assert [line["step"] for line in history(tmp_path)] == list(range(1, 13))
 
 
-@pytest.mark.parametrize("torchrun", [False, True])
+@pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_what_is_refused_is_refused_once_whatever_the_restarts(
     flags: dict[str, Any], uninterrupted: Path, torchrun: bool
 ) -> None:
@@ -169,7 +169,7 @@ def test_the_time_before_a_restart_counts_as_run() -> None:
     assert 3 <= float(done.stdout) <= time.monotonic() - began + 0.5
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_rank_lost_on_one_node_brings_both_back(flags: dict[str, Any], uninterrupted: Path, tmp_path: Path) -> None:
     draw = draws()
     layout = {"--output-dir": tmp_path, "--tensor-parallel": 2}

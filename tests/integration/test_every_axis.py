@@ -75,7 +75,7 @@ def test_global_batches_are_the_same_over_1_2_4_and_1_replicas(
     assert [line["layout"]["data"] for line in found] == [1] * 3 + [2] * 3 + [4] * 3 + [1] * 3
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_replicas_whose_number_does_not_divide_the_lanes_have_the_same_global_batches(
     deeper: dict[str, Any], tmp_path: Path
 ) -> None:

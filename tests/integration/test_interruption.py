@@ -119,7 +119,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(flags: dict[str, Any], unint
     assert history(tmp_path) == history(uninterrupted)
 
 
-@pytest.mark.parametrize("torchrun", [True, False])
+@pytest.mark.parametrize("torchrun", [pytest.param(True, marks=pytest.mark.exhaustive), False])
 def test_a_killed_rank_brings_the_job_down_with_a_message_that_names_it(
     flags: dict[str, Any], tmp_path: Path, torchrun: bool
 ) -> None:

@@ -109,7 +109,7 @@ guarded(body)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("host", [0, 1])
+@pytest.mark.parametrize("host", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_what_one_rank_refuses_ends_both_nodes_whichever_keeps_the_store(tmp_path: Path, host: int) -> None:
     """An agent that started its ranks again would wait for the other's for ten minutes."""
     script = tmp_path / "refusal.py"
@@ -164,7 +164,7 @@ STAND_INS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["slurm.sh", "pbs.sh"])
+@pytest.mark.parametrize("script", ["slurm.sh", pytest.param("pbs.sh", marks=pytest.mark.exhaustive)])
 def test_a_schedulers_script_starts_an_agent_a_node(
     flags: dict[str, Any], dense: Path, tmp_path: Path, script: str
 ) -> None:

@@ -25,7 +25,7 @@ def wait_for_ranks(job: subprocess.Popen[str], without: tuple[int, ...] = ()) ->
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("torchrun", [False, True])
+@pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_a_launcher_killed_at_any_moment_takes_its_ranks_along(
     flags: dict[str, Any], tmp_path: Path, torchrun: bool
 ) -> None:

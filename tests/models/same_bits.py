@@ -31,7 +31,9 @@ class Options:
     precision: str = "fp32"
     tied: bool = True
     key_values: int = 4
-    """Key-value heads, of 8 heads: as many canonical blocks."""
+    """Key-value heads, of 8 heads."""
+    blocks: int | None = None
+    """Canonical blocks; None: as many as key-value heads."""
     sequences: int = 2
     """Of a micro-batch."""
     documents: bool = False
@@ -61,6 +63,7 @@ class Options:
     def __str__(self) -> str:
         heads = "MHA" if self.key_values == HEADS else "GQA"
         words = [self.precision, "tied" if self.tied else "untied", heads, f"{self.accumulation} of {self.sequences}"]
+        words += [] if self.blocks is None else [f"{self.key_values} KV heads in {self.blocks} blocks"]
         return ", ".join([*words, *(name for name in ("documents", "recompute") if getattr(self, name)), self.family])
 
 
@@ -90,7 +93,11 @@ def train(
     """What each step tells; this rank's parts of the weights, and of both moments under their names, after the last."""
     plan = PipelinePlan.of(place.schedule, groups.pipeline.size)  # type: ignore[arg-type]
     execution = Execution(
-        groups, PRECISIONS[options.precision], plan=plan, recompute=options.recompute, reproducible=options.key_values
+        groups,
+        PRECISIONS[options.precision],
+        plan=plan,
+        recompute=options.recompute,
+        reproducible=options.blocks or options.key_values,
     )
     model, replicas = build_replicas(partial(ArgonneModel, options.config), execution, place.kind)  # type: ignore[arg-type]
     optimizer = build_optimizer(replicas.parameters, weight_decay=0.1, pinned=True)
@@ -160,7 +167,20 @@ def long_cases() -> Iterator[tuple[Place, Options]]:
 
 
 def _is_legal(place: Place, options: Options) -> bool:
-    return options.key_values >= place.layout.tensor
+    return (options.blocks or options.key_values) >= place.layout.tensor
+
+
+SHARED_HEADS = [
+    Options(key_values=2, blocks=8, accumulation=1, family="qwen3"),
+    Options(key_values=1, blocks=8, precision="bf16", tied=False, documents=True, sequences=1),
+    Options(key_values=4, blocks=8, recompute=True, family="qwen3"),
+]
+
+
+def shared_heads_cases() -> Iterator[tuple[Place, Options]]:
+    """Layouts in which ranks, or canonical blocks of one rank, share a key-value head."""
+    places = [*TENSOR, *EIGHT, Place(Layout(tensor=4, data=2, sequence_parallel=True), kind="fsdp"), PRODUCTS[1]]
+    return product(places, SHARED_HEADS)
 
 
 def few_cases() -> list[tuple[Place, Options]]:
@@ -178,7 +198,6 @@ def few_cases() -> list[tuple[Place, Options]]:
         PRODUCTS[1]: 6,
     }
     sets, others = option_sets(), (TENSOR[1], TENSOR[2], DATA[2], PRODUCTS[1])
-    return [
-        (place, replace(sets[number], family="qwen3" if place in others else "llama"))
-        for place, number in cases.items()
-    ]
+    shared = [(TENSOR[0], SHARED_HEADS[1]), (EIGHT[1], SHARED_HEADS[0])]
+    families = {place: "qwen3" if place in others else "llama" for place in cases}
+    return [*((place, replace(sets[n], family=families[place])) for place, n in cases.items()), *shared]

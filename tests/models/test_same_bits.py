@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from argonne.parallel import ProcessGroups
+from argonne.models import ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas
+from argonne.parallel import ProcessGroups, initialise
+from argonne.training.run.setup import PRECISIONS
 from argonne.training.step import StepResult
-from tests.models.same_bits import ALONE, Options, Place, every_case, few_cases, long_cases, train
+from tests.models.same_bits import (
+    ALONE,
+    SHARED_HEADS,
+    VOCABULARY,
+    Options,
+    Place,
+    every_case,
+    few_cases,
+    long_cases,
+    shared_heads_cases,
+    train,
+)
 from tests.pool import RankPool
 from tests.whole import assemble
 
@@ -41,6 +54,39 @@ def compare(ranks: RankPool, place: Place, options: Options, steps: int) -> None
 @pytest.mark.parametrize(("place", "options"), few_cases(), ids=str)
 def test_three_steps_have_the_bits_of_one_process(ranks: RankPool, place: Place, options: Options) -> None:
     compare(ranks, place, options, steps=3)
+
+
+@pytest.mark.parametrize("options", [Options(), *SHARED_HEADS], ids=str)
+def test_in_float64_canonical_blocks_change_nothing_but_the_order_of_sums(options: Options) -> None:
+    options = replace(options, precision="fp64", recompute=False)
+    config, ids = options.config, torch.randint(VOCABULARY, (2, 1, 2, 16), generator=torch.Generator().manual_seed(5))
+    batch = Batch(ids[0], ids[1])
+    gradients = []
+    for blocks in (None, options.blocks or options.key_values):
+        execution = Execution(ProcessGroups.single(), PRECISIONS["fp64"], reproducible=blocks)
+        model, replicas = build_replicas(partial(ArgonneModel, config), execution, "replicate")
+        initialise(replicas.parameters, seed=2)
+        replicas.begin(1)
+        model.forward_backward(batch, CrossEntropyLoss())
+        replicas.complete()
+        gradients.append({sharded.name: sharded.parameter.grad for sharded in replicas.parameters})
+    fast, in_blocks = gradients
+    for name, gradient in fast.items():
+        found = in_blocks[name]
+        assert gradient is not None
+        assert found is not None
+        rows = min(len(found), len(gradient))  # without what pads the vocabulary
+        torch.testing.assert_close(
+            found[:rows], gradient[:rows], rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.bits
+@pytest.mark.parametrize(("place", "options"), list(shared_heads_cases()), ids=str)
+def test_steps_in_which_blocks_share_key_value_heads_have_the_bits_of_one_process(
+    ranks: RankPool, place: Place, options: Options
+) -> None:
+    compare(ranks, place, options, steps=4)
 
 
 @pytest.mark.bits

@@ -30,7 +30,7 @@ from tests.training.traced import (
     weight_fault,
 )
 
-STEPS = 3
+STEPS = 7
 LAYOUTS: dict[str, tuple[Layout, dict[str, Any]]] = {
     "tp2": (Layout(tensor=2), {}),
     "tp2 sp": (Layout(tensor=2, sequence_parallel=True), {}),
@@ -80,8 +80,8 @@ TP2, PP2 = Layout(tensor=2), Layout(pipeline=2)
 FAULTS: dict[str, tuple[Layout, Fault, Parting]] = {
     "a weight": (
         TP2,
-        partial(weight_fault, "model.layers.2.mlp.gate_up_proj.weight", 3),
-        Parting(3, 0, "forward", "model.layers.2.mlp.gate_proj"),
+        partial(weight_fault, "model.layers.2.mlp.gate_up_proj.weight", 7),
+        Parting(7, 0, "forward", "model.layers.2.mlp.gate_proj"),
     ),
     "a copy of a weight": (
         TP2,
@@ -116,7 +116,7 @@ def test_an_ulp_on_one_rank_is_named_with_its_step_micro_batch_and_module(
     ranks: RankPool, alone: Path, tmp_path: Path, what: str
 ) -> None:
     layout, fault, expected = FAULTS[what]
-    ranks.run(layout, trace, tmp_path / "run", STEPS, {}, fault)
+    ranks.run(layout, trace, tmp_path / "run", expected.step, {}, fault)
     assert first_difference(alone, tmp_path / "run") == expected
 
 

@@ -24,6 +24,9 @@ class Partition:
     """Features in a block."""
     held: tuple[range, ...]
     """The blocks of each rank."""
+    first_has_gradient: bool = False
+    """Of a shared block the first holder is given the whole gradient of the output, and the others zeros
+    (``shared_heads.py``); otherwise each has what it makes of it, and the ranks' gradients of the weight are summed."""
 
     @classmethod
     def split(cls, name: str, features: int, ranks: int, uneven: bool = False) -> Partition:

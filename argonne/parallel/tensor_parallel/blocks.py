@@ -29,27 +29,54 @@ Block = tuple[range, ...]
 def cut_parts(parts: Sequence[Partition], axis: Axis) -> tuple[Block, ...]:
     """This rank's canonical blocks of fused parts, in the features that it has of them; none in fast mode.
 
+    Heads that several blocks share (``Partition.first_has_gradient``) belong to the first of these.
+
     Raises:
         LayoutError: the blocks of a part are not the axis's, or a rank does not hold its own in their order.
     """
     if axis.blocks is None:
         return ()
+    cuts, begin = [], 0
     for part in parts:
-        order = [block for held in part.held for block in held]
-        if part.features % axis.blocks or not part.is_even or order != list(range(part.features // part.block)):
-            raise LayoutError(
-                f"{part.name or 'features'} of {part.features} over {axis.size} ranks is not shared out in "
-                f"{axis.blocks} equal blocks, as a reproducible run asks; legal: a multiple, in the order of the ranks"
-            )
-    sizes = [part.features // axis.blocks for part in parts]
-    count = axis.own_blocks
-    return tuple(
-        tuple(
-            range(count * sum(sizes[:i]) + block * size, count * sum(sizes[:i]) + (block + 1) * size)
-            for i, size in enumerate(sizes)
+        cuts.append(list(_shared_runs(part, axis) if part.first_has_gradient else _runs(part, axis)))
+        cuts[-1] = [range(begin + run.start, begin + run.stop) for run in cuts[-1]]
+        begin += part.local_features(axis.rank)
+    return tuple(zip(*cuts, strict=True))
+
+
+def _runs(part: Partition, axis: Axis) -> Iterator[range]:
+    """The features of each canonical block, counted from the rank's first."""
+    assert axis.blocks is not None
+    order = [block for held in part.held for block in held]
+    if part.features % axis.blocks or not part.is_even or order != list(range(part.features // part.block)):
+        raise LayoutError(
+            f"{part.name or 'features'} of {part.features} over {axis.size} ranks is not shared out in "
+            f"{axis.blocks} equal blocks, as a reproducible run asks; legal: a multiple, in the order of the ranks"
         )
-        for block in range(count)
-    )
+    size = part.features // axis.blocks
+    return (range(block * size, (block + 1) * size) for block in range(axis.own_blocks))
+
+
+def _shared_runs(part: Partition, axis: Axis) -> Iterator[range]:
+    """The same where each head is shared by several blocks: an empty run for all but the first of these."""
+    assert axis.blocks is not None
+    sharing, held = axis.blocks * part.block // part.features, part.held[axis.rank]
+    for block in range(axis.rank * axis.own_blocks, (axis.rank + 1) * axis.own_blocks):
+        begin = (block // sharing - held.start) * part.block
+        yield range(begin, begin + part.block if block % sharing == 0 else begin)
+
+
+def heads_of_others(parts: Sequence[Partition], axis: Axis) -> Block:
+    """This rank's features that are in none of its blocks: of shared heads whose first block another rank has."""
+    found, begin = [], 0
+    for part in parts:
+        width = part.local_features(axis.rank)
+        if axis.blocks is not None and part.first_has_gradient:
+            sharing = axis.blocks * part.block // part.features
+            if axis.rank * axis.own_blocks % sharing:
+                found.append(range(begin, begin + width))
+        begin += width
+    return tuple(found)
 
 
 def take(x: Tensor, dim: int, block: Block) -> Tensor:
@@ -64,6 +91,8 @@ class Cut:
 
     inputs: tuple[Block, ...] = ()
     outputs: tuple[Block, ...] = ()
+    apart: Block = ()
+    """Outputs that are in no block of this rank: the gradient of them is zero here (``heads_of_others``)."""
 
     def __bool__(self) -> bool:
         return bool(self.inputs or self.outputs)
@@ -72,7 +101,7 @@ class Cut:
         """``x @ weight^T + bias``."""
         if not self:
             return product(x, weight, bias)
-        y = _summed(x, weight, self.inputs) if self.inputs else _columns(x, weight, self.outputs)
+        y = _summed(x, weight, self.inputs) if self.inputs else _columns(x, weight, self._all_outputs)
         return y if bias is None else y.add_(bias)
 
     def input_gradient(self, gradient: Tensor, weight: Tensor) -> Tensor:
@@ -84,7 +113,7 @@ class Cut:
     def weight_gradient(self, gradient: Tensor, x: Tensor) -> Tensor:
         """``gradient^T @ x`` of matrices."""
         if self.outputs:
-            return _rows(gradient, x, self.outputs)
+            return _rows(gradient, x, self._all_outputs)
         a, b = gradient.t(), x.t()
         return _columns(a, b, self.inputs) if self.inputs else product(a, b)
 
@@ -93,10 +122,14 @@ class Cut:
         if not self.outputs:
             return gradient.sum(0)
         out = gradient.new_empty(gradient.shape[1])
-        for run in (run for block in self.outputs for run in block):
+        for run in (run for block in self._all_outputs for run in block if len(run)):
             # On its own: in which order a column is added up depends on where in the matrix it is.
             out[run.start : run.stop] = gradient[:, run.start : run.stop].contiguous().sum(0)
         return out
+
+    @property
+    def _all_outputs(self) -> tuple[Block, ...]:
+        return (*self.outputs, self.apart) if self.apart else self.outputs
 
 
 WHOLE = Cut()

@@ -23,7 +23,7 @@ from argonne.parallel.sharding.partition import Partition, check_partition
 from argonne.parallel.sharding.placement import Placement
 from argonne.parallel.sharding.region import Region, ShardSpec
 from argonne.parallel.sharding.uses import Uses
-from argonne.parallel.tensor_parallel.blocks import Cut, cut_parts
+from argonne.parallel.tensor_parallel.blocks import Cut, cut_parts, heads_of_others
 from argonne.parallel.tensor_parallel.precision import Precision
 from argonne.parallel.tensor_parallel.products import column_parallel_linear, local_linear
 from argonne.parallel.tensor_parallel.token_blocks import add_bias, uses_by_token_blocks
@@ -81,7 +81,7 @@ class ColumnParallelLinear(nn.Module):
         self.initialiser = initialiser or Normal(in_features**-0.5)
         self.precision = precision
         self.splits = [part.local_features(self.axis.rank) for part in self.parts]
-        self.cut = Cut(outputs=cut_parts(self.parts, self.axis))
+        self.cut = Cut(outputs=cut_parts(self.parts, self.axis), apart=heads_of_others(self.parts, self.axis))
         self.weight = nn.Parameter(torch.empty(sum(self.splits), in_features, dtype=precision.parameters))
         self.bias = nn.Parameter(torch.empty(sum(self.splits), dtype=precision.parameters)) if bias else None
 

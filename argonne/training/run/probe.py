@@ -59,12 +59,13 @@ def sizes_of(config: RunConfig, device: torch.device, precision: Precision, own_
 
 
 def _with_shape(sizes: Sizes, shape: ArgonneConfig) -> Sizes:
+    key_values = shape.num_key_value_heads * shape.blocks_of_head(sizes.blocks)  # as attention has them
     return replace(
         sizes,
         hidden=shape.hidden_size,
         width=shape.intermediate_size // sizes.blocks,
-        heads=shape.num_attention_heads // shape.num_key_value_heads,
-        key_values=shape.num_key_value_heads,
+        heads=shape.num_attention_heads // key_values,
+        key_values=key_values,
         head_dim=shape.head_dim,
     )
 

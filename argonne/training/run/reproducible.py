@@ -94,13 +94,15 @@ def _check_blocks(blocks: int, tensor: int, shape: ArgonneConfig) -> None:
         "num_key_value_heads x head_dim": key_values * shape.head_dim,
         "intermediate_size": shape.intermediate_size,
     }
+    if shape.blocks_of_head(blocks) > 1:
+        del widths["num_key_value_heads x head_dim"]
     for field, width in widths.items():
         if width % blocks:
             raise LayoutError(
                 f"{field} = {width} is not cut into reproducible_blocks={blocks} equal blocks; legal: a divisor of "
                 "each of " + ", ".join(f"{name} = {value}" for name, value in widths.items())
             )
-    if shape.qk_norm and key_values % blocks:
+    if shape.qk_norm and key_values % blocks and shape.blocks_of_head(blocks) == 1:
         raise LayoutError(
             f"reproducible_blocks={blocks} cuts heads, of which family={shape.family!r} norms each on its own; legal: "
             f"a divisor of num_key_value_heads={key_values}"
@@ -108,7 +110,8 @@ def _check_blocks(blocks: int, tensor: int, shape: ArgonneConfig) -> None:
     legal = [
         size
         for size in divisors(blocks)
-        if (size == 1 or (blocks // size).bit_count() == 1) and not (heads % size or key_values % size)
+        if (size == 1 or (blocks // size).bit_count() == 1)
+        and not (heads % size or (key_values % size and shape.blocks_of_head(blocks) == 1))
     ]
     if tensor not in legal:
         raise LayoutError(
