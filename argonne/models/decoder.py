@@ -130,18 +130,12 @@ class HeadNorm(nn.Module):
         self.part, self.groups = part, execution.groups
         self.head_dim, self.eps, self.kernels = config.head_dim, config.rms_norm_eps, execution.kernels
         self.weight = nn.Parameter(torch.ones(config.head_dim, dtype=execution.precision.parameters))
-        axis = self.groups.tensor
-        if axis.blocks is not None and part.features // part.block % axis.blocks:
-            raise LayoutError(
-                f"{part.features // part.block} heads of {part.name} are not whole in {axis.blocks} blocks of a "
-                "reproducible run, as the norms of heads need them; legal: a divisor of the heads"
-            )
-        self._uses = None if axis.blocks is None else Uses(axis.own_blocks)
+        self._uses = None if self.groups.tensor.blocks is None else Uses(self._blocks())
 
     def forward(self, x: Tensor) -> Tensor:
         """``[tokens, heads of this rank x head_dim]`` -> the same."""
         weights = (self.weight,) if self._uses is None else self._uses.of(self.weight)
-        # In a reproducible run, the heads of a canonical block together: the gradient of each is a sum of its own.
+        # In a reproducible run, the heads of a block together: of each, the gradient is a sum of its own.
         blocks = {"block": len(weights), "dim": self.head_dim}
         heads = rearrange(x, "token (block head dim) -> block token head dim", **blocks)
         normal = rms_norm(heads, weights, self.eps, backend=self.kernels)
@@ -155,6 +149,18 @@ class HeadNorm(nn.Module):
 
     def output_placement(self) -> Placement:
         return Placement((replace(self.part, name=""),))
+
+    def _blocks(self) -> int:
+        """Of this rank's heads in a reproducible run: those of a canonical block, or each, where blocks share heads."""
+        axis, heads = self.groups.tensor, self.part.features // self.part.block
+        if self.part.first_has_gradient:
+            return len(self.part.held[axis.rank])
+        if heads % (axis.blocks or 1):
+            raise LayoutError(
+                f"{heads} heads of {self.part.name} are not whole in {axis.blocks} blocks of a reproducible run, as "
+                "the norms of heads need them; legal: a divisor of the heads"
+            )
+        return axis.own_blocks
 
 
 class Attention(nn.Module):
@@ -170,10 +176,7 @@ class Attention(nn.Module):
         key_value_heads = tuple(range(own[0] // group, own[-1] // group + 1) for own in queries.held)
         self.axis, self.blocks_of_head = groups.tensor, config.blocks_of_head(groups.tensor.blocks)
         is_shared = self.blocks_of_head > 1
-        keys, values = (
-            Partition(name, self.head_dim, key_value_heads, first_has_gradient=is_shared)
-            for name in ("k_proj", "v_proj")
-        )
+        keys, values = (Partition(name, self.head_dim, key_value_heads, is_shared) for name in ("k_proj", "v_proj"))
         self.qkv_proj = ColumnParallelLinear(
             config.hidden_size,
             [queries, keys, values],

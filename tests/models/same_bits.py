@@ -171,9 +171,9 @@ def _is_legal(place: Place, options: Options) -> bool:
 
 
 SHARED_HEADS = [
-    Options(key_values=2, blocks=8, accumulation=1),
+    Options(key_values=2, blocks=8, accumulation=1, family="qwen3"),
     Options(key_values=1, blocks=8, precision="bf16", tied=False, documents=True, sequences=1),
-    Options(key_values=4, blocks=8, recompute=True),
+    Options(key_values=4, blocks=8, recompute=True, family="qwen3"),
 ]
 
 
@@ -199,7 +199,5 @@ def few_cases() -> list[tuple[Place, Options]]:
     }
     sets, others = option_sets(), (TENSOR[1], TENSOR[2], DATA[2], PRODUCTS[1])
     shared = [(TENSOR[0], SHARED_HEADS[1]), (EIGHT[1], SHARED_HEADS[0])]
-    return [
-        *((place, replace(sets[n], family="qwen3" if place in others else "llama")) for place, n in cases.items()),
-        *shared,
-    ]
+    families = {place: "qwen3" if place in others else "llama" for place in cases}
+    return [*((place, replace(sets[n], family=families[place])) for place, n in cases.items()), *shared]

@@ -109,7 +109,7 @@ def _check_blocks(blocks: int, tensor: int, shape: ArgonneConfig) -> None:
                 f"{field} = {width} is not cut into reproducible_blocks={blocks} equal blocks; legal: a divisor of "
                 "each of " + ", ".join(f"{name} = {value}" for name, value in widths.items())
             )
-    if shape.qk_norm and key_values % blocks:
+    if shape.qk_norm and key_values % blocks and shape.blocks_of_head(blocks) == 1:
         raise LayoutError(
             f"reproducible_blocks={blocks} cuts heads, of which family={shape.family!r} norms each on its own; legal: "
             f"a divisor of num_key_value_heads={key_values}"
