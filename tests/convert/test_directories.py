@@ -130,9 +130,12 @@ def test_large_models_are_written_in_several_files_in_the_dtype_that_is_asked_fo
     tmp_path: Path, step: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(save, "MAX_FILE_BYTES", 10_000)
+    (tmp_path / "new.tmp").mkdir()  # of a conversion that was killed
+    (tmp_path / "new.tmp" / "model-00001-of-00009.safetensors").touch()
     convert(step, tmp_path / "new", ConvertFlags(dtype="bfloat16"))
     index = json.loads((tmp_path / "new" / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(set(index.values())) > 2
+    assert {*index.values()} == {file.name for file in (tmp_path / "new").glob("*.safetensors")}
     assert bits(weights(tmp_path / "new")) == bits({name: t.bfloat16() for name, t in weights(step).items()})
     assert json.loads((tmp_path / "new" / "config.json").read_text())["dtype"] == "bfloat16"
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from argonne.convert import ConvertFlags
 from argonne.convert.shapes import OldFileFlags
 from argonne.data import boundary_tokens, train_tokenizer, write_tokenizer
+from argonne.launch import parse
 from argonne.models import ArgonneConfig
 from tests.convert import old
 from tests.export import export
@@ -44,17 +45,17 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(commands: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def run(commands: list[str]) -> None:
     """Each as the driver runs it, in this process: it would take longest to start."""
+    driver = importlib.import_module("examples.convert")
     for command in commands:
-        monkeypatch.setattr(sys, "argv", shlex.split(command))
-        runpy.run_path(str(ROOT / "examples" / "convert.py"), run_name="__main__")
+        driver.main(parse(driver.ConvertConfig, shlex.split(command)[1:]))
 
 
-def test_every_command_of_the_page_runs(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_of_the_page_runs(here: Path) -> None:
     commands = COMMAND.findall(PAGE.partition("## Each way")[2])
     assert len(commands) == PAGE.partition("## Each way")[2].count("convert.py")
-    run(commands, monkeypatch)
+    run(commands)
     ids = torch.arange(6)[None]
     with torch.no_grad():
         first, last = (AutoModelForCausalLM.from_pretrained(here / name)(ids).logits for name in ("2.0", "shards"))
@@ -63,10 +64,10 @@ def test_every_command_of_the_page_runs(here: Path, monkeypatch: pytest.MonkeyPa
     assert (here / "demo.gguf").stat().st_size < (here / "2.0.gguf").stat().st_size
 
 
-def test_every_command_of_the_readme_runs(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_of_the_readme_runs(here: Path) -> None:
     commands = COMMAND.findall(README)
     assert len(commands) == README.count("examples/convert.py") > 4
-    run(commands, monkeypatch)
+    run(commands)
     assert AutoModelForCausalLM.from_pretrained(here / "demo-again").config.vocab_size > 200
 
 
