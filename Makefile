@@ -9,7 +9,7 @@ WORKERS ?= 2
 export TOKENIZERS_PARALLELISM ?= true
 
 .PHONY: setup pretrain prove test fast matrix matrix-bits check clean gpu gpu-tests gpu-accuracy gpu-norms gpu-rope gpu-swiglu \
-	gpu-loss gpu-step gpu-step-2b gpu-run gpu-bits gpu-layouts gpu-collectives gpu-prove there-is-a-gpu
+	gpu-loss gpu-step gpu-step-2b gpu-run gpu-generate gpu-bits gpu-layouts gpu-collectives gpu-prove there-is-a-gpu
 
 .NOTPARALLEL:
 
@@ -56,8 +56,8 @@ GPUS = $(shell $(GPU_PYTHON) -c 'import torch; print(torch.cuda.is_available() a
 ON_GPU = timeout 480 $(GPU_PYTHON)
 ON_GPUS = $(if $(filter-out 1,$(GPUS)),$(ON_GPU),@echo left out, as there is one GPU:)
 
-gpu: gpu-tests gpu-accuracy gpu-norms gpu-rope gpu-swiglu gpu-loss gpu-step gpu-step-2b gpu-run gpu-bits gpu-layouts gpu-collectives \
-	gpu-prove
+gpu: gpu-tests gpu-accuracy gpu-norms gpu-rope gpu-swiglu gpu-loss gpu-step gpu-step-2b gpu-run gpu-generate gpu-bits gpu-layouts \
+	gpu-collectives gpu-prove
 
 there-is-a-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),setup)
 	@: $(if $(filter-out 0,$(GPUS)),,$(error \
@@ -87,6 +87,9 @@ gpu-run: there-is-a-gpu
 	rm -rf runs/gpu
 	$(GPU_PYTHON) examples/demo_corpus.py --output-dir runs/corpus
 	$(ON_GPU) examples/demo.py --corpus runs/corpus --output-dir runs/gpu
+
+gpu-generate: there-is-a-gpu
+	$(ON_GPU) benchmarks/generate.py --nproc 1 --output $(GPU_RESULTS)/generate_cuda.json
 
 gpu-bits: there-is-a-gpu
 	$(ON_GPU) -m benchmarks.one_device --output $(GPU_RESULTS)/one_device_cuda.json

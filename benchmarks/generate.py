@@ -9,7 +9,9 @@ other work it says more of one process, and nothing of how long two wait for eac
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,11 +24,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script, in this process and in its ranks
 
 from argonne.inference import Sampling, continue_all
-from argonne.inference.opening import check_opening, open_model
+from argonne.inference.opening import check_opening, model_at
 from argonne.launch import LaunchFlags, drive, guarded, parse, world_size
-from argonne.models import LanguageModel
+from argonne.models import ArgonneConfig, LanguageModel, preset, to_huggingface
 from argonne.parallel import ArgonneError, Layout, Precision, ProcessGroups, choose_device, process_groups
-from argonne.parallel.communication.collectives import barrier
+from argonne.parallel.communication.collectives import barrier, gather_objects
 from argonne.parallel.legal import require_whole
 from argonne.parallel.tensor_parallel.precision import resolve_precision
 from benchmarks.report import environment, table, write_json
@@ -39,8 +41,10 @@ LEAST = {"transformers / TP 1": 1.2, "TP 1 / TP {ranks}": 1.4, "no cache / cache
 class Flags:
     """What to write, and how often."""
 
-    checkpoint_path: Path
-    """A Hugging Face directory, or a checkpoint."""
+    checkpoint_path: Path | None = None
+    """A Hugging Face directory, or a step directory [random weights of the preset, which take as long]."""
+    preset: str | None = None
+    """Of random weights [argonne-2.5-1b on GPU, demo on CPU]."""
     launch: LaunchFlags = field(default_factory=LaunchFlags)
     prompt_tokens: int = 32
     """Tokens of the prompt."""
@@ -101,12 +105,30 @@ def check(flags: Flags, ranks: int) -> None:
     require_whole("prompt_tokens", flags.prompt_tokens, 1)
     require_whole("new_tokens", flags.new_tokens, 2)
     require_whole("rounds", flags.rounds, 1)
-    config = check_opening(flags.checkpoint_path, Layout(tensor=ranks, uneven_shards=True))
+    layout = Layout(tensor=ranks, uneven_shards=True)
+    if flags.checkpoint_path is None:
+        config = _preset(flags)
+        config.check_layout(layout)
+    else:
+        config = check_opening(flags.checkpoint_path, layout)
     longest = max(flags.context + 8, flags.prompt_tokens + flags.new_tokens)
     if longest > config.max_position_embeddings:
         raise ArgonneError(
             f"context={flags.context} is too long for a model of {config.max_position_embeddings} positions"
         )
+
+
+def _preset(flags: Flags) -> ArgonneConfig:
+    on_gpu = choose_device(flags.launch.device).type == "cuda"
+    return preset(flags.preset or ("argonne-2.5-1b" if on_gpu else "demo"))
+
+
+def random_weights(config: ArgonneConfig, directory: Path, dtype: torch.dtype) -> None:
+    """Write a model that nobody has trained: its tokens mean nothing, and take as long as any."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**to_huggingface(config, {}, "float32"))).to(dtype).save_pretrained(directory)
 
 
 def ours(model: LanguageModel, prompts: list[list[int]], cached: bool = True) -> Turn:
@@ -164,11 +186,19 @@ def ratio(slower: Contestant, faster: Contestant) -> dict[str, float]:
 def main(flags: Flags) -> None:
     device = choose_device(flags.launch.device)
     torch.set_num_threads(1)
-    with process_groups(Layout(tensor=world_size(), uneven_shards=True), device) as groups, torch.inference_mode():
+    with (
+        process_groups(Layout(tensor=world_size(), uneven_shards=True), device) as groups,
+        tempfile.TemporaryDirectory(prefix="argonne-") as made,
+        torch.inference_mode(),
+    ):
         ranks, precision = groups.world.size, resolve_precision("auto", device)
-        path, alone = flags.checkpoint_path, ProcessGroups.single(device)
-        single = open_model(path, alone, precision, generating=True).model if groups.is_first else None
-        shared = open_model(path, groups, precision, generating=True).model if ranks > 1 else None
+        path = flags.checkpoint_path or Path(gather_objects(made, groups.world)[0])
+        if flags.checkpoint_path is None and groups.is_first:
+            random_weights(_preset(flags), path, precision.compute)
+        barrier(groups.world)
+        alone = ProcessGroups.single(device)
+        single = model_at(path, alone, precision, generating=True) if groups.is_first else None
+        shared = model_at(path, groups, precision, generating=True) if ranks > 1 else None
         ratios: dict[str, dict[str, float]] = {}
         rows: list[dict[str, Any]] = []
         for batch in (1, 8, 64) if device.type == "cuda" else (1,):
@@ -215,6 +245,8 @@ def _report(
     written = {
         "benchmark": "generate",
         "environment": environment(groups.device) | {"transformers": transformers.__version__},
+        "model": str(flags.checkpoint_path or f"random weights of {flags.preset or 'the preset'}"),
+        "load_average": os.getloadavg()[0],
         "dtype": dtype,
         "threads": torch.get_num_threads(),
         "ranks": groups.world.size,

@@ -38,7 +38,21 @@ class Opened:
 
 
 def open_model(path: Path, groups: ProcessGroups, precision: Precision, *, generating: bool = False) -> Opened:
-    """The model and the tokenizer at ``path`` (collective): each rank reads the slices that it holds, and no more.
+    """The model and the tokenizer at ``path`` (collective); as ``model_at``.
+
+    Raises:
+        ArgonneError: on every rank, what cannot be opened, and why.
+    """
+    directory, reports = locate(path, groups)
+    model = model_at(directory, groups, precision, generating=generating)
+    tokenizer = collectively(lambda: load_tokenizer(directory), groups.world)
+    return Opened(model, tokenizer, directory, tuple(reports))
+
+
+def model_at(
+    directory: Path, groups: ProcessGroups, precision: Precision, *, generating: bool = False
+) -> LanguageModel:
+    """The model of a directory that has been located (collective): each rank reads the slices that it holds, no more.
 
     With ``generating`` it is made ready to write: weights are in the dtype of what is computed, and memory is laid out
     and shared as is best for one token at a time.
@@ -46,7 +60,6 @@ def open_model(path: Path, groups: ProcessGroups, precision: Precision, *, gener
     Raises:
         ArgonneError: on every rank, what cannot be opened, and why.
     """
-    directory, reports = locate(path, groups)
     shape = collectively(lambda: from_huggingface(directory), groups.world)
     if generating:
         groups, precision = sharing_memory(groups), replace(precision, parameters=precision.compute)
@@ -56,8 +69,7 @@ def open_model(path: Path, groups: ProcessGroups, precision: Precision, *, gener
     collectively(lambda: load_pieces(directory, pieces, verify=False), groups.world)
     for parameter in model.parameters() if generating else ():
         lay_out_for_rows(parameter)
-    tokenizer = collectively(lambda: load_tokenizer(directory), groups.world)
-    return Opened(model, tokenizer, directory, tuple(reports))
+    return model
 
 
 def locate(path: Path, groups: ProcessGroups) -> tuple[Path, list[str]]:

@@ -30,6 +30,7 @@ DRIVERS = {
     "argonne.training.config resume": "ResumeConfig",
     "benchmarks.data_corpus": "Flags",
     "benchmarks.data_pipeline": "Flags",
+    "benchmarks.generate": "Flags",
     "benchmarks.kernels": "Flags",
     "benchmarks.layouts": "Flags",
     "benchmarks.pretrain_step": "Flags",
