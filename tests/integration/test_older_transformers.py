@@ -88,4 +88,6 @@ def test_transformers_4_opens_every_family_with_every_rotation(
     config = ArgonneConfig(24, 2, 4, 2, len(tokenizer) + 8, 40, max_position_embeddings=32, rope_scaling=scaling)
     directory = export(tmp_path, replace(config, **features), tokenizer, boundary_tokens(tokenizer))
     assert OLDER is not None
-    assert opened(OLDER, directory) == opened(sys.executable, directory)
+    old, new = opened(OLDER, directory), opened(sys.executable, directory)
+    for name in ("special", "logits", "settings"):  # beside a Qwen2, 5 makes Qwen's tokenizer of any
+        assert old[name] == new[name], name

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from argonne.data.errors import DataError, one_line
 from argonne.data.tokens.byte_pair import AWKWARD, contained
+from argonne.files import read_object
 
 # With a configuration alone, transformers would make a tokenizer that has no vocabulary.
 VOCABULARY_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
@@ -54,13 +55,18 @@ def load_tokenizer(
     if not holds_tokenizer(directory):
         raise DataError(f"tokenizer path {path} holds no tokenizer: none of {', '.join(VOCABULARY_FILES)}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            directory,
-            local_files_only=True,
-            use_fast=True,
-            trust_remote_code=trust_remote_code,
-            **(special_tokens or {}),
-        )
+        if _is_as_it_is(directory):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(
+                directory, local_files_only=True, **(special_tokens or {})
+            )
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(
+                directory,
+                local_files_only=True,
+                use_fast=True,
+                trust_remote_code=trust_remote_code,
+                **(special_tokens or {}),
+            )
     except Exception as error:  # a broken file surfaces as whatever the parser in question raises
         raise DataError(f"tokenizer path {path} cannot be loaded: {one_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -70,6 +76,17 @@ def load_tokenizer(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _is_as_it_is(directory: Path) -> bool:
+    """Whether a directory says that ``tokenizer.json`` counts as it is.
+
+    Beside the ``config.json`` of a Qwen2, ``transformers`` 5 would take Qwen's rules nonetheless.
+    """
+    named = directory / "tokenizer_config.json"
+    if not (named.is_file() and (directory / "tokenizer.json").is_file()):
+        return False
+    return read_object(named).get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def holds_tokenizer(directory: Path) -> bool:

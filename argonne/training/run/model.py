@@ -39,6 +39,11 @@ def argonne_model(config: RunConfig, tokenizer_size: int) -> ModelOfRun:
     shape, notes = _shape(config, tokenizer_size), []
     if shape.family == "llama" and shape.hidden_size % shape.num_attention_heads:
         notes.append("note: transformers opens no Llama whose hidden_size is not divisible by num_attention_heads")
+    if shape.family == "qwen2" and config.data.tokenizer_path is None and config.model.init_from is None:
+        notes.append(
+            "note: AutoTokenizer of transformers 5 makes Qwen's tokenizer of any that lies beside a Qwen2; the run's opens "
+            "there by PreTrainedTokenizerFast.from_pretrained"
+        )
     return ModelOfRun(partial(build_model, shape), shape.as_json(), tuple(notes))
 
 
