@@ -41,8 +41,8 @@ def argonne_model(config: RunConfig, tokenizer_size: int) -> ModelOfRun:
         notes.append("note: transformers opens no Llama whose hidden_size is not divisible by num_attention_heads")
     if shape.family == "qwen2" and config.data.tokenizer_path is None and config.model.init_from is None:
         notes.append(
-            "note: AutoTokenizer of transformers 5 makes Qwen's tokenizer of any that lies beside a Qwen2; the run's opens "
-            "there by PreTrainedTokenizerFast.from_pretrained"
+            "note: AutoTokenizer of transformers 5 makes Qwen's tokenizer of any that lies beside a Qwen2; this run's "
+            "opens there by PreTrainedTokenizerFast.from_pretrained"
         )
     return ModelOfRun(partial(build_model, shape), shape.as_json(), tuple(notes))
 
