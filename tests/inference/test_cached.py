@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from argonne.inference import Sampling, cache_line, continue_all
-from argonne.models import ArgonneConfig, ArgonneModel, CachingModel, Execution, build_replicas
+from argonne.models import (
+    Argonne1Config,
+    ArgonneConfig,
+    ArgonneModel,
+    CachingModel,
+    Execution,
+    RopeScaling,
+    build_model,
+    build_replicas,
+)
 from argonne.parallel import Layout, Precision, ProcessGroups, initialise
 from tests.pool import RankPool
 
@@ -136,6 +145,29 @@ def test_the_tokens_of_a_prompt_depend_on_its_number_alone() -> None:
     assert len(set(map(tuple, texts))) == 3
     assert continue_all(SHARED, same[:2], DRAWN, 7, first=1) == texts[1:]
     assert continue_all(SHARED, same, DRAWN, 8) != texts
+
+
+OTHERS = {
+    "qwen2": replace(CONFIG, family="qwen2", attention_bias=True),
+    "qwen3": replace(CONFIG, family="qwen3", qk_norm=True),
+    "yarn": replace(CONFIG, rope_scaling=RopeScaling("yarn", 4.0, 9)),
+    "argonne1": Argonne1Config(24, 3, 6, 29, 40, max_position_embeddings=18, initializer_range=0.5),
+}
+
+
+def written_by(groups: ProcessGroups, name: str, cached: bool = True) -> list[list[int]]:
+    model = build_model(OTHERS[name], Execution(groups, Precision(torch.float64, torch.float64)))
+    model.initialise(seed=2)
+    assert isinstance(model, CachingModel)
+    return continue_all(model, prompts(), DRAWN, 7, cached=cached)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_family_keeps_what_it_needs(ranks: RankPool, name: str) -> None:
+    expected = written_by(ProcessGroups.single(), name, cached=False)
+    assert written_by(ProcessGroups.single(), name) == expected
+    for found in ranks.run(Layout(tensor=2, pipeline=2, sequence_parallel=True), written_by, name):
+        assert found == expected
 
 
 class Bare:

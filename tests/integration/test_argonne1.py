@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from argonne.training.evaluation import PROMPT
-from tests.integration.runs import SCHEDULE, history, metrics, run_until_killed, succeed, weights
+from tests.integration.runs import ROOT, SCHEDULE, finish, history, metrics, run_until_killed, start, succeed, weights
 
 pytestmark = pytest.mark.exhaustive
 
@@ -21,6 +22,11 @@ SMALL = {
     "--num-attention-heads": 4,
     "--max-position-embeddings": 48,
 }
+
+
+def convert(*words: str) -> None:
+    done = finish(start([sys.executable, str(ROOT / "examples" / "convert.py"), *words]))
+    assert done.status == 0, done.output
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +57,14 @@ def test_a_run_that_is_killed_and_resumed_is_the_undisturbed_one_and_writes_text
     ids = torch.tensor([tokenizer.encode(PROMPT, add_special_tokens=False)])
     theirs = model.generate(ids, max_new_tokens=12, do_sample=False)
     assert texts == {tokenizer.decode(theirs[0], skip_special_tokens=True).strip()}
+
+    old, again = tmp_path / "old.pth", tmp_path / "again"
+    convert(str(run), str(old), "--to", "argonne1")
+    convert(str(old), str(again), "--tokenizer-path", str(newest))
+    state, back = (GPT2LMHeadModel.from_pretrained(path).state_dict() for path in (newest, again))
+    assert state.keys() == back.keys()
+    assert [name for name, value in state.items() if not torch.equal(value, back[name])] == []
+    assert succeed("generate", {**greedy, "--checkpoint-path": again}).strip() in texts
 
 
 @pytest.mark.parametrize(
