@@ -58,8 +58,26 @@ class Flags:
     """The JSON to write [benchmarks/results/generate_<device>.json]."""
 
 
-Turn = Callable[[int], list[list[int]]]
-"""Writes so many tokens."""
+class Clock:
+    """Notes when each token is there: a ``Follower`` here, and a streamer to ``transformers``."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.marks: list[tuple[float, float]] = []
+
+    def take(self, token: int) -> bool:
+        self.put(token)
+        return False
+
+    def put(self, value: object) -> None:
+        self.marks.append(_now(self._device))
+
+    def end(self) -> None:
+        """All have come."""
+
+
+Turn = Callable[[int, Clock], list[list[int]]]
+"""Writes so many tokens, before whose first and at each of which it marks the time."""
 
 
 @dataclass
@@ -82,15 +100,14 @@ class Contestant:
         if not (self.together or groups.is_first):
             barrier(groups.world)
             return
-        began = _now(groups.device)
-        self.turn(1)
-        first = [end - start for start, end in zip(began, _now(groups.device), strict=True)]
-        began = _now(groups.device)
-        self.tokens = self.turn(new)
-        whole = [end - start for start, end in zip(began, _now(groups.device), strict=True)]
-        self.first.append(first[0])
-        self.seconds.append((whole[0] - first[0]) / (new - 1))
-        self.processor.append((whole[1] - first[1]) / (new - 1))
+        clock = Clock(groups.device)
+        self.tokens = self.turn(new, clock)
+        if groups.is_first:
+            (began, _), first, last = clock.marks[0], clock.marks[1], clock.marks[-1]
+            assert len(clock.marks) == new + 1
+            self.first.append(first[0] - began)
+            self.seconds.append((last[0] - first[0]) / (new - 1))
+            self.processor.append((last[1] - first[1]) / (new - 1))
         barrier(groups.world)
 
 
@@ -132,7 +149,12 @@ def random_weights(config: ArgonneConfig, directory: Path, dtype: torch.dtype) -
 
 
 def ours(model: LanguageModel, prompts: list[list[int]], cached: bool = True) -> Turn:
-    return lambda new: continue_all(model, prompts, Sampling(new, 0.0), 0, cached=cached)
+    def turn(new: int, clock: Clock) -> list[list[int]]:
+        clock.put(prompts)
+        followers = [clock, *(Clock(torch.device("cpu")) for _ in prompts[1:])]
+        return continue_all(model, prompts, Sampling(new, 0.0), 0, followers=followers, cached=cached)
+
+    return turn
 
 
 def theirs(directory: Path, prompts: list[list[int]], precision: Precision, device: torch.device) -> Turn:
@@ -143,10 +165,16 @@ def theirs(directory: Path, prompts: list[list[int]], precision: Precision, devi
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     ids = torch.tensor(prompts, device=device)
 
-    def turn(new: int) -> list[list[int]]:
-        return model.generate(ids, max_new_tokens=new, do_sample=False)[:, ids.shape[1] :].tolist()  # type: ignore[no-any-return]
+    def turn(new: int, clock: Clock) -> list[list[int]]:
+        # It hands the prompt to the streamer first.
+        found = model.generate(ids, max_new_tokens=new, do_sample=False, streamer=clock)
+        return found[:, ids.shape[1] :].tolist()  # type: ignore[no-any-return]
 
     return turn
+
+
+def _absent(new: int, clock: Clock) -> list[list[int]]:
+    return []
 
 
 def contest(contestants: list[Contestant], groups: ProcessGroups, flags: Flags, new: int) -> None:
@@ -211,7 +239,7 @@ def main(flags: Flags) -> None:
                 found.append(Contestant("TP 1", ours(single, prompts)))
                 found.append(Contestant("transformers", theirs(path, prompts, precision, device)))
             else:
-                found += [Contestant("TP 1", lambda new: []), Contestant("transformers", lambda new: [])]
+                found += [Contestant("TP 1", _absent), Contestant("transformers", _absent)]
             if shared is not None:
                 found.append(Contestant(f"TP {ranks}", ours(shared, prompts), together=True))
             contest(found, groups, flags, flags.new_tokens)
@@ -222,7 +250,7 @@ def main(flags: Flags) -> None:
                     ratios[f"TP 1 / TP {ranks}{mark}"] = ratio(found[0], found[2])
                 rows += rows_of(found, batch)
         long = [[(41 * place) % 991 + 10 for place in range(flags.context)]]
-        kinds = [Contestant(f"{name} at {flags.context}", lambda new: []) for name in ("cache", "no cache")]
+        kinds = [Contestant(f"{name} at {flags.context}", _absent) for name in ("cache", "no cache")]
         if single is not None:
             kinds[0].turn, kinds[1].turn = ours(single, long), ours(single, long, cached=False)
         contest(kinds, groups, flags, 5)

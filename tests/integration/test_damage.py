@@ -42,7 +42,8 @@ def flip(file: Path, place: int = -5) -> None:
 
 
 def test_damage_is_passed_over_by_every_reader_and_side_files_are_mended(corpus: Path, a_run: Path) -> None:
-    text = succeed("generate", {"--checkpoint-path": a_run / "step_00000004"}, nproc=1)
+    told = succeed("generate", {"--checkpoint-path": a_run / "step_00000004"}, nproc=1)
+    text = "".join(line for line in told.splitlines(keepends=True) if not line.startswith("cache: "))
     tokenizer = (a_run / "tokenizer" / "tokenizer.json").read_bytes()
     (a_run / "run.json").write_text('{"identity": ')
     (a_run / "tokenizer" / "tokenizer.json").write_bytes(tokenizer[:1000])

@@ -79,7 +79,7 @@ def test_all_files_name_what_training_decided(learnt: Path) -> None:
 
 def test_generation_stops_at_the_eos_of_training_here_and_in_transformers(learnt: Path) -> None:
     greedy = {"--temperature": 0, "--max-new-tokens": 40, "--prompt": "a b c"}
-    assert succeed("generate", {"--checkpoint-path": learnt, **greedy}, nproc=1).strip() == TEXT
+    assert written({"--checkpoint-path": learnt, **greedy}) == [TEXT]
     directory = step(learnt, 60)
     tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModelForCausalLM.from_pretrained(directory)
     ids = tokenizer("a b c", return_tensors="pt")
@@ -93,13 +93,13 @@ def test_generation_stops_at_any_of_several_ends_that_a_directory_names(learnt: 
     f = AutoTokenizer.from_pretrained(directory).convert_tokens_to_ids("f")
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [19, f]}))
     greedy = {"--temperature": 0, "--max-new-tokens": 40, "--prompt": "a b c"}
-    assert succeed("generate", {"--checkpoint-path": directory, **greedy}, nproc=1).strip() == "a b c d e"
+    assert written({"--checkpoint-path": directory, **greedy}) == ["a b c d e"]
 
 
 def test_every_prompt_is_continued_with_draws_of_its_own(learnt: Path) -> None:
     """So hot that any token follows any other: the same prompt twice gives two texts."""
     hot = {"--temperature": 1e4, "--top-k": 0, "--top-p": 1, "--max-new-tokens": 40, "--prompt": ["a b", "a b"]}
-    first, second = succeed("generate", {"--checkpoint-path": learnt, **hot}, nproc=1).splitlines()
+    first, second = written({"--checkpoint-path": learnt, **hot})
     assert first != second
 
 
@@ -114,6 +114,12 @@ def test_generation_computes_in_the_precision_it_is_told(learnt: Path, tmp_path:
     succeed("generate", {**told, "--precision": "fp32"}, nproc=1)
     refused = run("generate", {**told, "--precision": "fp16"}, nproc=1)
     assert (refused.status, "logits are not finite" in refused.output) == (2, True), refused.output
+
+
+def written(flags: dict[str, Any]) -> list[str]:
+    """The lines of ``generate``, but that of its cache, which goes to standard error."""
+    lines = [line.rstrip() for line in succeed("generate", flags, nproc=1).splitlines()]
+    return [line for line in lines if not line.startswith("cache: ")]
 
 
 def as_plain(learnt: Path, root: Path) -> Path:
