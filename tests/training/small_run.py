@@ -16,7 +16,15 @@ def small_run(home: Path) -> RunConfig:
     for name, text in (("tokenizer", "some words and more of them"), ("another", "quite other text")):
         train_tokenizer([text] * 9).save_pretrained(home / name)
     return RunConfig(
-        model=ModelFlags("demo", None, 16, 1, 2, 1, intermediate_size=24, vocab_size=400),
+        model=ModelFlags(
+            "demo",
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=24,
+            vocab_size=400,
+        ),
         data=DataFlags((f"{home}/corpus/*.parquet",), block_size=16, tokenizer_path=home / "tokenizer", data_lanes=3),
         training=TrainingFlags(4, 2, gradient_accumulation_steps=2, learning_rate=0.01, warmup_steps=1),
         launch=RestartFlags("cpu"),

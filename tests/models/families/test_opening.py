@@ -36,7 +36,7 @@ class Slice:
     """A slice of safetensors that counts what it gives."""
 
     def __init__(self, stored: Any) -> None:
-        self._stored, self.get_shape = stored, stored.get_shape
+        self._stored, self.get_shape, self.get_dtype = stored, stored.get_shape, stored.get_dtype
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         found = self._stored[index]
