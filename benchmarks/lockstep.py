@@ -56,6 +56,7 @@ class _Group(dist.ProcessGroup):
     def __init__(self, rank: int, ranks: _Ranks) -> None:
         super().__init__(rank, ranks.size)
         self._rank, self._ranks, self._count = rank, ranks, 0
+        self._receivers: list[tuple[int, Tensor]] = []
 
     def restart(self) -> None:
         self._count = 0
@@ -93,19 +94,15 @@ class _Group(dist.ProcessGroup):
         """Of an all-gather of messages (``collectives._Sends``), the same to every rank: the first tells of it."""
         if target == (self._rank + 1) % self._ranks.size:
             (tensor,) = tensors
-            found = self._meet("sends", tensor)
-            for source, receiver in self._receivers:
-                receiver.copy_(found[source].view_as(receiver)) if found else None
+            if found := self._meet("sends", tensor):
+                for source, receiver in self._receivers:
+                    receiver.copy_(found[source].view_as(receiver))
             self._receivers.clear()
         return _Done()
 
     def recv(self, tensors: Sequence[Tensor], source: int, tag: int) -> _Done:
         self._receivers.append((source, tensors[0]))
         return _Done()
-
-    @property
-    def _receivers(self) -> list[tuple[int, Tensor]]:
-        return self.__dict__.setdefault("_waiting", [])
 
     # The names before torch 2.13.
     _allgather_base = all_gather_single
