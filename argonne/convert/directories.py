@@ -77,7 +77,6 @@ def write_directory(model: StoredModel, directory: Path, write_tokenizer: Callab
         # Copied: what two names share in a file, safetensors would refuse.
         whole = {name: model.tensors[name].load().clone(memory_format=torch.contiguous_format) for name in names}
         save_file(whole, directory / file, metadata={"format": "pt"})
-        sync(directory / file)
         for name, tensor in whole.items():
             records[name] = TensorRecord(file, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), "")
     write_index(directory, records)
@@ -85,7 +84,7 @@ def write_directory(model: StoredModel, directory: Path, write_tokenizer: Callab
 
 
 def write_beside(model: StoredModel, directory: Path, write_tokenizer: Callable[[Path], None] | None) -> None:
-    """``config.json`` and the tokenizer's files."""
+    """``config.json`` and the tokenizer's files; then all that the directory has is on the disk."""
     write_json(directory / "config.json", dict(model.config))
     if write_tokenizer is not None:
         write_tokenizer(directory)

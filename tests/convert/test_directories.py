@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,26 @@ def test_an_old_file_survives_every_form_on_its_way_back(tmp_path: Path, version
     convert(tmp_path / "d.pth", tmp_path / "e", ConvertFlags())
     assert bits(weights(tmp_path / "e")) == bits(weights(tmp_path / "b"))
     assert (tmp_path / "e" / "config.json").read_text() == (tmp_path / "b" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("to", ["huggingface", "dcp", "argonne2", "gguf"])
+def test_what_is_made_is_on_the_disk_before_it_has_its_name_and_its_name_is_too(
+    step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Any
+) -> None:
+    """Files are told by their numbers, which stay when they are renamed."""
+    synced: list[int] = []
+    named: list[int] = []
+
+    def fsync(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        if (tmp_path / "out").exists():
+            named.append(synced[-1])
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    convert(step, tmp_path / "out", ConvertFlags(to=to))
+    made = [tmp_path / "out", *(tmp_path / "out").rglob("*")]
+    assert {path.stat().st_ino for path in made} <= set(synced[: len(synced) - len(named)])
+    assert tmp_path.stat().st_ino in named
 
 
 def test_how_far_the_training_was_goes_with_an_old_file(tmp_path: Path) -> None:

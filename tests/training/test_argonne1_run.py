@@ -11,11 +11,13 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from argonne.models import Argonne1Config
+from argonne.models import Argonne1Config, Batch
 from argonne.parallel import ArgonneError
+from argonne.training import trainer
 from argonne.training.config import ModelFlags, RunConfig
 from argonne.training.run.checks import check
 from argonne.training.run.workflow import pretrain
+from argonne.training.step import train_step
 from tests.integration.runs import history, metrics, weights
 from tests.training.small_run import small_run
 
@@ -56,6 +58,23 @@ def test_a_run_that_is_stopped_and_continued_drops_what_the_undisturbed_one_does
         assert pretrain(other(config, "stopped", stop_at_step=stop)) == 0
     assert history(config.run.output_dir.parent / "stopped") == history(whole)
     assert weights(config.run.output_dir.parent / "stopped") == weights(whole)
+
+
+def test_every_step_draws_by_its_own_number_and_its_samples_by_theirs(
+    config: RunConfig, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[int, int, list[int]]] = []
+
+    def spy(learner: Any, batch: Batch, *arguments: Any) -> Any:
+        assert batch.draws is not None
+        told.append((batch.draws.seed, batch.draws.step, sorted(batch.draws.samples.flatten().tolist())))
+        return train_step(learner, batch, *arguments)
+
+    monkeypatch.setattr(trainer, "train_step", spy)
+    for stop in (2, None):  # a run that goes on counts on
+        assert pretrain(other(config, "counted", stop_at_step=stop)) == 0
+    seed = config.training.seed
+    assert told == [(seed, step + 1, list(range(4 * step, 4 * step + 4))) for step in range(4)]
 
 
 def test_other_micro_batches_of_the_same_samples_drop_the_same(config: RunConfig, whole: Path) -> None:

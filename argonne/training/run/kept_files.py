@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from argonne.data import DataError, special_tokens, tokenizer_fingerprint
 from argonne.data.tokens.tokenizer import VOCABULARY_FILES
-from argonne.files import make_directory, read_object, sync, write_json
+from argonne.files import make_directory, read_object, write_json
 from argonne.training.run.kept_tokenizer import is_kept
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -68,11 +68,13 @@ class KeptFiles:
         return cls(config, files)
 
     def write(self, directory: Path, dtype: str) -> None:
-        """Write them beside weights of ``dtype``, which is all that training changes of the configuration."""
+        """Write them beside weights of ``dtype``, which is all that training changes of the configuration.
+
+        A save sees them onto the disk, with what else it writes (``save_checkpoint``).
+        """
         for name, content in self.files.items():
             make_directory((directory / name).parent)
             (directory / name).write_bytes(content)
-            sync(directory / name)
         named = [name for name in _DTYPES if name in self.config] or _DTYPES
         write_json(directory / CONFIG, {**self.config, **dict.fromkeys(named, dtype)})
 
