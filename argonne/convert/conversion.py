@@ -13,12 +13,14 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError
 
+from argonne.checkpoint.resume_state import RESUME_STATE, ResumeState
 from argonne.convert.directories import write_beside, write_directory
 from argonne.convert.distributed import write_distributed
 from argonne.convert.gguf_file import check_gguf, require_gguf, write_gguf
 from argonne.convert.names import argonne1_from_gpt2, argonne2_name
 from argonne.convert.old_writing import write_old
 from argonne.convert.opening import open_model
+from argonne.convert.progress import resume_state
 from argonne.convert.shapes import OldFileFlags, argonne1_words, argonne2_words
 from argonne.convert.stored import StoredModel
 from argonne.data import load_tokenizer, write_tokenizer
@@ -40,6 +42,9 @@ class ConvertFlags:
     """Directory of the tokenizer to put beside the weights (gguf: in the file) [the one beside them]."""
     dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = None
     """Dtype of the weights [as they are]."""
+    resume_state: bool = False
+    """Write resume_state.json too, of a file of the original: its step, tokens and place in the data, from which
+    pretrain.py --init-from OUT --resume-state goes on (huggingface)."""
     old: OldFileFlags = field(default_factory=OldFileFlags)
 
 
@@ -55,20 +60,33 @@ def convert(source: Path, target: Path, flags: ConvertFlags) -> str:
         raise ArgonneError(
             f"tokenizer_path={str(flags.tokenizer_path)!r} has no effect: the original's files have none"
         )
+    if flags.resume_state and flags.to != "huggingface":
+        raise ArgonneError(f"resume_state=True has no effect with --to {flags.to}; legal: --to huggingface")
     with ExitStack() as stack:
         model = open_model(source, flags.old, stack)
+        state = _state(source, model) if flags.resume_state else None
         model = model.in_dtype(None if flags.dtype is None else getattr(torch, flags.dtype))
         write = _WRITERS[flags.to](model, flags)
         try:
             make_directory(target.absolute().parent)
             with (_new_directory if flags.to in ("huggingface", "dcp") else replacing)(target) as temporary:
                 write(temporary)
+                if state is not None:
+                    state.write(temporary)
             sync(target.absolute().parent)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises the second
             raise ArgonneError(f"{str(target)!r} could not be written: {one_line(error)}") from error
     count = sum(math.prod(tensor.shape) for tensor in model.tensors.values())
     kinds = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in model.tensors.values()}))
-    return f"{source} ({model.form}) -> {target} ({flags.to}): {count:,} parameters in {kinds}"
+    line = f"{source} ({model.form}) -> {target} ({flags.to}): {count:,} parameters in {kinds}"
+    return line if state is None else f"{line}; {RESUME_STATE}: {state}"
+
+
+def _state(source: Path, model: StoredModel) -> ResumeState:
+    try:
+        return resume_state(model)
+    except ArgonneError as error:
+        raise ArgonneError(f"{str(source)!r}: {error}") from None
 
 
 def _huggingface(model: StoredModel, flags: ConvertFlags) -> Callable[[Path], None]:

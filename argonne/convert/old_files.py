@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from argonne.convert.progress import POSITION, STEP, TOKENS
 from argonne.convert.stored import Progress, Stored, concatenated
 from argonne.parallel.errors import ArgonneError
 
@@ -189,6 +190,6 @@ def _progress(loaded: Mapping[str, Any]) -> Progress:
         found = next((loaded[name] for name in names if type(loaded.get(name)) is int), None)
         return found if found is None or found >= 0 else None
 
-    position = loaded.get("data_position")
-    step, tokens = count("global_step", "step"), count("tokens_processed", "total_tokens")
-    return Progress(step, tokens, position if isinstance(position, Mapping) else None)
+    position = loaded.get(POSITION)
+    said = {name: loaded[name] for name in (*STEP, *TOKENS, POSITION) if name in loaded}
+    return Progress(count(*STEP), count(*TOKENS), position if isinstance(position, Mapping) else None, said)

@@ -73,6 +73,8 @@ class Progress:
     step: int | None = None
     tokens: int | None = None
     data_position: Mapping[str, Any] | None = None
+    said: Mapping[str, Any] | None = None
+    """All that a file of the original says besides weights, unread; None for anything else."""
 
 
 @dataclass(frozen=True)

@@ -262,7 +262,8 @@ class ResumeFlags:
     rewarmup_steps: int = 100
     """Steps of that warm-up."""
     force_from_scratch: bool = False
-    """Take the saved configuration but start at step 0, in an --output-dir that holds no run."""
+    """Take the saved configuration but begin again (at step 0, but for --resume-state), in an --output-dir that holds
+    no run."""
 
 
 @dataclass(frozen=True, kw_only=True)

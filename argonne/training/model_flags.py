@@ -63,6 +63,10 @@ class ModelFlags:
     """Begin with these weights, at step 0: a Hugging Face directory, or a run's (its newest valid checkpoint) or one of
     its step directories; the shape is its config.json's, and the tokenizer its own unless --tokenizer-path says
     otherwise [weights are drawn by --seed]."""
+    resume_state: bool = False
+    """Begin where the run was that left the weights of --init-from: at the step, with the tokens and at the place in
+    the data that resume_state.json says there (convert.py --resume-state writes it of a file of the original)
+    [at step 0, with the first row]."""
 
     def resolve(self, block_size: int) -> ModelConfig:
         """The whole shape. Raises ``ArgonneError`` naming what is not legal."""
@@ -75,7 +79,7 @@ class ModelFlags:
             require_intact(directory, lambda name: name == "config.json")
         base = from_huggingface(self.model_config) if self.model_config else preset(self.preset or DEFAULT_PRESET)
         changed: dict[str, Any] = {name: value for name, value in vars(self).items() if value is not None}
-        for name in ("preset", "model_config", "init_from"):
+        for name in ("preset", "model_config", "init_from", "resume_state"):
             changed.pop(name, None)
         if isinstance(base, Argonne1Config):
             if self.model_config is not None and "hidden_size" in changed:

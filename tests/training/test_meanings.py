@@ -42,7 +42,14 @@ GROUPS = {
 }
 # Told with the global batch, or in a test of its own.
 ELSEWHERE = {"initial_batch_size", "gradient_accumulation_steps", "reproducible", "batch_size", "reset_optimizer"}
-ELSEWHERE |= {"init_from", "rewarmup_steps", "checkpoint_path", "force_from_scratch", "reproducible_blocks"}
+ELSEWHERE |= {
+    "init_from",
+    "resume_state",
+    "rewarmup_steps",
+    "checkpoint_path",
+    "force_from_scratch",
+    "reproducible_blocks",
+}
 ELSEWHERE |= {"max_position_embeddings", "dropout"}  # of Argonne 1.x: test_argonne1_run
 
 

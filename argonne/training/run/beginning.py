@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from argonne.checkpoint import is_small, require_intact, resolve, tensor_files, weights_fingerprint
+from argonne.checkpoint.resume_state import ResumeState
 from argonne.data.tokens.tokenizer import holds_tokenizer
 from argonne.inference.opening import is_plain, locate
 from argonne.models import end_tokens
@@ -26,6 +29,10 @@ class Beginning:
     """Their ``weights_fingerprint``."""
     directory: Path | None = None
     """Where they are read from; None too for a run that goes on from its own checkpoints."""
+    state: ResumeState | None = None
+    """Where it begins with them (``--resume-state``), if not at step 0; None as ``directory`` is."""
+    identity: Mapping[str, Any] | None = None
+    """The identity of that, of a run that goes on too."""
 
 
 def beginning(config: RunConfig, saved: RunIdentity | None, groups: ProcessGroups) -> Beginning:
@@ -42,22 +49,33 @@ def beginning(config: RunConfig, saved: RunIdentity | None, groups: ProcessGroup
         return Beginning()
     own = collectively(lambda: own_checkpoints(config), groups.world)
     if saved is not None and gather_objects(own is not None, groups.world)[0]:
-        return Beginning(saved.init_from, None)
+        identity = saved.resume_state or {} if config.model.resume_state else None
+        return Beginning(saved.init_from, identity=identity)
     directory, reports = locate(collectively(lambda: origin_path(path), groups.world), groups)
     log(groups, *reports)
-    found = collectively(lambda: weights_fingerprint(directory) if groups.is_first else None, groups.world)
-    return Beginning(gather_objects(found, groups.world)[0], directory)
+
+    def read() -> tuple[str, ResumeState | None] | None:
+        if not groups.is_first:
+            return None
+        return weights_fingerprint(directory), ResumeState.read(directory) if config.model.resume_state else None
+
+    found = gather_objects(collectively(read, groups.world), groups.world)[0]
+    assert found is not None
+    fingerprint, state = found
+    return Beginning(fingerprint, directory, state, None if state is None else state.identity)
 
 
-def check_beginning(config: RunConfig) -> None:
+def check_beginning(config: RunConfig) -> ResumeState | None:
     """Refuse a directory that a run cannot begin with, as far as its small files show. Needs no peers.
+
+    Returns where the run is to begin with it, if that is not step 0.
 
     Raises:
         ArgonneError: in one line, what is wrong.
     """
     path = config.model.init_from
     if path is None or own_checkpoints(config) is not None:
-        return
+        return None
     directory = path if is_plain(path) else resolve(path)[-1]
     if config.data.tokenizer_path is None and not holds_tokenizer(directory):
         raise ArgonneError(f"init_from={str(path)!r} holds no tokenizer; legal: --tokenizer-path too")
@@ -65,3 +83,4 @@ def check_beginning(config: RunConfig) -> None:
         require_intact(path, is_small)
         end_tokens(path)  # refuses what is no JSON
         tensor_files(path)  # refuses what is no safetensors
+    return ResumeState.read(directory) if config.model.resume_state else None

@@ -20,6 +20,7 @@ from argonne.training.run.beginning import check_beginning
 from argonne.training.run.conflicts import check_meaning
 from argonne.training.run.corpora import Corpora
 from argonne.training.run.directory import read_run
+from argonne.training.run.elsewhere import check_elsewhere
 from argonne.training.run.model import ModelBuilder, check_own_model
 from argonne.training.run.reproducible import check_reproducible, pin_threads
 from argonne.training.run.shape import shape_of
@@ -39,12 +40,12 @@ def check(config: RunConfig, world_size: int, model: ModelBuilder | None = None)
     layout = config.parallel.layout(world_size)
     check_kernels(config.training.kernels, choose_device(config.launch.device), config.training.precision)
     plan = config.parallel.plan(layout)
-    shape = None
+    shape = elsewhere = None
     if model is not None:
         check_own_model(config)
     else:
         shape = shape_of(config)
-        check_beginning(config)
+        elsewhere = check_beginning(config)
         shape.check_layout(layout)
         plan.check_layers(shape.num_hidden_layers)
     check_reproducible(config, layout, shape)
@@ -61,7 +62,9 @@ def check(config: RunConfig, world_size: int, model: ModelBuilder | None = None)
         )
     if path is not None:
         require_intact(path, is_small)
-    Corpora.open(config.data, config.training.seed, saved.identity if saved else None)
+    data = Corpora.open(config.data, config.training.seed, saved.identity if saved else None)
+    if elsewhere is not None:
+        check_elsewhere(config, elsewhere, data)
     _check_output(config.run.output_dir)
 
 

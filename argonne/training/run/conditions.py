@@ -32,6 +32,7 @@ MEANINGS: Mapping[str, Meaning] = {
     **_all("identity", "preset model_config hidden_size num_hidden_layers num_attention_heads num_key_value_heads"),
     **_all("identity", "head_dim intermediate_size vocab_size rope_theta rms_norm_eps tie_word_embeddings"),
     **_all("identity", "initializer_range family attention_bias max_position_embeddings dropout init_from"),
+    **_all("identity", "resume_state"),
     # The samples and their order.
     **_all("identity", "data_glob tokenizer_path block_size add_document_boundary_tokens document_mask data_lanes"),
     **_all("identity", "streaming seed text_column filters filter_long_characters filter_max_digits"),

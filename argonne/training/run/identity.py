@@ -70,6 +70,8 @@ class RunIdentity:
     """``fingerprint`` and ``size``, and ``boundary``: its (BOS, EOS) ids where documents are given them."""
     init_from: str | None = None
     """``weights_fingerprint`` of those that it began with, where they are not drawn by the seed."""
+    resume_state: Mapping[str, Any] | None = None
+    """``ResumeState.identity`` of where it began, where that is not step 0."""
     reproducible: Mapping[str, Any] | None = None
     """``blocks`` and ``micro_batch``, of a run whose bits no layout changes."""
     others: Mapping[str, Any] = field(default_factory=dict)
@@ -98,7 +100,7 @@ class RunIdentity:
         names = [each.name for each in dataclasses.fields(cls) if each.name != "others"]
         wrong: dict[str, bool] = {"identity": not isinstance(saved, dict)}
         if isinstance(saved, dict):
-            groups = ("data", "schedule", "precision", "model", "tokenizer", "reproducible")
+            groups = ("data", "schedule", "precision", "model", "tokenizer", "reproducible", "resume_state")
             wrong |= {f"identity.{name}": not isinstance(saved.get(name, {}), dict) for name in groups}
             data = saved.get("data")
             if isinstance(data, dict):

@@ -27,7 +27,7 @@ from argonne.training.run.workflow import begin, is_done, restore, train
 from argonne.training.state import TrainingState
 
 # Changing these changes what the weights or the lanes mean; resume.py refuses it. The rest it announces.
-_FIXED = ("model", "data", "tokenizer", "init_from", "reproducible")
+_FIXED = ("model", "data", "tokenizer", "init_from", "resume_state", "reproducible")
 
 
 def parse_resume(arguments: Sequence[str]) -> ResumeConfig:
@@ -103,7 +103,7 @@ def resume(config: ResumeConfig, model: ModelBuilder | None = None) -> int:
         state = TrainingState.build(config, workload, groups)
         if flags.force_from_scratch:
             log(groups, *announced(became))
-            begin(state, config, workload)
+            begin(state, config, workload, shape)
             return train(config, workload, state, shape, None)
         path = config.data.tokenizer_path
         restore(state, checkpoint, workload, became, path, flags.reset_optimizer, flags.rewarmup_steps)

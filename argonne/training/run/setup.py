@@ -77,6 +77,7 @@ def prepare(
     precision = resolve_precision(config.training.precision, groups.device)
     began = beginning(config, saved, groups)
     identity = replace(RunIdentity.of(config, data.identity, precision), init_from=began.fingerprint)
+    identity = replace(identity, resume_state=began.identity)
     # Before anything that takes long.
     early = identity if model else _with_shape(identity, config, saved)
     _require_run(config, saved, early, fixed)
@@ -129,7 +130,7 @@ def _require_run(
     if saved is None:
         return []
     # What a run has or has not is settled by the flags, so that having it no more is a difference.
-    settled = {*now.to_json(), "init_from", "reproducible"}
+    settled = {*now.to_json(), "init_from", "resume_state", "reproducible"}
     parts = [name for name in settled if fixed is None or name in fixed]
     return require_same(saved, now, config.run.output_dir, config.data.accept_data_change, parts)
 

@@ -13,7 +13,7 @@ from argonne.parallel.errors import ArgonneError
 from argonne.training.config import ModelFlags, ResumeConfig, RunConfig
 
 # Flags that name a shape, and no field of one.
-_OTHER_SHAPES = ("preset", "model_config", "init_from")
+_OTHER_SHAPES = ("preset", "model_config", "init_from", "resume_state")
 # What a model sees at once is no part of what its weights are: a preset may say more or less of it.
 _NOT_COMPARED = ("max_position_embeddings",)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from argonne.checkpoint import CheckpointError, checkpoints, load_trainer, newest_valid
+from argonne.checkpoint.resume_state import RESUME_STATE
 from argonne.data import Assignment
 from argonne.parallel import ProcessGroups, check_declarations
 from argonne.parallel.communication.collectives import collectively
@@ -19,6 +20,7 @@ from argonne.training.run.conditions import announced, changed_since
 from argonne.training.run.conflicts import in_vain
 from argonne.training.run.continuation import continue_at
 from argonne.training.run.directory import read_run
+from argonne.training.run.elsewhere import go_on
 from argonne.training.run.file import mended_run, write_run
 from argonne.training.run.flags_json import flags_to_json
 from argonne.training.run.identity import RunIdentity
@@ -55,7 +57,7 @@ def pretrain(config: RunConfig, model: ModelBuilder | None = None) -> int:
         workload = with_tokens(config, workload, groups)
         state = TrainingState.build(config, workload, groups)
         if checkpoint is None:
-            begin(state, config, workload)
+            begin(state, config, workload, shape)
         else:
             restore(state, checkpoint, workload, became, config.data.tokenizer_path)
         return train(config, workload, state, shape, checkpoint)
@@ -97,15 +99,19 @@ def _newest(directory: Path, groups: ProcessGroups) -> Path | None:
     return checkpoint
 
 
-def begin(state: TrainingState, config: RunConfig, workload: Workload) -> None:
-    """Begin at step 0, with the weights that ``--init-from`` names or with those of the seed."""
-    directory = workload.began.directory
+def begin(state: TrainingState, config: RunConfig, workload: Workload, shape: BatchShape) -> None:
+    """Begin with the weights that ``--init-from`` names, or those of the seed: at step 0 but for ``--resume-state``."""
+    directory, elsewhere = workload.began.directory, workload.began.state
     if directory is None:
         state.initialise(config.training.seed)
         return
     state.begin_with(directory)
     _keep_files(state, directory, workload, config.data.tokenizer_path, begins=True)
     log(state.model.groups, f"beginning with the weights of {directory}")
+    if elsewhere is not None:
+        go_on(state, config, workload, elsewhere, shape.global_batch)
+    elif (directory / RESUME_STATE).exists():
+        log(state.model.groups, f"note: {directory / RESUME_STATE} is not read, and this run begins at step 0")
 
 
 def _keep_files(
@@ -204,7 +210,11 @@ def _summary(workload: Workload, state: TrainingState, shape: BatchShape, checkp
         f"{len(data.shards)} shard{'s' if len(data.shards) > 1 else ''}{mixed}, {data.lanes} lanes",
         *state.model.facts(shape.accumulation, shape.micro_batch, shape.block_size),
         *state.replicas.facts(shape.accumulation),
-        f"continuing from {checkpoint}" if checkpoint else "from step 0" if state.kept else "from scratch",
+        f"continuing from {checkpoint}"
+        if checkpoint
+        else f"from step {state.step:,}"
+        if state.kept
+        else "from scratch",
     ]
     return " | ".join(facts)
 
