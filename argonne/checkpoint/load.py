@@ -32,18 +32,19 @@ def load_pieces(directory: Path, pieces: Iterable[Piece], verify: bool = True) -
     """
     pieces, files = list(pieces), tensor_files(directory)
     if verify:
-        read = {files.get(piece.name) for piece in pieces}
+        read = {files.get(_stored_name(piece.name, files)) for piece in pieces}
         require_intact(directory, lambda name: name in read)
     with ExitStack() as stack:
         opened: dict[str, Any] = {}
         for piece in pieces:
-            if piece.name not in files:
+            name = _stored_name(piece.name, files)
+            if name not in files:
                 raise CheckpointError(f"checkpoint {str(directory)!r} has no tensor {piece.name!r}")
-            file = files[piece.name]
+            file = files[name]
             try:
                 if file not in opened:
                     opened[file] = stack.enter_context(safe_open(directory / file, framework="pt"))
-                stored = opened[file].get_slice(piece.name)
+                stored = opened[file].get_slice(name)
                 _require_shape(piece, tuple(stored.get_shape()), repr(str(directory)))
                 _require_dtype(piece, stored.get_dtype(), directory)
                 piece.part.copy_(stored[piece.region.whole_index])
@@ -74,6 +75,14 @@ def load_trainer(directory: Path) -> dict[str, Any]:
         return read_object(directory / TRAINER)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{str(directory / TRAINER)!r} cannot be read: {error}") from error
+
+
+def _stored_name(name: str, files: Mapping[str, str]) -> str:
+    """The name of a tensor in files that may be of a model saved without its head: such have no ``transformer.``."""
+    prefix, _, bare = name.partition(".")
+    if name in files or bare not in files or any(each.startswith(f"{prefix}.") for each in files):
+        return name
+    return bare
 
 
 def _require_shape(piece: Piece, shape: tuple[int, ...], place: str) -> None:

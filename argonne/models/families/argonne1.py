@@ -205,8 +205,11 @@ class Argonne1Family:
         for name, values in _LEGAL.items():
             file.require(name, values)
         named = file.found.get("architectures") or []
-        if not isinstance(named, list) or (named and "GPT2LMHeadModel" not in named):
-            raise file.refusal("architectures", named, "['GPT2LMHeadModel']")
+        # The second is the first without its head, which is its embedding where the two are tied.
+        if not isinstance(named, list) or (
+            named and not any(each in named for each in ("GPT2LMHeadModel", "GPT2Model"))
+        ):
+            raise file.refusal("architectures", named, "['GPT2LMHeadModel'], ['GPT2Model']")
         said = {**_ASSUMED, **{name: file.found[name] for name in _ASSUMED if name in file.found}}
         if said["activation_function"] == "gelu_pytorch_tanh":  # the same function by another name
             said["activation_function"] = "gelu_new"
