@@ -28,6 +28,6 @@ def whole_tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``kernels.apply_rope`` of ``[rows, heads, head_dim]``, whose rows are at the positions of the ``whole_tables``."""
+    """``kernels.apply_rope`` of ``[rows, heads, head_dim]``, each row at its position of the ``whole_tables``."""
     wide = x.to(cos.dtype)
     return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from argonne.parallel.communication.groups import ProcessGroups
 from argonne.parallel.communication.layout import require_divisible
+from argonne.parallel.communication.reduction import sum_over
 from argonne.parallel.communication.regions import (
     gather_from_region,
     reduce_from_region,
     reduce_scatter_to_sequence_region,
     scatter_to_region,
 )
-from argonne.parallel.communication.reduction import sum_over
 from argonne.parallel.errors import ArgonneError, LayoutError
 from argonne.parallel.sharding.declare import replicated
 from argonne.parallel.sharding.initialisation import Constant, Initialiser, Normal
