@@ -42,10 +42,9 @@ def product_of_rows(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if a.numel() != a.shape[-1]:
         return product(a, b, bias)
-    if not (b.numel() and suits_onednn(a) and _openblas_is_ready()):
+    if a.dim() > 2 or not (suits_onednn(a) and _openblas_is_ready()):
         return F.linear(a, b, bias)
-    y = a.new_empty(*a.shape[:-1], b.shape[0])
-    np.dot(b.numpy(), a.reshape(-1).numpy(), out=y.view(-1).numpy())
+    y = torch.from_numpy(np.dot(a.numpy(), b.numpy().T))
     return y if bias is None else y.add_(bias)
 
 
