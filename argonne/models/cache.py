@@ -155,9 +155,9 @@ class LayerCache:
         keys, values = self._keys[:, :, :seen], self._values[:, :, :seen]
         # The query heads of a group see the same: to the product they are queries of one head.
         even = None if used is None else _in_even_groups(tuple(used), query.device)
-        grouped = (query if even is None else query[:, even[0]]).unflatten(1, (keys.shape[1], -1))
+        grouped = (query if even is None else query.index_select(1, even[0])).unflatten(1, (keys.shape[1], -1))
         attended = _one_position_attention(grouped, keys, values, self._pass.mask, pinned).flatten(1, 2)
-        return attended if even is None else attended[:, even[1]]
+        return attended if even is None else attended.index_select(1, even[1])
 
 
 @functools.cache
