@@ -19,6 +19,7 @@ from argonne.launch.refusal import (
     leave_for_good,
     log,
     refuse,
+    reports_loss,
     stopped_status,
     was_refused,
 )
@@ -93,7 +94,8 @@ def guarded(body: Callable[[], None]) -> None:
         if was_refused():
             leave_for_good(USAGE)
         reason = str(error).strip().splitlines()[0][:160]
-        log(f"rank {environment.this_process().rank} lost contact with another rank and stops: {reason}")
+        if reports_loss():
+            log(f"rank {environment.this_process().rank} lost contact with another rank and stops: {reason}")
         time.sleep(LAUNCHER_LOOKS_WITHIN)
         leave(PEER_LOST)
 

@@ -31,6 +31,8 @@ FINAL = (USAGE, NOTHING_GAINED, *(128 + number for number in STOPPING))
 
 _REFUSED = "argonne/refused"
 """Is in the store of a job that a rank has refused."""
+_LOST = "argonne/lost"
+"""Is in the store of a job whose loss of a process a rank has reported: which."""
 _FIRST_RANK_REPORTS_WITHIN = 20.0  # seconds
 LAUNCHER_LOOKS_WITHIN = 2.0  # seconds; a launcher has then acted on the rank that failed first
 
@@ -93,6 +95,18 @@ def was_refused() -> bool:
     with contextlib.suppress(RuntimeError):  # the store may be gone with the agent that kept it
         return dist.is_initialized() and dist.distributed_c10d._get_default_store().check([_REFUSED])
     return False
+
+
+def reports_loss() -> bool:
+    """Whether this rank is the one that reports the loss of another: the first that finds out.
+
+    Without the store, which goes with the process that kept it, every rank reports for itself.
+    """
+    with contextlib.suppress(RuntimeError):
+        if dist.is_initialized():
+            own = str(dist.get_rank())
+            return bool(dist.distributed_c10d._get_default_store().compare_set(_LOST, "", own).decode() == own)
+    return True
 
 
 def _this_process() -> JobProcess:

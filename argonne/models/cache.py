@@ -139,18 +139,25 @@ class LayerCache:
             if used is not None:
                 key, value = key[:, used], value[:, used]
             return context_parallel_attention(query, key, value, _ALONE, pinned=pinned)
-        rows, seen = self._pass.rows, self._pass.seen
+        rows = self._pass.rows
         added = query.shape[2] - rows
         query, key, value = (new[0, :, :rows].transpose(0, 1) for new in (query, key, value))
+        attended = self.attend_rows(query, key, value, used, pinned).transpose(0, 1).unsqueeze(0)
+        return F.pad(attended, (0, 0, 0, added)) if added else attended
+
+    def attend_rows(
+        self, query: Tensor, key: Tensor, value: Tensor, used: Sequence[int] | None, pinned: bool = False
+    ) -> Tensor:
+        """``attend`` of a later pass: of each row's one position ``[rows, its heads, dim]``, the shape of ``query``."""
+        seen = self._pass.seen
         self._pass.write(self._keys, key)
         self._pass.write(self._values, value)
         keys, values = self._keys[:, :, :seen], self._values[:, :, :seen]
         # The query heads of a group see the same: to the product they are queries of one head.
         even = None if used is None else _in_even_groups(tuple(used), query.device)
-        grouped = (query if even is None else query[:, even[0]]).unflatten(1, (keys.shape[1], -1))
+        grouped = (query if even is None else query.index_select(1, even[0])).unflatten(1, (keys.shape[1], -1))
         attended = _one_position_attention(grouped, keys, values, self._pass.mask, pinned).flatten(1, 2)
-        attended = (attended if even is None else attended[:, even[1]]).transpose(0, 1).unsqueeze(0)
-        return F.pad(attended, (0, 0, 0, added)) if added else attended
+        return attended if even is None else attended.index_select(1, even[1])
 
 
 @functools.cache

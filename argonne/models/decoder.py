@@ -20,6 +20,7 @@ from argonne.kernels.swiglu import VECTOR
 from argonne.models.cache import LayerCache
 from argonne.models.config import ArgonneConfig
 from argonne.models.execution import Execution
+from argonne.models.rows import gated, normed, turned, whole_tables
 from argonne.parallel import (
     ColumnParallelLinear,
     Constant,
@@ -55,6 +56,8 @@ class AttentionInputs:
     """Of the same documents, where attention can do without a mask."""
     cache: LayerCache | None = None
     """What earlier positions have left in this layer, where text is generated."""
+    turn: tuple[Tensor, Tensor] | None = None
+    """The ``rows.whole_tables``, where each row has one position and ``Block`` takes the short way."""
 
 
 class RotaryTables(nn.Module):
@@ -64,6 +67,7 @@ class RotaryTables(nn.Module):
         super().__init__()
         groups, precision = execution.groups, execution.precision
         self.context = groups.context
+        self.is_short = groups.device.type == "cpu" and not (groups.sequence_parallel or groups.reproducible)
         self.varies_length = can_vary_length(groups.device, precision.compute, config.head_dim)
         table_dtype = torch.promote_types(precision.compute, torch.float32)
         # A little further than the longest sequence: ids may be padded to share them out (next_token_logits).
@@ -89,7 +93,8 @@ class RotaryTables(nn.Module):
 
     def inputs_at(self, positions: Tensor) -> AttentionInputs:
         """For one position of each of several sequences, which layers take for neighbours in one: ``[rows]`` places."""
-        return AttentionInputs(self.cos[positions], self.sin[positions], Axis("context"))
+        cos, sin = self.cos[positions], self.sin[positions]
+        return AttentionInputs(cos, sin, Axis("context"), turn=whole_tables(cos, sin) if self.is_short else None)
 
 
 class RMSNorm(kernels.RMSNorm):
@@ -105,6 +110,10 @@ class RMSNorm(kernels.RMSNorm):
     def weights(self) -> Sequence[Tensor]:
         """One for each token block, in a reproducible run."""
         return (self.weight,) if self._uses is None else self._uses.of(self.weight)
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """``forward`` of ``[rows, hidden]``, the short way."""
+        return normed(x, self.weight, self.eps)
 
     def uses_apart(self) -> dict[str, Uses]:
         return {} if self._uses is None else {"weight": self._uses}
@@ -218,6 +227,21 @@ class Attention(nn.Module):
             )
         return self.o_proj(rearrange(context, "batch head sequence dim -> (batch sequence) (head dim)"))
 
+    def of_rows(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
+        """``forward`` of one position of each row ``[rows, hidden]``, the short way."""
+        packed = self.qkv_proj.of_rows(x)
+        if self.q_norm is None:
+            assert inputs.turn is not None
+            heads, others = packed.view(len(x), -1, self.head_dim), self.key_value_heads
+            value = heads[:, -others:]
+            both = turned(heads[:, :-others], *inputs.turn)
+            query, key = both[:, :-others], both[:, -others:]
+        else:
+            query, key, value = (part[0] for part in self._turned(packed, inputs))
+        assert inputs.cache is not None
+        used = None if self.is_grouped else self.head_of_query
+        return self.o_proj.of_rows(inputs.cache.attend_rows(query, key, value, used).flatten(1))
+
     def _turned(self, packed: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, normed where the model does and turned by their positions, and values.
 
@@ -267,6 +291,10 @@ class FeedForward(nn.Module):
         """``[tokens, hidden]``, or this rank's share of the tokens -> the same."""
         return self.down_proj(swiglu(self.gate_up_proj(x), pinned=self.is_pinned, backend=self.kernels))
 
+    def of_rows(self, x: Tensor) -> Tensor:
+        """``forward`` of ``[rows, hidden]``, the short way."""
+        return self.down_proj.of_rows(gated(self.gate_up_proj.of_rows(x)))
+
 
 class Block(nn.Module):
     """One pre-norm transformer block."""
@@ -279,6 +307,9 @@ class Block(nn.Module):
         self.mlp = FeedForward(config, execution)
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
+        if inputs.turn is not None:
+            x = x + self.self_attn.of_rows(self.input_layernorm.of_rows(x), inputs)
+            return x + self.mlp.of_rows(self.post_attention_layernorm.of_rows(x))
         attended = self.self_attn(self.input_layernorm(x), inputs)
         normal, x = self.post_attention_layernorm(attended, x)
         return x + self.mlp(normal)

@@ -13,9 +13,11 @@ import torch
 
 import argonne.launch
 from argonne.launch import LaunchFlags, RestartFlags, drive
-from argonne.parallel import ArgonneError
+from argonne.launch.refusal import reports_loss
+from argonne.parallel import ArgonneError, Layout, ProcessGroups
 from argonne.parallel.communication.environment import RESTARTS_LEFT
 from benchmarks.two import TwoOnCpu
+from tests.pool import RankPool
 
 ROOM = Path(argonne.launch.__file__).parent
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", RESTARTS_LEFT, "TORCHELASTIC_RUN_ID")
@@ -107,6 +109,15 @@ def test_the_status_of_main_is_the_status_of_the_process(monkeypatch: pytest.Mon
     for status in (None, 0, 4):
         drive(lambda config, status=status: status, lambda config, processes: None, Config())  # type: ignore[misc]
     assert left == [4]
+
+
+def reporting(groups: ProcessGroups) -> bool:
+    return reports_loss()
+
+
+def test_one_rank_reports_the_loss_of_another(ranks: RankPool) -> None:
+    assert sum(ranks.run(Layout(tensor=3), reporting)) == 1
+    assert reports_loss(), "a process alone says what it has to say"
 
 
 def test_the_room_imports_nothing_of_training_models_or_data() -> None:

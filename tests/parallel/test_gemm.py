@@ -40,6 +40,21 @@ def test_a_product_of_integers_is_exact_for_any_shape_and_stride(
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("ready", [False, True])
+@given(st.lists(st.integers(0, 2), max_size=3), st.integers(0, 9), st.integers(0, 9), st.booleans(), st.booleans())
+def test_a_product_of_few_rows_is_exact_whichever_library_computes_it(
+    ready: bool, leading: list[int], inner: int, outer: int, laid_out: bool, bias: bool
+) -> None:
+    a, b = integers(*leading, inner, seed=1), torch.nn.Parameter(integers(outer, inner, seed=2))
+    if laid_out:
+        gemm.lay_out_for_rows(b)
+    added = integers(outer, seed=3) if bias else None
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(gemm, "_openblas_is_ready", lambda: ready)
+        found = gemm.product_of_rows(a, b, added)
+        assert torch.equal(found, torch.nn.functional.linear(a, b, added))
+
+
 def test_a_linear_layer_without_communication_has_the_gradients_of_torch() -> None:
     leaves = [integers(4, 7, seed=1), integers(5, 7, seed=2), integers(5, seed=3)]
     found = [leaf.clone().requires_grad_() for leaf in leaves]

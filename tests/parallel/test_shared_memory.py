@@ -1,21 +1,69 @@
-"""Sums in shared memory: in rank order, the same on every rank, one after the other however ranks are delayed."""
+"""Exchanges in shared memory: in rank order, the same on every rank, one after the other however ranks are delayed."""
 
 from __future__ import annotations
 
+import mmap
+import os
+import subprocess
 import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from argonne.parallel import Layout, ProcessGroups
-from argonne.parallel.communication import recording
+from argonne.parallel.communication import recording, shared_memory
+from argonne.parallel.communication.collectives import all_gather, broadcast
+from argonne.parallel.communication.groups import Axis
 from argonne.parallel.communication.reduction import sum_over
-from argonne.parallel.communication.shared_memory import CAPACITY, share_memory, sharing_memory
+from argonne.parallel.communication.shared_memory import CAPACITY, SharedMemory, share_memory, sharing_memory
 from tests.pool import RankPool
 
 
 def part(rank: int, number: int, count: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(3, count, generator=torch.Generator().manual_seed(10 * number + rank), dtype=dtype)
+
+
+def test_gathering_and_broadcasting_too(ranks: RankPool) -> None:
+    for rank, found in enumerate(ranks.run(Layout(tensor=3), exchanged)):
+        for number, (joined, sent) in enumerate(found):
+            parts = [part(other, number, 1 + number, torch.float64) for other in range(3)]
+            assert torch.equal(joined, torch.stack(parts)), f"rank {rank}, exchange {number}"
+            assert torch.equal(sent, parts[number % 3]), f"rank {rank}, exchange {number}"
+
+
+def exchanged(groups: ProcessGroups) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Gathered and broadcast in turns, over the axis and over the job that has no other ranks."""
+    groups = sharing_memory(groups)
+    assert groups.world.shared is groups.tensor.shared is not None
+    found = []
+    for number in range(6):
+        mine = part(groups.tensor.rank, number, 1 + number, torch.float64)
+        with recording.record() as log:
+            found.append((all_gather(mine, groups.tensor), broadcast(mine, groups.world, number % 3)))
+        assert [entry.op for entry in log.collectives] == ["all_gather", "broadcast"]
+    return found
+
+
+def lonely(process: int) -> SharedMemory:
+    """The first of two ranks, of which the other never writes."""
+    return SharedMemory(mmap.mmap(-1, SharedMemory.bytes(2)), Axis("tensor", 2, 0, ranks=(4, 7)), [0, process])
+
+
+def test_a_rank_that_has_ended_is_not_waited_for() -> None:
+    with subprocess.Popen(["sleep", "0.01"]) as other:
+        shared = lonely(os.pidfd_open(other.pid))
+        began = time.monotonic()
+        with pytest.raises(dist.DistError, match="rank 7 has ended"):
+            shared.sum(torch.ones(3))
+    assert time.monotonic() - began < 5
+
+
+def test_a_rank_that_does_not_come_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "_PATIENCE", 0.1)
+    shared = lonely(os.pidfd_open(os.getpid()))
+    with pytest.raises(dist.DistError, match=r"rank 7 has not come within 0.1 s"):
+        shared.broadcast(torch.ones(3), 1)
 
 
 def summed(groups: ProcessGroups) -> list[torch.Tensor]:

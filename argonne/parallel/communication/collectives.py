@@ -81,6 +81,9 @@ def start_all_gather(
         return Pending(result, in_graph=True)
     result = tensor.new_empty((axis.size * tensor.shape[0], *tensor.shape[1:])) if into is None else into
     entry = recording.announce("all_gather", axis, tensor, site, is_async=not wait)
+    if wait and axis.shared is not None and axis.shared.fits(tensor):
+        axis.shared.gather(tensor, result)
+        return Pending(result, None, entry)
     if into is not None and tensor.device.type == "cpu":
         return Pending(result, _Sends(result, tensor, axis), entry)
     work = _all_gather_tensor(result, tensor, group=axis.group, async_op=not wait)
@@ -169,7 +172,10 @@ def broadcast(tensor: Tensor, axis: Axis, source: int = 0) -> Tensor:
     """Overwrite ``tensor`` with that of rank ``source`` of ``axis``, and return it."""
     if axis.group is not None:
         entry = recording.announce("broadcast", axis, tensor)
-        dist.broadcast(tensor, src=axis.ranks[source], group=axis.group)
+        if axis.shared is not None and axis.shared.fits(tensor):
+            axis.shared.broadcast(tensor, source)
+        else:
+            dist.broadcast(tensor, src=axis.ranks[source], group=axis.group)
         recording.complete(entry)
     return tensor
 

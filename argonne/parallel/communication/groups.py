@@ -20,8 +20,8 @@ Summation = Literal["fast", "tree"]
 one aligned binary tree over the ranks in their order, the same for every element (``tree.py``)."""
 
 
-class SmallSums(Protocol):
-    """What sums tensors that are small enough, faster than a collective."""
+class SmallExchanges(Protocol):
+    """What exchanges tensors that are small enough, faster than a collective."""
 
     def fits(self, tensor: Tensor) -> bool:
         """Whether it is for this one."""
@@ -29,6 +29,14 @@ class SmallSums(Protocol):
 
     def sum(self, tensor: Tensor) -> None:
         """Overwrite ``tensor`` with the sum over the ranks, the same on all of them."""
+        ...
+
+    def gather(self, tensor: Tensor, into: Tensor) -> None:
+        """Fill ``into`` with every rank's ``tensor``, in rank order."""
+        ...
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Overwrite ``tensor`` with that of rank ``source``."""
         ...
 
 
@@ -47,8 +55,8 @@ class Axis:
     """In what order ``reduction.py`` adds what the members have."""
     blocks: int | None = None
     """Canonical blocks of the whole axis, where its sums are trees; None: as many as ranks."""
-    shared: SmallSums | None = None
-    """How members that share memory make small sums (``shared_memory.py``); None: as all others."""
+    shared: SmallExchanges | None = None
+    """How members that share memory exchange what is small (``shared_memory.py``); None: as all else."""
 
     @property
     def own_blocks(self) -> int:

@@ -1,8 +1,9 @@
-"""Sums of a few kilobytes between processes of one machine, through memory that they share.
+"""Sums and gatherings of a few kilobytes between processes of one machine, through memory that they share.
 
 Gloo takes 300 microseconds and more for the sum of one token's hidden values (``benchmarks/tp_allreduce.py``), and a
 generated token needs two for each layer: they would take as long as the layer's products. Here a rank writes its part
-where all can read it, waits until the others have, and adds the parts in the order of the ranks: all get the same sum.
+where all can read it, waits until the others have, and reads theirs. Sums are in the order of the ranks, so that all
+get the same.
 
 It waits in a loop, which is right where the others are about to come, as in generation; training does not use this.
 """
@@ -13,38 +14,47 @@ import contextlib
 import mmap
 import os
 import platform
+import select
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from argonne.parallel.communication.collectives import gather_objects
 from argonne.parallel.communication.groups import Axis, ProcessGroups
 
 CAPACITY = 1 << 16
-"""Bytes of the largest tensor that is summed here; above, the time of a collective is that of its bytes."""
+"""Bytes of the largest tensor that is exchanged here; above, the time of a collective is that of its bytes."""
 _LINE = 64  # bytes of a cache line: no two ranks write to the same
 _FOLDER = Path("/dev/shm")
 _SPINS = 4000  # some hundred microseconds; afterwards whoever else wants the processor has it
+_YIELDS = 0.05  # seconds; afterwards nobody is about to come, and the processor is left alone between two looks
+_LOOKS_EVERY = 0.001  # seconds
 _PATIENCE = 600.0  # seconds
 
 
-class SharedSums:
+class SharedMemory:
     """The memory that the ranks of an axis share, and where in it each of them is.
 
-    A rank may write the parts of one sum while another still reads those of the one before, and no further ahead: the
-    parts of successive sums take turns in two places.
+    A rank may write its part of one exchange while another still reads those of the one before, and no further ahead:
+    the parts of successive exchanges take turns in two places.
     """
 
-    def __init__(self, memory: mmap.mmap, ranks: int, rank: int) -> None:
-        self._ranks, self._rank, self._count = ranks, rank, 0
-        # Of each rank, the number of the last sum whose part it has written.
+    def __init__(self, memory: mmap.mmap, axis: Axis, processes: Sequence[int]) -> None:
+        """``processes`` are a descriptor of each rank's (``os.pidfd_open``)."""
+        ranks = axis.size
+        self._rank, self._count, self._processes, self._names = axis.rank, 0, processes, axis.ranks
+        self._others = [other for other in range(ranks) if other != axis.rank]
+        self._spins = _SPINS if ranks <= len(os.sched_getaffinity(0)) else 0
+        # Of each rank, the number of the last exchange whose part it has written.
         self._written = np.frombuffer(memory, np.int64, ranks * _LINE // 8)[:: _LINE // 8]
-        self._parts = torch.frombuffer(memory, dtype=torch.uint8, offset=ranks * _LINE).view(2, ranks, CAPACITY)
+        self._places = torch.frombuffer(memory, dtype=torch.uint8, offset=ranks * _LINE).view(2, ranks, CAPACITY)
         self._views: dict[tuple[torch.dtype, int, int], list[Tensor]] = {}
 
     @staticmethod
@@ -56,60 +66,105 @@ class SharedSums:
         return tensor.nbytes <= CAPACITY and tensor.is_contiguous()
 
     def sum(self, tensor: Tensor) -> None:
-        """Overwrite ``tensor`` with the sum over the ranks; all of them call this, in the same order."""
-        self._count += 1
-        key = (tensor.dtype, tensor.numel(), self._count % 2)
-        if (parts := self._views.get(key)) is None:
-            parts = [part[: tensor.nbytes].view(tensor.dtype) for part in self._parts[key[2]]]
-            self._views[key] = parts
+        """Overwrite ``tensor`` with the sum over the ranks; all of them call this and the others in the same order."""
         flat = tensor.view(-1)
-        parts[self._rank].copy_(flat)
-        self._written[self._rank] = self._count
-        for other in range(self._ranks):
-            if self._written[other] < self._count:
-                self._wait(other)
-        torch.add(parts[0], parts[1], out=flat)
-        for part in parts[2:]:
+        first, second, *others = self._parts(flat)
+        torch.add(first, second, out=flat)
+        for part in others:
             flat.add_(part)
+
+    def gather(self, tensor: Tensor, into: Tensor) -> None:
+        """Fill ``into`` with every rank's ``tensor``, one after the other."""
+        torch.cat(self._parts(tensor.view(-1)), out=into.view(-1))
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Overwrite ``tensor`` with that of rank ``source``."""
+        flat = tensor.view(-1)
+        flat.copy_(self._parts(flat)[source])
+
+    def _parts(self, flat: Tensor) -> list[Tensor]:
+        """What every rank has handed in, ``flat`` among them: to be read before the exchange after the next one."""
+        self._count = count = self._count + 1
+        key = (flat.dtype, flat.numel(), count % 2)
+        if (parts := self._views.get(key)) is None:
+            parts = [place[: flat.nbytes].view(flat.dtype) for place in self._places[count % 2]]
+            self._views[key] = parts
+        parts[self._rank].copy_(flat)
+        self._written[self._rank] = count
+        for other in self._others:
+            if self._written[other] < count:
+                self._wait(other)
+        return parts
 
     def _wait(self, other: int) -> None:
         written, count = self._written, self._count
-        for _ in range(_SPINS):
+        for _ in range(self._spins):
             if written[other] >= count:
                 return
-        deadline = time.monotonic() + _PATIENCE
+        began = time.monotonic()
         while written[other] < count:
-            os.sched_yield()
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"a sum in shared memory timed out: rank {other} has not written its part")
+            waited = time.monotonic() - began
+            if waited < _YIELDS:
+                os.sched_yield()
+                continue
+            time.sleep(_LOOKS_EVERY)
+            # In this order: a rank that has ended and has not written its part never will.
+            ended = _has_ended(self._processes[other])
+            if (ended or waited > _PATIENCE) and written[other] < count:
+                how = "has ended" if ended else f"has not come within {_PATIENCE:g} s"
+                raise dist.DistError(f"rank {self._names[other]} {how}")
+
+
+def _has_ended(process: int) -> bool:
+    looks = select.poll()
+    looks.register(process, select.POLLIN)
+    return bool(looks.poll(0))
 
 
 def sharing_memory(groups: ProcessGroups) -> ProcessGroups:
-    """The same processes, which on one machine make small sums over the tensor axis in memory (collective)."""
+    """The same processes, which on one machine exchange what is small over the tensor axis in memory (collective).
+
+    So do all, where these are all.
+    """
     if groups.device.type != "cpu" or groups.reproducible:
         return groups
-    return replace(groups, tensor=replace(groups.tensor, shared=share_memory(groups.tensor)))
+    shared = share_memory(groups.tensor)
+    world = groups.world
+    if world.ranks == groups.tensor.ranks:
+        world = replace(world, shared=shared)
+    return replace(groups, tensor=replace(groups.tensor, shared=shared), world=world)
 
 
-def share_memory(axis: Axis) -> SharedSums | None:
-    """Memory for the sums of an axis, where its ranks can have it; else None on all of them (collective)."""
-    # Elsewhere the processor may show a rank's number to others before its part.
-    able = platform.machine() in ("x86_64", "AMD64") and _FOLDER.is_dir() and hasattr(os, "sched_yield")
-    if axis.group is None or not all(gather_objects(able, axis)):
+def share_memory(axis: Axis) -> SharedMemory | None:
+    """Memory for the exchanges of an axis, where its ranks can have it; else None on all of them (collective)."""
+    if axis.group is None or "" in (found := set(gather_objects(_numbering(), axis))) or len(found) > 1:
         return None
-    size = SharedSums.bytes(axis.size)
+    size = SharedMemory.bytes(axis.size)
     name = None
     if axis.rank == 0:
         with contextlib.suppress(OSError):
             descriptor, name = tempfile.mkstemp(prefix="argonne-", dir=_FOLDER)
             os.posix_fallocate(descriptor, 0, size)
             os.close(descriptor)
-    name = gather_objects(name, axis)[0]
-    memory = None
+    shown = gather_objects((name, os.getpid()), axis)
+    name = shown[0][0]
+    memory, processes = None, []
     if name is not None:
         with contextlib.suppress(OSError, ValueError), open(name, "r+b") as file:
+            processes = [os.pidfd_open(process) for _, process in shown]
             memory = mmap.mmap(file.fileno(), size)
-    found = gather_objects(memory is not None, axis)
+    all_have = all(gather_objects(memory is not None, axis))
     if axis.rank == 0 and name is not None:
         os.unlink(name)  # the memory stays as long as somebody has it
-    return SharedSums(memory, axis.size, axis.rank) if memory is not None and all(found) else None
+    return SharedMemory(memory, axis, processes) if memory is not None and all_have else None
+
+
+def _numbering() -> str:
+    """By what numbers processes know each other here: only where they are the same can one see another end.
+
+    Empty where there is no memory to share, or where a processor may show a rank's number to others before its part.
+    """
+    if platform.machine() in ("x86_64", "AMD64") and _FOLDER.is_dir() and hasattr(os, "pidfd_open"):
+        with contextlib.suppress(OSError):
+            return os.readlink("/proc/self/ns/pid")
+    return ""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from argonne.parallel.communication.groups import ProcessGroups
 from argonne.parallel.communication.layout import require_divisible
+from argonne.parallel.communication.reduction import sum_over
 from argonne.parallel.communication.regions import (
     gather_from_region,
     reduce_from_region,
@@ -25,7 +26,7 @@ from argonne.parallel.sharding.region import Region, ShardSpec
 from argonne.parallel.sharding.uses import Uses
 from argonne.parallel.tensor_parallel.blocks import Cut, cut_parts, heads_of_others
 from argonne.parallel.tensor_parallel.precision import Precision
-from argonne.parallel.tensor_parallel.products import column_parallel_linear, local_linear
+from argonne.parallel.tensor_parallel.products import column_parallel_linear, local_linear, rows_product
 from argonne.parallel.tensor_parallel.token_blocks import add_bias, uses_by_token_blocks
 
 
@@ -98,6 +99,10 @@ class ColumnParallelLinear(nn.Module):
         (part,) = self.parts
         sizes = None if part.is_even else [part.local_features(rank) for rank in range(self.axis.size)]
         return gather_from_region(y, self.axis, sizes=sizes)
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """``forward`` of a few rows that every rank has, without gradients, in fast mode: no more than the product."""
+        return rows_product(x, self.weight, self.bias, self.precision)
 
     def output_placement(self) -> Placement:
         return Placement() if self.gather_output else Placement(self.parts)
@@ -208,6 +213,11 @@ class RowParallelLinear(nn.Module):
             return y
         biases = (self.bias,) if self._uses is None else self._uses.of(self.bias)
         return add_bias(y, [bias.to(self.precision.compute) for bias in biases])
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """``forward`` of a few rows whose sum every rank gets, without gradients, in fast mode: product and sum."""
+        y = sum_over(rows_product(x, self.weight, None, self.precision), self.axis)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def uses_apart(self) -> dict[str, Uses]:
         return {} if self._uses is None else {"bias": self._uses}

@@ -145,6 +145,12 @@ def column_parallel_linear(
     return _Product.apply(x, weight, bias, axis, sequence_parallel, precision, cut)
 
 
+def rows_product(x: Tensor, weight: Tensor, bias: Tensor | None, precision: Precision) -> Tensor:
+    """``local_linear`` of a few rows, without gradients and without a look at the shapes."""
+    compute = precision.compute
+    return product_of_rows(x, weight.to(compute), None if bias is None else bias.to(compute))
+
+
 def _require_fit(x: Tensor, weight: Tensor, shares_tokens: bool = False) -> None:
     if x.ndim < 1 + shares_tokens or x.shape[-1] != weight.shape[1]:
         legal = "this rank's share of the tokens and " if shares_tokens else ""
