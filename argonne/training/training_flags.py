@@ -10,6 +10,7 @@ from argonne.parallel import Objective
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.legal import require_number, require_share, require_whole
 from argonne.training.optimizer import BETAS, EPSILON
+from argonne.training.schedule import Kind, Schedule, Shape
 
 MOST_STEPS = 2**63 - 1
 LEAST_EPSILON = 1e-37
@@ -24,6 +25,14 @@ class TrainingFlags:
 
     total_steps: int = 4_000_000
     """Optimizer steps of the whole run; the schedule ends there."""
+    schedule: Kind = "cosine"
+    """How the learning rate falls after the warm-up: cosine or linear from there to the end, wsd (it stays at its peak
+    up to the last --decay-steps), or constant."""
+    decay_steps: int | None = None
+    """Of --schedule wsd: the last steps, in which the learning rate falls; 0 for a run to branch from
+    [a tenth of --total-steps]."""
+    decay_shape: Shape = "linear"
+    """Of --schedule wsd: how it falls, linear, cosine or sqrt (1 - sqrt)."""
     initial_batch_size: int = 512
     """Sequences of a micro-batch on each data-parallel rank."""
     min_batch_size: int = 4
@@ -33,7 +42,7 @@ class TrainingFlags:
     learning_rate: float = 1e-4
     """Peak learning rate."""
     min_learning_rate: float = 1e-5
-    """Where the warm-up begins and the cosine ends."""
+    """Where the warm-up begins and the decay ends."""
     warmup_steps: int = 2000
     """Steps of linear warm-up."""
     weight_decay: float = 0.1
@@ -71,6 +80,27 @@ class TrainingFlags:
         return Objective(self.label_smoothing, self.z_loss)
 
     @property
+    def learning_rates(self) -> Schedule:
+        """The learning rate of each step. Raises ``ArgonneError`` when the decay overlaps the warm-up."""
+        left, decay = max(0, self.total_steps - self.warmup_steps), self.decay_steps
+        if decay is None:
+            decay = min(self.total_steps // 10, left)
+        elif decay > left:
+            raise ArgonneError(
+                f"decay_steps={decay} is not legal, as total_steps={self.total_steps} less warmup_steps="
+                f"{self.warmup_steps} leaves {left}; legal: 0 to {left}"
+            )
+        return Schedule(
+            self.learning_rate,
+            self.min_learning_rate,
+            self.warmup_steps,
+            self.total_steps,
+            kind=self.schedule,
+            decay_steps=decay if self.schedule == "wsd" else 0,
+            decay_shape=self.decay_shape,
+        )
+
+    @property
     def betas(self) -> tuple[float, float]:
         """Of AdamW."""
         return self.adam_beta1, self.adam_beta2
@@ -79,6 +109,9 @@ class TrainingFlags:
         """Raise ``ArgonneError`` for the first value that no run could use."""
         require_whole("total_steps", self.total_steps, 1, MOST_STEPS)
         require_whole("warmup_steps", self.warmup_steps, 0, MOST_STEPS)
+        if self.decay_steps is not None:
+            require_whole("decay_steps", self.decay_steps, 0, MOST_STEPS)
+        _ = self.learning_rates  # refuses a decay that has no room
         require_whole("seed", self.seed, 0, MOST_SEED - self.total_steps)
         for name in ("initial_batch_size", "min_batch_size", "gradient_accumulation_steps"):
             require_whole(name, getattr(self, name), 1)

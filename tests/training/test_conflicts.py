@@ -23,11 +23,16 @@ WITHOUT_EFFECT = {
     "--zero1 --tensor-parallel 2": "zero1=True has no effect without --data-parallel or --context-parallel",
     "--no-filters --filter-min-tokens 3": "filter_min_tokens=3 conflicts with --no-filters",
     "--filter-max-digits=0.5 --no-filters": "filter_max_digits=0.5 conflicts with --no-filters",
+    "--decay-steps 5": "decay_steps=5 has no effect without --schedule wsd",
+    "--schedule linear --decay-shape linear": "decay_shape='linear' has no effect without --schedule wsd",
+    "--schedule wsd --decay-steps 0 --decay-shape sqrt": "decay_shape='sqrt' has no effect without --decay-steps",
     "--fsdp --zero1": "fsdp=True conflicts with zero1=True",
     "--data-parallel 2 --zero1 --fsdp": "fsdp=True conflicts with zero1=True",
 }
 MEANT = (
     "",
+    "--schedule wsd --decay-shape cosine",
+    "--schedule wsd --decay-steps 0",
     "--validation-sequences 5 --validation-glob x",
     "--no-streaming --cache-dir /x",
     "--initial-loss-scale 2 --precision fp16",

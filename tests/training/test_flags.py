@@ -141,6 +141,11 @@ def test_the_largest_seed_is_one_that_every_sample_of_the_run_can_be_drawn_with(
         ("--adam-beta1=1", "adam_beta1=1 is not legal, as no gradient would count; legal: 0 up to less than 1"),
         ("--adam-beta2=1.0", "adam_beta2=1 is not legal, as no gradient would count; legal: 0 up to less than 1"),
         ("--adam-beta2=1.5", "adam_beta2=1.5 is not legal; legal: a number, 0 to 1"),
+        (
+            "--decay-steps=3998001",
+            "decay_steps=3998001 is not legal, as total_steps=4000000 less warmup_steps=2000 leaves 3998000; "
+            "legal: 0 to 3998000",
+        ),
         ("--adam-epsilon=0", "adam_epsilon=0.0 is not legal; legal: more than 0"),
         ("--adam-epsilon=1e-46", "adam_epsilon=1e-46 is not legal; legal: 1e-37 or more"),
         ("--label-smoothing=1.01", "label_smoothing=1.01 is not legal; legal: a number, 0 to 1"),

@@ -17,7 +17,7 @@ from argonne.data import Assignment
 from argonne.parallel import Layout, ProcessGroups
 from argonne.parallel.errors import ArgonneError
 from argonne.training import report, trainer
-from argonne.training.schedule import CosineSchedule
+from argonne.training.schedule import Schedule
 from argonne.training.step import StepResult
 from argonne.training.trainer import Trainer
 from tests.integration.runs import metrics
@@ -65,7 +65,7 @@ def test_it_leaves_at_the_step_that_it_is_to_stop_at_on_the_schedule_of_the_whol
     run = start(small, tmp_path, stop_at_step=stop)
     assert run.run() == 0
     assert saved(tmp_path) == expected
-    schedule = CosineSchedule(3e-3, 1e-4, 2, 5)
+    schedule = Schedule(3e-3, 1e-4, 2, 5)
     rates = [line["learning_rate"] for line in metrics(tmp_path)]
     assert rates == [schedule.learning_rate(step) for step in range(1, min(stop, 5) + 1)]
     assert run.state.step == len(rates)

@@ -39,6 +39,7 @@ MEANINGS: Mapping[str, Meaning] = {
     # The schedule; of the two that make the global batch with the layout, the product.
     **_all("identity", "total_steps learning_rate min_learning_rate warmup_steps weight_decay gradient_clip"),
     **_all("identity", "initial_batch_size gradient_accumulation_steps"),
+    **_all("identity", "schedule decay_steps decay_shape"),
     **_all("identity", "adam_beta1 adam_beta2 adam_epsilon label_smoothing z_loss"),
     # In fp16, where the loss scale began. Of the precision, the dtype of the state; the compute dtype is a condition.
     **_all("identity", "initial_loss_scale precision"),

@@ -29,6 +29,9 @@ def check_meaning(config: RunConfig, saved: RunIdentity | None = None) -> None:
     needs = (
         (data, "validation_sequences", data.validation_glob is not None, "--validation-glob"),
         (data, "cache_dir", not data.streaming or made_before, "--no-streaming"),
+        (training, "decay_steps", training.schedule == "wsd", "--schedule wsd"),
+        (training, "decay_shape", training.schedule == "wsd", "--schedule wsd"),
+        (training, "decay_shape", training.learning_rates.decay_steps > 0, "--decay-steps"),
         (training, "initial_loss_scale", training.precision == "fp16", "--precision fp16"),
         (parallel, "pipeline_schedule", pipelined, "--pipeline-parallel"),
         (parallel, "pipeline_interleave", parallel.pipeline_schedule == "interleaved", schedule),
