@@ -28,7 +28,7 @@ def files(directory: Path) -> dict[str, str]:
 def test_a_branch_from_step_100_is_the_run_that_decayed_from_there_and_leaves_its_trunk_alone(
     flags: dict[str, Any], tmp_path: Path
 ) -> None:
-    """To the bit, weights and moments; another branch begins elsewhere; and a decay is gone on with, not begun again."""
+    """To the bit, weights and moments; a decay is gone on with; and another branch begins elsewhere."""
     trunk, branch, other, whole = (tmp_path / name for name in ("trunk", "branch", "other", "whole"))
     small = {**flags, "--block-size": 16, "--initial-batch-size": 1, "--gradient-accumulation-steps": 1}
     succeed("pretrain", {**small, **STEADY, "--output-dir": trunk, "--stop-at-step": 100}, nproc=1)
