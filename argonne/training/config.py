@@ -11,6 +11,7 @@ import tyro
 
 from argonne.data.corpus.formats import TEXT
 from argonne.data.tokens.filters import FILTERS, NO_FILTERS, Filters
+from argonne.launch.config_file import ConfigFlags
 from argonne.launch.flags import Given, HomeText, RestartFlags, at_home
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.legal import require_number, require_whole
@@ -44,9 +45,9 @@ class DataFlags:
     """Keep attention within documents: what else is packed into a sequence is not seen."""
     text_column: str = TEXT
     """The column of every shard, held-out ones too, that holds the texts."""
-    filters: bool = True
-    """--no-filters: drop no text, of the training or the held-out data, for its characters or its length
-    [the thresholds below decide, on both]."""
+    filters: Literal["default", "none"] = "default"
+    """Which texts, of the training and the held-out data, are dropped for their characters or their length: default
+    (the thresholds below decide) or none, for which --no-filters stands too."""
     filter_long_characters: int = FILTERS.long_characters
     """Only texts of more characters than this are judged by them."""
     filter_max_digits: float = FILTERS.max_digits
@@ -71,11 +72,14 @@ class DataFlags:
     prefetch_batches: int = 2
     """Batches that are read and tokenised ahead of training."""
 
+    earlier: ClassVar[Mapping[str, Mapping[bool, str]]] = {"filters": {True: "default", False: "none"}}
+    """What values of earlier versions are now."""
+
     @property
     def document_filters(self) -> Filters:
         """Which rows become documents, of the held-out text too. Raises ``ArgonneError`` naming a bad threshold."""
         own = Filters(**{f.name: getattr(self, f"filter_{f.name}") for f in fields(Filters)})
-        return own if self.filters else NO_FILTERS
+        return own if self.filters == "default" else NO_FILTERS
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,17 @@ class RunConfig:
     parallel: ParallelFlags = field(default_factory=ParallelFlags)
     launch: RestartFlags = field(default_factory=RestartFlags)
     run: RunFlags = field(default_factory=RunFlags)
+    file: ConfigFlags = field(default_factory=ConfigFlags)
     given: Given = frozenset()
-    """The flags that this command names: what they say counts even where it equals a default."""
+    """The flags that this command or its file names: what they say counts even where it equals a default."""
+
+    earlier_words: ClassVar[Mapping[str, str]] = {"--no-filters": "--filters=none"}
+    """Words of earlier versions, and what they are now."""
+
+    @property
+    def prints(self) -> bool:
+        """Whether it is to be printed, and nothing else done."""
+        return self.file.print_config
 
     def __post_init__(self) -> None:
         for group in ("model", "data", "run"):  # parsed flags are expanded already, those of a program are not

@@ -172,7 +172,9 @@ def test_flags_of_the_loss_the_optimizer_and_the_filters_say_what_they_are() -> 
     assert config.data.document_filters == Filters(50, 1.0, 0.3, 3)
     assert parse(RunConfig, []).training.objective == Objective()
     assert parse(RunConfig, []).data.document_filters == FILTERS
-    assert parse(RunConfig, ["--no-filters"]).data.document_filters == NO_FILTERS
+    for spelt in (["--no-filters"], ["--no_filters"], ["--filters", "none"]):
+        found = parse(RunConfig, spelt)
+        assert (found.data.document_filters, found.given) == (NO_FILTERS, {"filters"})
     for saved in (config, parse(RunConfig, ["--no-filters", "--text-column", "content"])):
         assert flags_from_json(json.loads(json.dumps(flags_to_json(saved)))).data == at_home(saved.data)
 

@@ -14,6 +14,7 @@ import torch
 
 from argonne.data import train_tokenizer
 from argonne.launch import RestartFlags
+from argonne.launch.config_file import ConfigFlags
 from argonne.parallel import ArgonneError, ProcessGroups
 from argonne.training.config import (
     DataFlags,
@@ -51,7 +52,7 @@ def names(*kinds: type) -> list[str]:
 
 
 def test_every_flag_has_a_meaning_and_no_other_name_has_one() -> None:
-    assert sorted(MEANINGS) == sorted({*names(*GROUPS.values(), ResumeFlags)})
+    assert sorted(MEANINGS) == sorted({*names(*GROUPS.values(), ResumeFlags, ConfigFlags)})
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,7 @@ def other_values(base: RunConfig) -> dict[str, Any]:
         "pipeline_parallel": "auto",
         "tensor_parallel": 1,
         "text_column": "title",
+        "filters": "none",
         "filter_max_digits": 0.4,
         "filter_min_readable": 0.2,
         "adam_beta1": 0.8,

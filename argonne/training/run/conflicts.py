@@ -42,8 +42,8 @@ def check_meaning(config: RunConfig, saved: RunIdentity | None = None) -> None:
         if name in given and not has_effect:
             raise without_effect(flags, name, what)
     for name in sorted(given):
-        if name.startswith("filter_") and not data.filters:
-            raise ArgonneError(f"{name}={getattr(data, name)} conflicts with --no-filters; legal: one of them")
+        if name.startswith("filter_") and data.filters == "none":
+            raise ArgonneError(f"{name}={getattr(data, name)} conflicts with filters='none'; legal: one of them")
     if isinstance(config, ResumeConfig):
         _check_resume(config)
 

@@ -88,7 +88,7 @@ def resume(config: ResumeConfig, model: ModelBuilder | None = None) -> int:
             shape.check_reproducible(config.parallel.kind)
         config.parallel.plan(groups.layout).check_micro_batches(shape.accumulation)
         if not flags.force_from_scratch:
-            _check_decay(config.training.learning_rates, saved)
+            check_decay(config.training.learning_rates, saved)
         if "initial_loss_scale" in config.given and "loss_scale" in saved and not flags.force_from_scratch:
             raise ArgonneError(
                 f"initial_loss_scale={config.training.initial_loss_scale} has no effect: the checkpoint has the scale "
@@ -113,7 +113,7 @@ def resume(config: ResumeConfig, model: ModelBuilder | None = None) -> int:
         return train(config, workload, state, shape, checkpoint)
 
 
-def _check_decay(schedule: Schedule, saved: Mapping[str, Any]) -> None:
+def check_decay(schedule: Schedule, saved: Mapping[str, Any]) -> None:
     """Refuse a decay that begins before the checkpoint, unless it is the one in which the checkpoint is."""
     step, before = saved["step"], dict(saved.get("schedule") or {})
     names = ("kind", "total_steps", "decay_steps", "decay_shape")
