@@ -20,9 +20,12 @@ import tyro
 
 from argonne.launch.flags import at_home
 from argonne.launch.values import as_now, legal, may_be_none, typed
+from argonne.parallel.communication import environment
 from argonne.parallel.errors import ArgonneError
 
 Config = TypeVar("Config")
+
+_OF_STARTING = ("nproc", "local_rank", "max_restarts")
 
 
 @dataclass(frozen=True)
@@ -160,9 +163,15 @@ def _toml_reader() -> Any:
 
 
 def _of_run(flags: Mapping[str, Any], known: Mapping[str, _Flag]) -> dict[str, Any]:
-    """The flags of a ``run.json`` that this version has, in whichever group an earlier one kept them."""
+    """The flags of a ``run.json`` that this version has, in whichever group an earlier one kept them.
+
+    Where a launcher starts the ranks, those by which that run started its own are not for this one.
+    """
+    by_launcher = environment.this_process().launched and not environment.under_driver()
+    left_out = _OF_STARTING if by_launcher else ()
     groups = (entries for entries in flags.values() if isinstance(entries, dict))
-    return {name: found for entries in groups for name, found in entries.items() if name in known}
+    found = {name: value for entries in groups for name, value in entries.items()}
+    return {name: value for name, value in found.items() if name in known and name not in left_out}
 
 
 def _entries(

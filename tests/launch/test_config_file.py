@@ -184,26 +184,27 @@ def test_without_a_reader_of_toml_the_refusal_says_what_to_do(tmp_path: Path, mo
     assert parse(RunConfig, ["--config", written(tmp_path, '{"z_loss": 1}', "a.json")]).training.z_loss == 1
 
 
-def test_the_run_json_of_another_run_gives_its_flags_and_names_those_that_are_not_defaults(tmp_path: Path) -> None:
+def test_the_run_json_of_another_run_gives_its_flags_and_names_those_that_are_not_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also of an earlier version, which had other flags, and some in another group or with other values."""
-    words = [
-        "--total-steps=9",
-        "--seed=0",
-        "--data-glob=/x/*.parquet",
-        "--no-filters",
-        "--output-dir=/runs/a",
-        "--zero1",
-    ]
-    first = parse(RunConfig, words)
+    words = "--total-steps=9 --seed=0 --nproc=2 --data-glob=/x/*.parquet --no-filters --output-dir=/runs/a --zero1"
+    first = parse(RunConfig, words.split())
     flags = flags_to_json(first)
     flags["data"]["filters"] = False
     flags["parallel"] |= {**flags.pop("launch"), "flag_of_the_past": 3}
     path = written(tmp_path, json.dumps({"sha256": "x", "identity": {}, "flags": flags}), "run.json")
     again = parse(RunConfig, ["--config", path])
     assert replace(without_file(again), given=first.given) == first
-    assert again.given == {"config", "total_steps", "data_glob", "filters", "output_dir", "zero1"}
+    assert again.given == {"config", "total_steps", "data_glob", "filters", "output_dir", "zero1", "nproc"}
     other = parse(RunConfig, ["--config", path, "--output-dir", "b"])
     assert other == replace(again, run=replace(again.run, output_dir=Path("b")))
+    with monkeypatch.context() as launched:  # by torchrun, which says itself how many ranks there are
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}.items():
+            launched.setenv(name, value)
+        found, named = with_file(RunConfig, None, Path(path))
+    assert found == replace(without_file(again), launch=replace(again.launch, nproc=None), given=frozenset())
+    assert named == again.given - {"config", "nproc"}
     flags["training"]["z_loss"] = "much"
     with pytest.raises(ArgonneError, match=r"^z_loss='much' in config='.*run.json' is not legal; legal: a number$"):
         parse(RunConfig, ["--config", written(tmp_path, json.dumps({"flags": flags}), "run.json")])
