@@ -17,7 +17,7 @@ import torch
 from argonne.launch import guarded, parse
 from argonne.parallel.legal import require_whole
 from argonne.parent import as_parent
-from argonne.training.config import MOST_STEPS
+from argonne.training.training_flags import MOST_STEPS
 
 HERE = Path(__file__).parent
 

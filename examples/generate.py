@@ -21,9 +21,9 @@ from argonne.parallel import ArgonneError, choose_device, process_groups
 from argonne.parallel.communication.collectives import collectively, gather_objects
 from argonne.parallel.legal import require_whole
 from argonne.parallel.tensor_parallel.precision import check_precision, resolve_precision
-from argonne.training.config import MOST_SEED
 from argonne.training.layout_flags import LayoutFlags
 from argonne.training.run.conflicts import without_effect
+from argonne.training.training_flags import MOST_SEED
 
 
 @dataclass(frozen=True)

@@ -95,11 +95,16 @@ class Recipe:
     epsilon: float = 1e-8
     smoothing: float = 0.0
     z_loss: float = 0.0
+    falling: int = 0
+    """If there are any, the rate stays at its peak up to these last steps, and then falls in a line."""
 
     def rate(self, step: int) -> float:
-        """Up from the minimum in a line, down to it along half a cosine; steps count from 1."""
+        """Up from the minimum in a line, down to it along half a cosine or late; steps count from 1."""
         if step <= self.warmup:
             return self.minimum + (self.peak - self.minimum) * step / self.warmup
+        if self.falling:
+            left = min(self.falling, self.total - step)
+            return self.minimum + (self.peak - self.minimum) * left / self.falling
         turn = math.pi * (step - self.warmup) / (self.total - self.warmup)
         return self.minimum + (self.peak - self.minimum) * (math.cos(turn) + 1) / 2
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from argonne.models.config import PRESETS
-from argonne.training.schedule import CosineSchedule
+from argonne.training.schedule import Schedule
 from tests.models import same_bits
 from tests.models.layout_matrix import every_case
 from tests.models.test_every_layout import FAST, SLOW
@@ -75,7 +75,7 @@ def test_the_demos_log_in_the_readme_has_the_rates_tokens_and_samples_of_its_fla
     flags = dict(itertools.pairwise(demo.words(demo.Demo(tmp_path, tmp_path), 2)))
     batch, block = int(flags["--initial-batch-size"]), int(flags["--block-size"])
     peak, minimum = float(flags["--learning-rate"]), float(flags["--min-learning-rate"])
-    schedule = CosineSchedule(peak, minimum, int(flags["--warmup-steps"]), int(flags["--total-steps"]))
+    schedule = Schedule(peak, minimum, int(flags["--warmup-steps"]), int(flags["--total-steps"]))
     assert flags["--gradient-accumulation-steps"] == "1"
     assert f"| {batch} x {block} tokens a step |" in README
     lines = re.findall(r"^step (\d+)/(\d+) \|.*?\| ([\d,]+) tokens \| lr (\S+) \|.*\| sample ([\d,]+),", README, re.M)

@@ -58,12 +58,14 @@ def linear_cross_entropy(
     reduction: Literal["sum", "none"] = "sum",
     *,
     backend: Backend = "auto",
+    parts: list[Tensor] | None = None,
 ) -> Tensor:
     """``cross_entropy`` of the output head's logits, which never exist whole.
 
     Arguments, result and errors are ``argonne.parallel.vocab_parallel_linear_cross_entropy``'s, and ``backend``.
     """
-    return vocab_parallel_linear_cross_entropy(x, holder, targets, objective, reduction, arithmetic_of(backend, x=x))
+    arithmetic = arithmetic_of(backend, x=x)
+    return vocab_parallel_linear_cross_entropy(x, holder, targets, objective, reduction, arithmetic, parts)
 
 
 def arithmetic_of(backend: Backend, **tensors: Tensor) -> type[ShardedSoftmax]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
+from argonne.launch.config_file import as_toml
 from argonne.launch.flags import LaunchFlags
 from argonne.launch.launcher import launch
 from argonne.launch.refusal import (
@@ -48,13 +49,17 @@ def drive(
 ) -> None:
     """Run ``main(config)`` on every rank, starting the ranks unless a launcher has.
 
-    ``check(config, world size)`` is what can be refused before any rank is started. The process ends with the status
+    ``check(config, world size)`` is what can be refused before any rank is started. A configuration that ``prints`` is
+    printed, and nothing else is done. The process ends with the status
     that ``main`` returns, if it is not 0.
 
     Raises:
         ArgonneError: the launcher's environment, or the flags of launching, are not usable.
     """
     environment.check()
+    if getattr(config, "prints", False):
+        _print(config)
+        return
     flags, launched = config.launch, environment.this_process().launched
     flags.check()
     if launched:
@@ -67,6 +72,13 @@ def drive(
         launch(processes, flags.restarts)
     elif status := main(config):
         leave_for_good(status)
+
+
+def _print(config: Any) -> None:
+    """Print a configuration that any run could use, on one rank."""
+    config.check()
+    if environment.this_process().rank == 0:
+        print(as_toml(config))
 
 
 def world_size() -> int:

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import tyro
 
+from argonne.launch.config_file import file_of, with_file
 from argonne.launch.flags import at_home, help_rules
 from argonne.parallel.errors import ArgonneError
 
@@ -25,7 +26,8 @@ def parse(
     """The configuration that ``arguments`` describe, with the ``~`` of every path expanded.
 
     Where ``config_type.left_out`` says what happens to a field that no flag names, ``--help`` says so too. A
-    configuration with a field ``given`` is told there which flags the arguments name.
+    configuration with a field ``given`` is told there which flags the arguments name, or the file of ``--config``.
+    What ``config_type.earlier_words`` has as words of an earlier version is taken as what they are now.
 
     Args:
         config_type: a dataclass; of its fields those that are dataclasses are groups of flags.
@@ -36,7 +38,12 @@ def parse(
     Raises:
         ArgonneError: an unknown flag, an unusable value, or a flag with two values, in one line.
     """
+    earlier = getattr(config_type, "earlier_words", {})
+    arguments = [earlier.get(word.replace("_", "-"), word) for word in arguments]
     given = named_flags(arguments)
+    if (path := file_of(config_type, arguments)) is not None:
+        default, told = with_file(config_type, default, path)
+        given |= told
     report = io.StringIO()
     rules = help_rules(getattr(config_type, "left_out", {}))
     # What turns a switch off is a flag where it may be on already, and so is what leaves it on.

@@ -11,21 +11,14 @@ import tyro
 
 from argonne.data.corpus.formats import TEXT
 from argonne.data.tokens.filters import FILTERS, NO_FILTERS, Filters
-from argonne.kernels import Backend
+from argonne.launch.config_file import ConfigFlags
 from argonne.launch.flags import Given, HomeText, RestartFlags, at_home
-from argonne.parallel import Objective
 from argonne.parallel.errors import ArgonneError
-from argonne.parallel.legal import require_number, require_share, require_whole
+from argonne.parallel.legal import require_number, require_whole
 from argonne.training.layout_flags import ParallelFlags
 from argonne.training.model_flags import ModelFlags
-from argonne.training.optimizer import BETAS, EPSILON
 from argonne.training.trace_file import NO_STEPS, TracedSteps
-
-MOST_STEPS = 2**63 - 1
-LEAST_EPSILON = 1e-37
-"""The smallest epsilon of AdamW: the smallest normal number of float32 is a ninth of it."""
-MOST_SEED = 2**64 - 1
-"""The largest seed of PyTorch's generators; that of a sample is the run's plus the step."""
+from argonne.training.training_flags import MOST_STEPS, TrainingFlags
 
 
 @dataclass(frozen=True)
@@ -52,9 +45,9 @@ class DataFlags:
     """Keep attention within documents: what else is packed into a sequence is not seen."""
     text_column: str = TEXT
     """The column of every shard, held-out ones too, that holds the texts."""
-    filters: bool = True
-    """--no-filters: drop no text, of the training or the held-out data, for its characters or its length
-    [the thresholds below decide, on both]."""
+    filters: Literal["default", "none"] = "default"
+    """Which texts, of the training and the held-out data, are dropped for their characters or their length: default
+    (the thresholds below decide) or none, for which --no-filters stands too."""
     filter_long_characters: int = FILTERS.long_characters
     """Only texts of more characters than this are judged by them."""
     filter_max_digits: float = FILTERS.max_digits
@@ -79,69 +72,14 @@ class DataFlags:
     prefetch_batches: int = 2
     """Batches that are read and tokenised ahead of training."""
 
+    earlier: ClassVar[Mapping[str, Mapping[bool, str]]] = {"filters": {True: "default", False: "none"}}
+    """What values of earlier versions are now."""
+
     @property
     def document_filters(self) -> Filters:
         """Which rows become documents, of the held-out text too. Raises ``ArgonneError`` naming a bad threshold."""
         own = Filters(**{f.name: getattr(self, f"filter_{f.name}") for f in fields(Filters)})
-        return own if self.filters else NO_FILTERS
-
-
-@dataclass(frozen=True)
-class TrainingFlags:
-    """The schedule, the batch and the numerics."""
-
-    total_steps: int = 4_000_000
-    """Optimizer steps of the whole run; the schedule ends there."""
-    initial_batch_size: int = 512
-    """Sequences of a micro-batch on each data-parallel rank."""
-    min_batch_size: int = 4
-    """The smallest micro-batch that an out-of-memory search may use (the search is not built yet)."""
-    gradient_accumulation_steps: int = 4
-    """Micro-batches of an optimizer step."""
-    learning_rate: float = 1e-4
-    """Peak learning rate."""
-    min_learning_rate: float = 1e-5
-    """Where the warm-up begins and the cosine ends."""
-    warmup_steps: int = 2000
-    """Steps of linear warm-up."""
-    weight_decay: float = 0.1
-    """AdamW weight decay, on matrices only."""
-    adam_beta1: float = BETAS[0]
-    """AdamW: how much of the mean of gradients a step keeps, 0 up to less than 1."""
-    adam_beta2: float = BETAS[1]
-    """AdamW: how much of the mean of their squares a step keeps, 0 up to less than 1."""
-    adam_epsilon: float = EPSILON
-    """AdamW: added to the root of that mean, by which a step divides."""
-    label_smoothing: float = 0.0
-    """How much of the target's probability the training loss spreads over all tokens, 0 to 1; the held-out loss
-    has none."""
-    z_loss: float = 0.0
-    """Weight in the training loss of the squared log of the softmax's sum (PaLM: 1e-4); the held-out loss has
-    none."""
-    gradient_clip: float = 1.0
-    """Largest global gradient norm."""
-    seed: int = 0
-    """Seed of the initial weights and of the generated samples."""
-    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
-    """Compute dtype; weights and moments are kept in float32 (float64 for fp64) [bf16 on GPU, fp32 on CPU]."""
-    kernels: Backend = "auto"
-    """What computes norms, RoPE, SwiGLU and the loss: torch, triton or auto [Triton on GPU, torch on CPU]."""
-    initial_loss_scale: float = 65536.0
-    """What the loss is multiplied by at first, in fp16 only; it follows the overflows from there."""
-    disable_gradient_checkpointing: bool = False
-    """Keep every activation instead of recomputing each block in backward: faster, more memory."""
-    disable_compile: bool = False
-    """Run without torch.compile. Compilation is not built yet: every run is eager, with or without this."""
-
-    @property
-    def objective(self) -> Objective:
-        """What the training loss is. Raises ``ArgonneError`` naming a weight that is not legal."""
-        return Objective(self.label_smoothing, self.z_loss)
-
-    @property
-    def betas(self) -> tuple[float, float]:
-        """Of AdamW."""
-        return self.adam_beta1, self.adam_beta2
+        return own if self.filters == "default" else NO_FILTERS
 
 
 @dataclass(frozen=True)
@@ -182,8 +120,17 @@ class RunConfig:
     parallel: ParallelFlags = field(default_factory=ParallelFlags)
     launch: RestartFlags = field(default_factory=RestartFlags)
     run: RunFlags = field(default_factory=RunFlags)
+    file: ConfigFlags = field(default_factory=ConfigFlags)
     given: Given = frozenset()
-    """The flags that this command names: what they say counts even where it equals a default."""
+    """The flags that this command or its file names: what they say counts even where it equals a default."""
+
+    earlier_words: ClassVar[Mapping[str, str]] = {"--no-filters": "--filters=none"}
+    """Words of earlier versions, and what they are now."""
+
+    @property
+    def prints(self) -> bool:
+        """Whether it is to be printed, and nothing else done."""
+        return self.file.print_config
 
     def __post_init__(self) -> None:
         for group in ("model", "data", "run"):  # parsed flags are expanded already, those of a program are not
@@ -191,14 +138,9 @@ class RunConfig:
 
     def check(self) -> None:
         """Raise ``ArgonneError`` for the first value that no run could use; needs neither data nor peers."""
-        t, d, r = self.training, self.data, self.run
-        require_whole("total_steps", t.total_steps, 1, MOST_STEPS)
-        require_whole("warmup_steps", t.warmup_steps, 0, MOST_STEPS)
-        require_whole("seed", t.seed, 0, MOST_SEED - t.total_steps)
-        least = {
-            "initial_batch_size": (t.initial_batch_size, 1),
-            "min_batch_size": (t.min_batch_size, 1),
-            "gradient_accumulation_steps": (t.gradient_accumulation_steps, 1),
+        d, r = self.data, self.run
+        self.training.check()
+        counts = {
             "block_size": (d.block_size, 1),
             "num_proc": (d.num_proc, 1),
             "prefetch_batches": (d.prefetch_batches, 1),
@@ -206,7 +148,7 @@ class RunConfig:
             "sample_tokens": (r.sample_tokens, 0),
             "data_lanes": (d.data_lanes, 1),
         }
-        for name, (value, minimum) in least.items():
+        for name, (value, minimum) in counts.items():
             if value is not None:
                 require_whole(name, value, minimum)
         steps = {
@@ -218,27 +160,12 @@ class RunConfig:
         for name, count in steps.items():
             if count is not None:
                 require_whole(name, count, 1, MOST_STEPS)
-        for name in ("learning_rate", "gradient_clip", "initial_loss_scale", "adam_epsilon"):
-            require_number(name, getattr(t, name))
-        if t.adam_epsilon < LEAST_EPSILON:  # in float32 it would be 0, and a weight without a gradient divided by that
-            raise ArgonneError(f"adam_epsilon={t.adam_epsilon} is not legal; legal: {LEAST_EPSILON} or more")
-        for name in ("adam_beta1", "adam_beta2"):
-            require_share(name, getattr(t, name))
-            if getattr(t, name) == 1:
-                raise ArgonneError(f"{name}=1 is not legal, as no gradient would count; legal: 0 up to less than 1")
-        require_share("label_smoothing", t.label_smoothing)
-        require_number("z_loss", t.z_loss, zero=True)
         _ = d.document_filters  # refuses what is no threshold
         if not d.text_column:
             raise ArgonneError("text_column='' is not legal; legal: the name of a column, or leave the flag out")
         if r.wall_time is not None:
             require_number("wall_time", r.wall_time)
         _ = r.traced_steps  # refuses what is no steps
-        if not 0 <= t.min_learning_rate <= t.learning_rate:
-            raise ArgonneError(
-                f"min_learning_rate={t.min_learning_rate} is not legal; legal: 0 to learning_rate={t.learning_rate}"
-            )
-        require_number("weight_decay", t.weight_decay, zero=True)
         for name, globs in (("data_glob", d.data_glob), ("validation_glob", d.validation_glob)):
             if globs is not None and not all(globs or [""]):
                 raise ArgonneError(f"{name}={' '.join(globs)!r} is empty; legal: a glob, or leave the flag out")

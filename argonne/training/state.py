@@ -34,7 +34,7 @@ from argonne.training.run.flags_json import flags_to_json
 from argonne.training.run.identity import dtype_name
 from argonne.training.run.kept_files import KeptFiles
 from argonne.training.run.setup import Workload
-from argonne.training.schedule import CosineSchedule
+from argonne.training.schedule import Schedule
 from argonne.training.step import Learner
 
 
@@ -42,7 +42,7 @@ from argonne.training.step import Learner
 class TrainingState(Learner):
     """Everything that changes from step to step, on one rank."""
 
-    schedule: CosineSchedule
+    schedule: Schedule
     tokens: int = 0
     """Target tokens trained on."""
     next_sample: int = 0
@@ -64,12 +64,13 @@ class TrainingState(Learner):
         execution = Execution(groups, workload.precision, t.kernels, plan, recompute)
         torch.manual_seed(t.seed)  # for a model that draws values itself; ours are drawn by name
         model, replicas = build_replicas(workload.model.build, execution, kind, shard)
-        schedule = CosineSchedule(t.learning_rate, t.min_learning_rate, t.warmup_steps, t.total_steps)
         optimizer = build_optimizer(
             replicas.parameters, t.weight_decay, t.betas, t.adam_epsilon, pinned=groups.reproducible
         )
         loss_scale = LossScale.of(t.precision, t.initial_loss_scale)
-        return cls(model=model, replicas=replicas, optimizer=optimizer, schedule=schedule, loss_scale=loss_scale)
+        return cls(
+            model=model, replicas=replicas, optimizer=optimizer, schedule=t.learning_rates, loss_scale=loss_scale
+        )
 
     @torch.no_grad()
     def begin_with(self, directory: Path) -> None:

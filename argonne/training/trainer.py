@@ -25,6 +25,7 @@ from argonne.training.batch_shape import BatchShape
 from argonne.training.config import RunConfig
 from argonne.training.evaluation import held_out_loss, sample_text
 from argonne.training.feed import BatchFeed, Fed
+from argonne.training.loss_parts import LossParts
 from argonne.training.metrics import Progress, memory_gib, peak_flops
 from argonne.training.report import Reports, data_line
 from argonne.training.run.setup import Workload
@@ -41,7 +42,9 @@ class Trainer:
     def __init__(self, config: RunConfig, workload: Workload, state: TrainingState, shape: BatchShape) -> None:
         self.config, self.workload, self.state, self.shape = config, workload, state, shape
         self.groups = groups = state.model.groups
-        self.loss = CrossEntropyLoss(config.training.objective, config.training.kernels)
+        objective, accurate = config.training.objective, torch.promote_types(workload.precision.compute, torch.float32)
+        self.parts = LossParts(objective, groups, accurate)
+        self.loss = CrossEntropyLoss(objective, config.training.kernels, self.parts.found)
         self.assignment = shape.assignment(config.parallel.kind, groups.reproducible)
         data = config.data
         self.feed = BatchFeed(self._stream(), shape.ids, groups, data.document_mask, data.prefetch_batches)
@@ -218,6 +221,7 @@ class Trainer:
             "step": self.state.step,
             "tokens": self.state.tokens,
             "loss": result.loss,
+            **self.parts.take(self.shape.tokens_per_step),
             "validation_loss": None,
             "learning_rate": self.state.schedule.learning_rate(self.state.step),
             "grad_norm": result.norm,

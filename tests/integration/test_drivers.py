@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from argonne.training.schedule import CosineSchedule
+from argonne.training.schedule import Schedule
 from tests.integration.runs import metrics, succeed
 
 pytestmark = pytest.mark.slow
@@ -30,7 +30,7 @@ def test_resume_trains_no_step_again_and_a_re_warm_up_goes_on_through_later_cont
     lines = metrics(tmp_path)
     assert lines[:6] == second
     assert [line["step"] for line in lines] == list(range(1, 13))
-    plain = CosineSchedule(3e-3, 1e-5, 3, 12)
+    plain = Schedule(3e-3, 1e-5, 3, 12)
     for line in lines:
         step = line["step"]
         height = min(1.0, (step - 4) / 6) if step > 4 else 1.0

@@ -35,6 +35,7 @@ OTHER = {
     "--adam-epsilon": 1e-4,
     "--label-smoothing": 0.1,
     "--z-loss": 1e-3,
+    "--schedule": "linear",
 }
 
 
@@ -53,7 +54,11 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def undisturbed(flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """By the command line but for ``OTHER``, which a file says."""
     directory = tmp_path_factory.mktemp("undisturbed")
+    file = directory.parent / "other.json"
+    file.write_text(json.dumps({name.removeprefix("--"): value for name, value in OTHER.items()}))
+    flags = {**{name: value for name, value in flags.items() if name not in OTHER}, "--config": file}
     vain = {"--num-proc": 3, "--min-batch-size": 4, "--disable-compile": None, "--trust-remote-code": None}
     return directory, succeed("pretrain", {**flags, **vain, "--local_rank": 0, "--output-dir": directory})
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from argonne.training.evaluation import PROMPT
-from argonne.training.schedule import CosineSchedule
+from argonne.training.schedule import Schedule
 from tests.integration.runs import (
     command,
     draws,
@@ -103,7 +103,7 @@ def test_resume_changes_on_purpose_only_what_it_is_told(flags: dict[str, Any], t
     assert lines[4]["learning_rate"] < lines[5]["learning_rate"] < lines[3]["learning_rate"]
     # Stopped within the warm-up, it goes on with it.
     succeed("resume", {"--checkpoint-path": tmp_path, "--stop-at-step": 7})
-    schedule = CosineSchedule(1e-3, 1e-5, 3, 12, rewarmup_after=4, rewarmup_steps=4)
+    schedule = Schedule(1e-3, 1e-5, 3, 12, rewarmup_after=4, rewarmup_steps=4)
     rates = [line["learning_rate"] for line in metrics(tmp_path)[4:]]
     assert rates == [schedule.learning_rate(number) for number in (5, 6, 7)]
 

@@ -36,7 +36,7 @@ STEPS, SAVES, SEED = 8, 4, 5
 BLOCK, LANES, SAMPLES = 24, 3, 4
 BOUNDARY = (0, 2)
 RECIPE = dense.Recipe(peak=3e-3, minimum=2e-4, warmup=3, total=11, decay=0.3, clip=0.9)
-TUNED = replace(RECIPE, betas=(0.8, 0.99), epsilon=1e-5, smoothing=0.1, z_loss=1e-3)
+TUNED = replace(RECIPE, betas=(0.8, 0.99), epsilon=1e-5, smoothing=0.1, z_loss=1e-3, falling=6)
 """With every constant of the optimizer and of the loss another than it is where no flag says."""
 SHAPE = ArgonneConfig(24, 2, 4, 2, 300, 40, max_position_embeddings=1024, initializer_range=0.02)
 GROUPS = [[3, 5, 1], [4, 2]]
@@ -176,14 +176,16 @@ def flags_of(folder: Path, config: ArgonneConfig, recipe: dense.Recipe = RECIPE)
     }
 
 
-def constants(recipe: dense.Recipe) -> dict[str, float]:
-    """The flags of AdamW and the loss, which a run that wants the usual ones leaves out."""
+def constants(recipe: dense.Recipe) -> dict[str, Any]:
+    """The flags of the schedule, AdamW and the loss, which a run that wants the usual ones leaves out."""
     return {
         "--adam-beta1": recipe.betas[0],
         "--adam-beta2": recipe.betas[1],
         "--adam-epsilon": recipe.epsilon,
         "--label-smoothing": recipe.smoothing,
         "--z-loss": recipe.z_loss,
+        "--schedule": "wsd",
+        "--decay-steps": recipe.falling,
     }
 
 

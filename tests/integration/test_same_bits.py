@@ -29,8 +29,13 @@ RUN = {
     "--sample-tokens": 0,
     "--save-interval": 2,
     "--total-steps": 16,
+    "--label-smoothing": 0.1,
+    "--z-loss": 1e-3,
+    "--schedule": "wsd",
+    "--decay-steps": 9,
+    "--decay-shape": "sqrt",
 }
-"""Of sixteen steps, saved at every second."""
+"""Of sixteen steps, saved at every second. What the loss is made of is told too."""
 
 TP2 = {"--tensor-parallel": 2}
 PP2 = {"--pipeline-parallel": 2}

@@ -81,6 +81,8 @@ class Case:
 @dataclass(frozen=True)
 class Found:
     loss: Tensor
+    parts: Tensor
+    """The sums of ``Objective.parts``, or those of each position."""
     x_gradient: Tensor | None
     weight_gradient: Parts | None
     padding: float
@@ -107,9 +109,11 @@ def chunks_of(case: Case) -> Iterator[None]:
         module._CHUNK, module._FEWEST = usual
 
 
-def loss_of(x: Tensor, holder: VocabParallelEmbedding | VocabParallelHead, case: Case) -> Tensor:
+def loss_of(
+    x: Tensor, holder: VocabParallelEmbedding | VocabParallelHead, case: Case, parts: list[Tensor] | None = None
+) -> Tensor:
     if case.fused:
-        return vocab_parallel_linear_cross_entropy(x, holder, case.targets, case.objective, case.reduction)
+        return vocab_parallel_linear_cross_entropy(x, holder, case.targets, case.objective, case.reduction, parts=parts)
     logits = vocab_parallel_logits(x, holder)
     losses = vocab_parallel_cross_entropy(logits, case.targets, holder.range, holder.axis, case.objective)
     return losses.sum() if case.reduction == "sum" else losses
@@ -119,8 +123,9 @@ def train(groups: ProcessGroups, case: Case) -> Found:
     groups = under(groups, case.sequence)
     holder, x = build(groups, case)
     kept = x.detach().clone(), holder.weight.detach().clone()
+    found: list[Tensor] | None = [] if case.objective.parts else None
     with chunks_of(case):
-        loss = loss_of(x, holder, case)
+        loss = loss_of(x, holder, case, found)
         if loss.requires_grad:
             loss.backward(case.scale.to(loss.dtype))
     assert torch.equal(x.detach(), kept[0]), "x was overwritten"
@@ -128,7 +133,8 @@ def train(groups: ProcessGroups, case: Case) -> Found:
     gradient = holder.weight.grad
     padding = 0.0 if gradient is None else gradient[holder.range.tokens :].abs().sum().item()
     weight_gradient = None if gradient is None else parts_of(holder, groups, lambda p: p.grad)
-    return Found(loss.detach(), x.grad, weight_gradient, padding)
+    parts = torch.cat(found, 1) if found else torch.empty(len(case.objective.parts), 0)
+    return Found(loss.detach(), parts, x.grad, weight_gradient, padding)
 
 
 def dense(case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,8 +166,24 @@ def errors(results: list[Found], case: Case) -> tuple[float, float, float]:
     )
 
 
+def dense_parts(case: Case) -> Tensor:
+    """Each of ``Objective.parts`` as the difference that it makes to the loss: ``[parts, tokens]``."""
+    logits = case.x.double() @ case.weight.double().T
+    alone = dense_losses(logits, case.targets, replace(case.objective, label_smoothing=0.0, z_loss=0.0))
+    added = [
+        dense_losses(logits, case.targets, replace(case.objective, **{other: 0.0})) - alone
+        for name, other in (("label_smoothing", "z_loss"), ("z_loss", "label_smoothing"))
+        if name in case.objective.parts
+    ]
+    return torch.stack([alone, *added]) if added else torch.empty(0, 0)
+
+
 def check(ranks: RankPool, size: int, case: Case) -> None:
-    found = errors(ranks.run(Layout(tensor=size), train, case), case)
+    results = ranks.run(Layout(tensor=size), train, case)
+    found = errors(results, case)
+    if case.objective.parts and case.tokens:
+        for result in results:
+            torch.testing.assert_close(result.parts, dense_parts(case), rtol=1e-10, atol=1e-10)
     for what, error in zip(PARTS, found, strict=True):
         assert error < 1e-10, f"{what} is off by {error:.1e}"
 

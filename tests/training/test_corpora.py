@@ -80,5 +80,5 @@ def test_held_out_text_is_read_and_filtered_as_the_text_of_training_is(tmp_path:
     assert held_out() == expected(long, long)
     assert held_out(filter_max_digits=1.0, filter_min_readable=0.0) == expected(long, "1" * 80, long, "#" * 80)
     assert held_out(filter_long_characters=80) == held_out(filter_max_digits=1.0, filter_min_readable=0.0)
-    assert held_out(filters=False) == expected(long, "1" * 80, short, long, "#" * 80)
+    assert held_out(filters="none") == expected(long, "1" * 80, short, long, "#" * 80)
     assert held_out(filter_min_tokens=1) == expected(long, short, long)

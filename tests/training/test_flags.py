@@ -141,6 +141,11 @@ def test_the_largest_seed_is_one_that_every_sample_of_the_run_can_be_drawn_with(
         ("--adam-beta1=1", "adam_beta1=1 is not legal, as no gradient would count; legal: 0 up to less than 1"),
         ("--adam-beta2=1.0", "adam_beta2=1 is not legal, as no gradient would count; legal: 0 up to less than 1"),
         ("--adam-beta2=1.5", "adam_beta2=1.5 is not legal; legal: a number, 0 to 1"),
+        (
+            "--decay-steps=3998001",
+            "decay_steps=3998001 is not legal, as total_steps=4000000 less warmup_steps=2000 leaves 3998000; "
+            "legal: 0 to 3998000",
+        ),
         ("--adam-epsilon=0", "adam_epsilon=0.0 is not legal; legal: more than 0"),
         ("--adam-epsilon=1e-46", "adam_epsilon=1e-46 is not legal; legal: 1e-37 or more"),
         ("--label-smoothing=1.01", "label_smoothing=1.01 is not legal; legal: a number, 0 to 1"),
@@ -167,7 +172,9 @@ def test_flags_of_the_loss_the_optimizer_and_the_filters_say_what_they_are() -> 
     assert config.data.document_filters == Filters(50, 1.0, 0.3, 3)
     assert parse(RunConfig, []).training.objective == Objective()
     assert parse(RunConfig, []).data.document_filters == FILTERS
-    assert parse(RunConfig, ["--no-filters"]).data.document_filters == NO_FILTERS
+    for spelt in (["--no-filters"], ["--no_filters"], ["--filters", "none"]):
+        found = parse(RunConfig, spelt)
+        assert (found.data.document_filters, found.given) == (NO_FILTERS, {"filters"})
     for saved in (config, parse(RunConfig, ["--no-filters", "--text-column", "content"])):
         assert flags_from_json(json.loads(json.dumps(flags_to_json(saved)))).data == at_home(saved.data)
 

@@ -90,6 +90,13 @@ def test_a_whole_number_in_the_place_of_any_number_is_one() -> None:
     assert (found, type(found)) == (1.0, float)
 
 
+def test_what_was_a_truth_in_an_earlier_version_is_a_word_now() -> None:
+    saved = flags_to_json(RunConfig())
+    for before, now in ((True, "default"), (False, "none")):
+        saved["data"]["filters"] = before
+        assert flags_from_json(saved).data.filters == now
+
+
 @pytest.mark.parametrize(
     ("group", "name", "value"),
     [

@@ -64,6 +64,7 @@ def test_the_json_has_the_entries_in_the_order_in_which_runs_have_always_kept_th
             "adam_epsilon": 1e-8,
             "label_smoothing": 0.0,
             "z_loss": 0.0,
+            "schedule": "cosine",
         },
         "precision": {"state": "float32"},
         "initial_loss_scale": 65536.0,

@@ -14,6 +14,7 @@ import torch
 
 from argonne.data import train_tokenizer
 from argonne.launch import RestartFlags
+from argonne.launch.config_file import ConfigFlags
 from argonne.parallel import ArgonneError, ProcessGroups
 from argonne.training.config import (
     DataFlags,
@@ -58,7 +59,7 @@ def names(*kinds: type) -> list[str]:
 
 
 def test_every_flag_has_a_meaning_and_no_other_name_has_one() -> None:
-    assert sorted(MEANINGS) == sorted({*names(*GROUPS.values(), ResumeFlags)})
+    assert sorted(MEANINGS) == sorted({*names(*GROUPS.values(), ResumeFlags, ConfigFlags)})
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,7 @@ def other_values(base: RunConfig) -> dict[str, Any]:
         "pipeline_parallel": "auto",
         "tensor_parallel": 1,
         "text_column": "title",
+        "filters": "none",
         "filter_max_digits": 0.4,
         "filter_min_readable": 0.2,
         "adam_beta1": 0.8,
@@ -123,6 +125,8 @@ def other_values(base: RunConfig) -> dict[str, Any]:
         "adam_epsilon": 1e-6,
         "label_smoothing": 0.1,
         "z_loss": 1e-4,
+        "schedule": "constant",
+        "decay_shape": "sqrt",
     }
 
 
@@ -147,26 +151,28 @@ def test_each_flag_is_what_the_table_says(base: RunConfig, monkeypatch: pytest.M
     )
     values["model_config"] = home / "config.json"
     with_held_out = changed(base, "data", "validation_glob", values["validation_glob"])
-    begun = {False: told(base), True: told(with_held_out)}
+    with_decay = changed(base, "training", "schedule", "wsd")
+    special = {"validation_sequences": with_held_out, **dict.fromkeys(("decay_steps", "decay_shape"), with_decay)}
+    begun = {id(config): told(config) for config in (base, with_held_out, with_decay)}
     for group, kind in GROUPS.items():
         for name in names(kind):
             if name in ELSEWHERE or name in ("device", "kernels", "streaming"):
                 continue  # the two that no CPU changes are below; streaming is part of the data's own identity
-            held_out = name == "validation_sequences"
+            before = special.get(name, base)
             was = getattr(getattr(base, group), name)
             value = values[name] if name in values else (not was) if isinstance(was, bool) else (was or 0) + 1
-            now = told(changed(with_held_out if held_out else base, group, name, value))
-            identity, others = (differences(a, b) for a, b in zip(begun[held_out], now, strict=True))
+            now = told(changed(before, group, name, value))
+            identity, others = (differences(a, b) for a, b in zip(begun[id(before)], now, strict=True))
             meaning = "identity" if identity else "condition" if others else "free"
             assert meaning == MEANINGS[name], f"--{name}: {was!r} -> {value!r}: {identity} {others}"
     streaming = replace(base.data, streaming=False)
-    assert differences(begun[False][0], told(replace(base, data=streaming))[0]) == ["data.streaming: true -> false"]
+    assert differences(begun[id(base)][0], told(replace(base, data=streaming))[0]) == ["data.streaming: true -> false"]
     monkeypatch.setattr(conditions, "uses_triton", lambda backend, x: backend == "triton")
     triton = replace(base, training=replace(base.training, kernels="triton"))
-    assert differences(begun[False][1], told(triton)[1]) == ["kernels: torch -> triton"]
+    assert differences(begun[id(base)][1], told(triton)[1]) == ["kernels: torch -> triton"]
     flags = (base, prepare(base, ProcessGroups.single()).precision)
     on_meta = conditions.conditions_of(*flags, torch.device("meta"), ())
-    assert differences(begun[False][1], on_meta) == ["device: cpu -> meta"]
+    assert differences(begun[id(base)][1], on_meta) == ["device: cpu -> meta"]
     assert not base.run.output_dir.exists(), "settling what a run is writes nothing"
 
 
@@ -187,7 +193,7 @@ def older(config: RunConfig, told: tuple[dict[str, Any], dict[str, Any]], precis
     identity = {name: value for name, value in told[0].items() if name not in ("precision", "initial_loss_scale")}
     identity["tokenizer"] = {name: told[0]["tokenizer"][name] for name in ("fingerprint", "size")}
     identity["data"] = {name: value for name, value in told[0]["data"].items() if name != "text_column"}
-    since = ("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing", "z_loss")
+    since = ("schedule", "adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing", "z_loss")
     identity["schedule"] = {name: value for name, value in told[0]["schedule"].items() if name not in since}
     return {"identity": identity, "flags": {"training": {"precision": precision}}}
 
@@ -210,6 +216,7 @@ def test_what_an_older_version_kept_is_the_same_run(base: RunConfig, kept: str, 
         ("training", "adam_epsilon", 1e-6, "schedule.adam_epsilon: 1e-08 -> 1e-06"),
         ("training", "label_smoothing", 0.1, "schedule.label_smoothing: 0.0 -> 0.1"),
         ("training", "z_loss", 1e-4, "schedule.z_loss: 0.0 -> 0.0001"),
+        ("training", "schedule", "constant", "schedule.schedule: cosine -> constant"),
         ("data", "text_column", "title", "data.text_column: text -> title"),
         ("data", "filter_min_tokens", 11, "data.filters.min_tokens: 10 -> 11"),
     ],

@@ -17,7 +17,7 @@ from argonne.data import Assignment
 from argonne.parallel import Layout, ProcessGroups
 from argonne.parallel.errors import ArgonneError
 from argonne.training import report, trainer
-from argonne.training.schedule import CosineSchedule
+from argonne.training.schedule import Schedule
 from argonne.training.step import StepResult
 from argonne.training.trainer import Trainer
 from tests.integration.runs import metrics
@@ -65,7 +65,7 @@ def test_it_leaves_at_the_step_that_it_is_to_stop_at_on_the_schedule_of_the_whol
     run = start(small, tmp_path, stop_at_step=stop)
     assert run.run() == 0
     assert saved(tmp_path) == expected
-    schedule = CosineSchedule(3e-3, 1e-4, 2, 5)
+    schedule = Schedule(3e-3, 1e-4, 2, 5)
     rates = [line["learning_rate"] for line in metrics(tmp_path)]
     assert rates == [schedule.learning_rate(step) for step in range(1, min(stop, 5) + 1)]
     assert run.state.step == len(rates)
@@ -129,6 +129,33 @@ def test_the_sample_of_a_save_is_drawn_with_the_seed_of_the_run_and_the_step(
     monkeypatch.setattr(trainer, "sample_text", lambda model, tokenizer, tokens, seed: seeds.append(seed))
     start(small, tmp_path).run()
     assert seeds == [SEED + 2, SEED + 4, SEED + 5]
+
+
+def told(groups: ProcessGroups, small: SmallRun, directory: Path, training: dict[str, Any]) -> None:
+    workload = small.workload if groups.model.rank == 0 else dataclasses.replace(small.workload, tokenizer=None)
+    config = small.configured(directory, training, stop_at_step=2)
+    dataclasses.replace(small, workload=workload).trainer(config, groups).run()
+
+
+@pytest.mark.parametrize("on", [("z_loss",), ("label_smoothing", "z_loss")])
+def test_label_smoothing_and_z_loss_are_told_apart_and_add_up_to_the_loss_in_every_layout(
+    ranks: RankPool, small: SmallRun, tmp_path: Path, on: tuple[str, ...]
+) -> None:
+    training = {"precision": "fp64", "gradient_accumulation_steps": 2, **dict.fromkeys(on, 0.03)}
+    told(ALONE, small, tmp_path / "alone", training)
+    expected = metrics(tmp_path / "alone")
+    names = ["cross_entropy", *on]
+    for line in expected:
+        assert set(line) == FIELDS | set(names)
+        assert sum(line[name] for name in names) == pytest.approx(line["loss"], rel=1e-13)
+        assert min(line[name] for name in names if name != "label_smoothing") > 0.1
+    layouts = [Layout(tensor=2, sequence_parallel=True), Layout(pipeline=2), Layout(context=2), Layout(data=2)]
+    for layout in layouts[: 1 if len(on) == 1 else None]:
+        directory = tmp_path / str(layout)
+        ranks.run(layout, told, small, directory, training)
+        for line, alone in zip(metrics(directory), expected, strict=True):
+            for name in ("loss", *names):
+                assert line[name] == pytest.approx(alone[name], rel=1e-10), f"{name} of {layout}"
 
 
 def spoil(run: Trainer, what: str) -> None:

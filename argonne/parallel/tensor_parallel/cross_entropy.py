@@ -38,6 +38,15 @@ class Objective:
     ignore_index: int = IGNORE_INDEX
     """Positions with this target have neither loss nor gradient."""
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What the loss is the sum of, if it is more than the cross-entropy L - z[t].
+
+        ``label_smoothing`` is what the smoothing adds to that, s * (z[t] - mean(z)); ``z_loss`` is w * L ** 2.
+        """
+        added = [name for name in ("label_smoothing", "z_loss") if getattr(self, name)]
+        return ("cross_entropy", *added) if added else ()
+
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing <= 1:
             raise ArgonneError(f"label_smoothing={self.label_smoothing} is not legal; legal: 0 to 1")
@@ -116,6 +125,16 @@ class ShardedSoftmax:
         if z_loss:
             losses = losses + z_loss * (top + log_total).square()
         return torch.where(self.counted, losses, 0.0), torch.stack((top, log_total))
+
+    def parts(self, statistics: Tensor, sums: Tensor) -> Tensor:
+        """What the loss of each position is the sum of, ``[objective.parts, tokens]``, from what ``losses`` had."""
+        (top, log_total), target_logit = sums, statistics[:, 2].amax(0)
+        found = [(top - target_logit) + log_total]
+        if smoothing := self.objective.label_smoothing:
+            found.append(smoothing * (target_logit - statistics[:, 3].sum(0) / self.vocabulary.vocabulary))
+        if z_loss := self.objective.z_loss:
+            found.append(z_loss * (top + log_total).square())
+        return torch.where(self.counted, torch.stack(found), 0.0)
 
     def save(self, logits: Tensor, sums: Tensor) -> SavedLogits:
         """As ``statistics`` saves it, when the ``sums`` are known."""

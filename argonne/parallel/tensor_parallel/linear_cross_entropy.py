@@ -67,6 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         trains: bool,
         arithmetic: type[ShardedSoftmax],
         scale: list[Tensor] | None,
+        parts_of_losses: list[Tensor] | None,
     ) -> Tensor:
         ctx.scale = scale
         ctx.vocabulary, ctx.axis, ctx.objective, ctx.reduction = vocabulary, axis, objective, reduction
@@ -83,6 +84,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             found = [part.statistics(_logits(x[chunk], used, used_bias, columns)) for part, columns in here]
             statistics = gather_statistics([own for own, _ in found], axis)
             losses[chunk], sums[:, chunk] = here[0][0].losses(statistics)
+            if parts_of_losses is not None:
+                parts_of_losses.append(here[0][0].parts(statistics, sums[:, chunk]))
             if gradients is not None:
                 both = zip(here, found, strict=True)
                 made = (part.gradient(saved, sums[:, chunk], None) for (part, _), (_, saved) in both)
@@ -104,7 +107,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 of_x.mul_(gradient)
             elif of_x is not None:
                 ctx.scale.append(gradient)
-            return of_x, *made, *(None,) * 8
+            return of_x, *made, *(None,) * 9
         x, used, used_bias, targets, sums = ctx.saved_tensors
         parts = softmax_parts(ctx.arithmetic, targets, ctx.vocabulary, ctx.objective, ctx.axis)
         gradients = _Gradients(ctx, x, used, sums.dtype, rows=ctx.vocabulary.rows)
@@ -114,7 +117,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 saved = part[chunk].save(_logits(x[chunk], used, used_bias, columns), sums[:, chunk])
                 of_logits.append(part[chunk].gradient(saved, sums[:, chunk], gradient[chunk]))
             gradients.add(chunk, of_logits, [columns for _, columns in parts], x, used)
-        return *gradients.result(), *(None,) * 8
+        return *gradients.result(), *(None,) * 9
 
 
 class _Gradients:
@@ -154,6 +157,7 @@ def vocab_parallel_linear_cross_entropy(
     objective: Objective = Objective(),
     reduction: Literal["sum", "none"] = "sum",
     arithmetic: type[ShardedSoftmax] = ShardedSoftmax,
+    parts: list[Tensor] | None = None,
 ) -> Tensor:
     """``vocab_parallel_cross_entropy`` of ``vocab_parallel_logits``, without ever holding all logits.
 
@@ -167,6 +171,7 @@ def vocab_parallel_linear_cross_entropy(
         reduction: ``sum`` makes the gradients while it computes the loss (three matrix products in all);
             ``none`` lets every position have a weight of its own, for a fourth product in backward.
         arithmetic: how a rank's logits are computed with.
+        parts: is given ``[objective.parts, tokens]`` of some tokens after others, what the loss of each is the sum of.
 
     Returns:
         The sum over the positions that are not ignored, or each position's loss ``[tokens]``; in float32
@@ -199,6 +204,7 @@ def vocab_parallel_linear_cross_entropy(
         torch.is_grad_enabled(),
         arithmetic,
         scale,
+        parts,
     )
 
 

@@ -40,6 +40,7 @@ MEANINGS: Mapping[str, Meaning] = {
     # The schedule; of the two that make the global batch with the layout, the product.
     **_all("identity", "total_steps learning_rate min_learning_rate warmup_steps weight_decay gradient_clip"),
     **_all("identity", "initial_batch_size gradient_accumulation_steps"),
+    **_all("identity", "schedule decay_steps decay_shape"),
     **_all("identity", "adam_beta1 adam_beta2 adam_epsilon label_smoothing z_loss"),
     # In fp16, where the loss scale began. Of the precision, the dtype of the state; the compute dtype is a condition.
     **_all("identity", "initial_loss_scale precision"),
@@ -54,6 +55,7 @@ MEANINGS: Mapping[str, Meaning] = {
     **_all("free", "local_rank pipeline_schedule pipeline_interleave data_parallel fsdp fsdp_shard zero1"),
     # When and where to stop, save and show; how often to start again.
     **_all("free", "output_dir save_interval sample_tokens keep_checkpoints log_interval stop_at_step wall_time"),
+    **_all("free", "config print_config"),
     **_all("free", "max_restarts checkpoint_path force_from_scratch trace"),
     # The same samples and the same bits, sooner or in less memory; and permissions, whose effects are told.
     **_all("free", "num_proc cache_dir prefetch_batches min_batch_size disable_gradient_checkpointing disable_compile"),

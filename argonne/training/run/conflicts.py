@@ -30,6 +30,9 @@ def check_meaning(config: RunConfig, saved: RunIdentity | None = None) -> None:
         (config.model, "resume_state", config.model.init_from is not None, "--init-from"),
         (data, "validation_sequences", data.validation_glob is not None, "--validation-glob"),
         (data, "cache_dir", not data.streaming or made_before, "--no-streaming"),
+        (training, "decay_steps", training.schedule == "wsd", "--schedule wsd"),
+        (training, "decay_shape", training.schedule == "wsd", "--schedule wsd"),
+        (training, "decay_shape", training.learning_rates.decay_steps > 0, "--decay-steps"),
         (training, "initial_loss_scale", training.precision == "fp16", "--precision fp16"),
         (parallel, "pipeline_schedule", pipelined, "--pipeline-parallel"),
         (parallel, "pipeline_interleave", parallel.pipeline_schedule == "interleaved", schedule),
@@ -40,8 +43,8 @@ def check_meaning(config: RunConfig, saved: RunIdentity | None = None) -> None:
         if name in given and not has_effect:
             raise without_effect(flags, name, what)
     for name in sorted(given):
-        if name.startswith("filter_") and not data.filters:
-            raise ArgonneError(f"{name}={getattr(data, name)} conflicts with --no-filters; legal: one of them")
+        if name.startswith("filter_") and data.filters == "none":
+            raise ArgonneError(f"{name}={getattr(data, name)} conflicts with filters='none'; legal: one of them")
     if isinstance(config, ResumeConfig):
         _check_resume(config)
 

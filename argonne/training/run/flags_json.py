@@ -6,12 +6,12 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from argonne.checkpoint import CheckpointError, load_trainer
 from argonne.data import is_url, matching_default
 from argonne.launch.flags import RestartFlags
+from argonne.launch.values import as_now, typed
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import DataFlags, ModelFlags, RunConfig, RunFlags, TrainingFlags
 from argonne.training.layout_flags import ParallelFlags
@@ -65,31 +65,7 @@ def saved_flags(checkpoint: Path) -> RunConfig:
 def _group(kind: type[Flags], saved: Mapping[str, Any]) -> Flags:
     hints = get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind) if field.name in saved]  # type: ignore[arg-type]
-    return kind(**{name: _value(name, hints[name], saved[name]) for name in names})
-
-
-def _value(name: str, hint: Any, saved: Any) -> Any:
-    """A JSON value as a flag of type ``hint`` has it."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        for each in inner:
-            try:
-                return _value(name, each, saved)
-            except ArgonneError:
-                continue
-    elif origin is Literal:
-        if saved in inner:
-            return saved
-    elif origin is tuple:
-        if isinstance(saved, list):
-            return tuple(_value(name, inner[0], each) for each in saved)
-    elif hint is Path and isinstance(saved, str):
-        return Path(saved)
-    elif hint is float and isinstance(saved, int | float) and not isinstance(saved, bool):
-        return float(saved)
-    elif type(saved) is hint:  # a truth is no number here
-        return saved
-    raise ArgonneError(f"{name}={saved!r} is of another type than the flag")
+    return kind(**{name: typed(name, hints[name], as_now(kind, name, saved[name])) for name in names})
 
 
 def _plain(value: Any) -> Any:

@@ -14,6 +14,7 @@ from argonne.data import changes
 from argonne.parallel import Precision
 from argonne.training.config import DataFlags, RunConfig, TrainingFlags
 from argonne.training.run.reproducible import reproducible_identity
+from argonne.training.schedule import Schedule
 
 # Layout, device, and where and when to save may change freely.
 _SCHEDULE = (
@@ -28,6 +29,7 @@ _SCHEDULE = (
     "adam_epsilon",
     "label_smoothing",
     "z_loss",
+    "schedule",
 )
 
 DATA = ("data.shards", "data.fingerprint", "data.weights", "data.text_column", "data.filters", "tokenizer.")
@@ -44,7 +46,7 @@ _BEFORE_FLAGS: Mapping[str, dict[str, Any]] = {
     "data": {"text_column": DataFlags().text_column},
     "schedule": {
         name: getattr(TrainingFlags(), name)
-        for name in ("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing", "z_loss")
+        for name in ("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing", "z_loss", "schedule")
     },
 }
 """What every run was before there were flags for it, by the group of the identity."""
@@ -84,7 +86,7 @@ class RunIdentity:
         return cls(
             data=data,
             seed=training.seed,
-            schedule={name: getattr(training, name) for name in _SCHEDULE},
+            schedule={name: getattr(training, name) for name in _SCHEDULE} | _decay(training.learning_rates),
             precision={"state": dtype_name(precision.parameters)},
             initial_loss_scale=training.initial_loss_scale if precision.compute is torch.float16 else None,
             reproducible=reproducible_identity(config),
@@ -198,6 +200,12 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
         elif old != new:
             found.append(f"{name}: {_short(old)} -> {_short(new)}")
     return found
+
+
+def _decay(schedule: Schedule) -> dict[str, Any]:
+    """What only a schedule with a decay of its own has, in numbers even where the flags leave them open."""
+    names = ("decay_steps", "decay_shape") if schedule.kind == "wsd" else ()
+    return {name: getattr(schedule, name) for name in names}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from argonne.training.run.job import joined, log
 from argonne.training.run.model import ModelBuilder
 from argonne.training.run.setup import prepare, with_tokens
 from argonne.training.run.workflow import begin, is_done, restore, train
+from argonne.training.schedule import Schedule
 from argonne.training.state import TrainingState
 
 # Changing these changes what the weights or the lanes mean; resume.py refuses it. The rest it announces.
@@ -86,6 +87,8 @@ def resume(config: ResumeConfig, model: ModelBuilder | None = None) -> int:
         if groups.reproducible:
             shape.check_reproducible(config.parallel.kind)
         config.parallel.plan(groups.layout).check_micro_batches(shape.accumulation)
+        if not flags.force_from_scratch:
+            check_decay(config.training.learning_rates, saved)
         if "initial_loss_scale" in config.given and "loss_scale" in saved and not flags.force_from_scratch:
             raise ArgonneError(
                 f"initial_loss_scale={config.training.initial_loss_scale} has no effect: the checkpoint has the scale "
@@ -108,6 +111,19 @@ def resume(config: ResumeConfig, model: ModelBuilder | None = None) -> int:
         path = config.data.tokenizer_path
         restore(state, checkpoint, workload, became, path, flags.reset_optimizer, flags.rewarmup_steps)
         return train(config, workload, state, shape, checkpoint)
+
+
+def check_decay(schedule: Schedule, saved: Mapping[str, Any]) -> None:
+    """Refuse a decay that begins before the checkpoint, unless it is the one in which the checkpoint is."""
+    step, before = saved["step"], dict(saved.get("schedule") or {})
+    names = ("kind", "total_steps", "decay_steps", "decay_shape")
+    goes_on = all(before.get(name) == getattr(schedule, name) for name in names)
+    if schedule.kind == "wsd" and schedule.stable_steps < step < schedule.total_steps and not goes_on:
+        raise ArgonneError(
+            f"decay_steps={schedule.decay_steps} of total_steps={schedule.total_steps} begin after step "
+            f"{schedule.stable_steps}, which is before step {step}, where the run is; legal: 0 to "
+            f"{schedule.total_steps - step}, or an earlier checkpoint"
+        )
 
 
 def _check_repeatable(config: ResumeConfig, elsewhere: bool) -> None:

@@ -1,0 +1,39 @@
+"""What the loss of a step is made of, where label smoothing or z-loss is part of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from argonne.parallel import Objective, ProcessGroups
+from argonne.parallel.communication.reduction import sum_over
+
+
+class LossParts:
+    """The parts of the losses of a step's micro-batches, added up as the losses are. Without parts it costs nothing.
+
+    Args:
+        objective: what is minimised.
+        groups: the processes.
+        dtype: of the losses.
+    """
+
+    def __init__(self, objective: Objective, groups: ProcessGroups, dtype: torch.dtype) -> None:
+        self.names, self.groups, self.dtype = objective.parts, groups, dtype
+        self.found: list[Tensor] | None = [] if self.names else None
+        """What ``CrossEntropyLoss.parts`` is given: nothing on ranks that compute no loss."""
+
+    def take(self, targets: int) -> dict[str, float]:
+        """The mean of each part over the targets of the global batch, the same on every rank; then forgotten.
+
+        Collective. In float64, in which so few numbers of 24 bits add up without rounding: in any order.
+        """
+        if self.found is None:
+            return {}
+        total = torch.zeros(len(self.names), dtype=torch.float64, device=self.groups.device)
+        for part in self.found:
+            total += part
+        self.found.clear()
+        for axis in (self.groups.pipeline, self.groups.replicas):
+            total = sum_over(total, axis)
+        return dict(zip(self.names, (total / targets).to(self.dtype).tolist(), strict=True))
