@@ -34,6 +34,7 @@ from argonne.parallel import (
 )
 from argonne.parallel.communication.groups import Axis
 from argonne.parallel.context_parallel.variable_length import DocumentBounds, can_vary_length, document_bounds
+from argonne.parallel.recomputed import recomputed
 from argonne.parallel.sharding.placement import Placement
 from argonne.parallel.sharding.uses import Uses
 from argonne.parallel.tensor_parallel.shared_heads import copy_heads
@@ -203,20 +204,26 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         """``[batch * positions, hidden]``, or this rank's share of the rows -> the same; causal."""
-        query, key, value = self._turned(self.qkv_proj(x), inputs)
-        if inputs.cache is None:
-            key, value = (copy_heads(heads, self.axis, self.blocks_of_head, dim=2) for heads in (key, value))
-        query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
-        used = None if self.is_grouped else self.head_of_query  # where query heads begin or end within a group
+        packed = self.qkv_proj(x)
         if inputs.cache is not None:
+            query, key, value = (heads.transpose(1, 2) for heads in self._turned(packed, inputs))
+            used = None if self.is_grouped else self.head_of_query
             context = inputs.cache.attend(query, key, value, used, self.is_pinned)
         else:
-            if used is not None:
-                key, value = key[:, used], value[:, used]
+            query, key, value = recomputed(self._asking, packed, inputs)
             context = context_parallel_attention(
                 query, key, value, inputs.axis, inputs.documents, inputs.bounds, pinned=self.is_pinned
             )
         return self.o_proj(rearrange(context, "batch head sequence dim -> (batch sequence) (head dim)"))
+
+    def _asking(self, packed: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as attention takes them: ``[batch, its heads, positions, head_dim]``."""
+        query, key, value = self._turned(packed, inputs)
+        key, value = (copy_heads(heads, self.axis, self.blocks_of_head, dim=2) for heads in (key, value))
+        query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
+        if not self.is_grouped:  # query heads begin or end within a group
+            key, value = key[:, self.head_of_query], value[:, self.head_of_query]
+        return query, key, value
 
     def _turned(self, packed: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, normed where the model does and turned by their positions, and values.

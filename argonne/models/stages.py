@@ -95,7 +95,7 @@ class Stage(nn.Module):
             x = self.embed(x, inputs)
         for number, block in zip(self.span.layers, self.blocks, strict=True):
             own = inputs if cached is None else replace(inputs, cache=cached.layer(number))
-            x = self.execution.run(block, x, own)
+            x = self.execution.run(block, x, own, number=number)
         return x if self.norm is None else self.norm(x)
 
     def embed(self, ids: Tensor, inputs: Any) -> Tensor:

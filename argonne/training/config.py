@@ -13,6 +13,7 @@ from argonne.data.corpus.formats import TEXT
 from argonne.data.tokens.filters import FILTERS, NO_FILTERS, Filters
 from argonne.kernels import Backend
 from argonne.launch.flags import Given, HomeText, RestartFlags, at_home
+from argonne.models.recompute import Recompute
 from argonne.parallel import Objective
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.legal import require_number, require_share, require_whole
@@ -128,8 +129,11 @@ class TrainingFlags:
     """What computes norms, RoPE, SwiGLU and the loss: torch, triton or auto [Triton on GPU, torch on CPU]."""
     initial_loss_scale: float = 65536.0
     """What the loss is multiplied by at first, in fp16 only; it follows the overflows from there."""
+    recompute: str = "full"
+    """What backward computes again instead of finding it kept: full (each block, from its input), selective (norms,
+    RoPE, SwiGLU), none, or N (every Nth block). From the least memory to the least time: full, N, selective, none."""
     disable_gradient_checkpointing: bool = False
-    """Keep every activation instead of recomputing each block in backward: faster, more memory."""
+    """Another name for --recompute none."""
     disable_compile: bool = False
     """Run without torch.compile. Compilation is not built yet: every run is eager, with or without this."""
 
@@ -189,6 +193,18 @@ class RunConfig:
         for group in ("model", "data", "run"):  # parsed flags are expanded already, those of a program are not
             object.__setattr__(self, group, at_home(getattr(self, group)))
 
+    @property
+    def recompute(self) -> Recompute:
+        """What backward computes again. Raises ``ArgonneError`` when that is no choice, or two."""
+        chosen, switch = Recompute.of(self.training.recompute), "disable_gradient_checkpointing"
+        if not self.training.disable_gradient_checkpointing:
+            return chosen
+        if "recompute" not in self.given:
+            return Recompute.NONE
+        if switch in self.given and chosen != Recompute.NONE:
+            raise ArgonneError(f"recompute={chosen} conflicts with {switch}=True, which says none; legal: one of them")
+        return chosen  # over what was saved
+
     def check(self) -> None:
         """Raise ``ArgonneError`` for the first value that no run could use; needs neither data nor peers."""
         t, d, r = self.training, self.data, self.run
@@ -229,6 +245,7 @@ class RunConfig:
         require_share("label_smoothing", t.label_smoothing)
         require_number("z_loss", t.z_loss, zero=True)
         _ = d.document_filters  # refuses what is no threshold
+        _ = self.recompute  # refuses what is no choice
         if not d.text_column:
             raise ArgonneError("text_column='' is not legal; legal: the name of a column, or leave the flag out")
         if r.wall_time is not None:

@@ -116,6 +116,7 @@ def other_values(base: RunConfig) -> dict[str, Any]:
         "adam_epsilon": 1e-6,
         "label_smoothing": 0.1,
         "z_loss": 1e-4,
+        "recompute": "selective",
     }
 
 
