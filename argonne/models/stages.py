@@ -63,6 +63,8 @@ class Stage(nn.Module):
         self.span, self.execution = span, execution
         self._places = (places,)  # in a tuple: it is no part of the stage, whoever moves or shards it
         self.embed_tokens = embed_tokens
+        if embed_tokens is not None and span.is_last and lm_head is None:
+            embed_tokens.working.at_once = True  # it is the head too
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
         self.lm_head = lm_head

@@ -187,6 +187,6 @@ def test_gathered_next_token_logits_are_those_of_the_last_position(
     config = ArgonneConfig(36, 1, 4, 2, vocabulary, intermediate_size=8, head_dim=4, max_position_embeddings=5)
     ids = torch.tensor([[1, 4, 2, 3, 0], [0, 1, 1, 2, 4], [2, 2, 3, 1, 0]])
     padded = torch.nn.functional.pad(ids, (0, 1))
-    alone = ranks.run(Layout(), forward_backward, config, padded, False, "none")[0][0][:, -1]
+    alone = ranks.run(Layout(), forward_backward, config, padded, Recompute.NONE, "none")[0][0][:, -1]
     for logits in ranks.run(Layout(tensor=size, sequence_parallel=sequence), next_token, config, ids):
         assert_close(logits, alone, 1e-12, "next-token logits")
