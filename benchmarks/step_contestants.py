@@ -14,6 +14,7 @@ import torch
 
 from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution
 from argonne.models.decoder import Block
+from argonne.models.recompute import Recompute
 from argonne.parallel import ArgonneError, ProcessGroups
 from argonne.parallel.tensor_parallel.precision import PRECISIONS
 from argonne.training.optimizer import build_optimizer
@@ -97,7 +98,7 @@ class Trainer:
                 block.forward = MethodType(self.compiled_forward, block)
         self.recomputes = contestant.checkpointing
         for stage in self.model.stages.values():
-            stage.execution = replace(stage.execution, recompute=self.recomputes)
+            stage.execution = replace(stage.execution, recompute=Recompute(int(self.recomputes)))
 
     def loss(self) -> torch.Tensor:
         """In nats, the mean of the micro-batch."""

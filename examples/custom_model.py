@@ -112,8 +112,8 @@ class NeoX(BaseModel):
         angles = torch.outer(torch.arange(sequence), frequencies).repeat(1, 2)
         cos, sin = (t.to(self.groups.device, self.execution.precision.compute) for t in (angles.cos(), angles.sin()))
         x = self.embedding(batch.ids.flatten())
-        for block in self.blocks:
-            x = self.execution.run(block, x, cos, sin)  # recomputed in backward, if the flags say so
+        for number, block in enumerate(self.blocks):
+            x = self.execution.run(block, x, cos, sin, number=number)  # recomputed in backward, if the flags say so
         return self.norm(x)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from argonne.kernels.dispatch import Backend, refuse, uses_triton
+from argonne.parallel.recomputed import recomputed
 from argonne.parallel.tensor_parallel.token_blocks import in_token_blocks, scale_tokens
 
 
@@ -66,9 +67,11 @@ def rms_norm(
             refuse("weight", list(of_block.shape), f"{list(x.shape[-1:])} as in x")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         refuse("residual", f"{list(residual.shape)} {residual.dtype}", f"{list(x.shape)} {x.dtype} as x")
-    if uses_triton(backend, x=x, weight=weights[0], residual=residual):
-        y, total = _triton(x, residual, weights, eps)
-        return y if residual is None else (y, total)
+    triton = uses_triton(backend, x=x, weight=weights[0], residual=residual)
+    return recomputed(_triton if triton else _torch, x, residual, eps, *weights)
+
+
+def _torch(x: Tensor, residual: Tensor | None, eps: float, *weights: Tensor) -> Tensor | tuple[Tensor, Tensor]:
     accurate = torch.promote_types(x.dtype, torch.float32)
     if residual is None:
         return _reference(x.to(accurate), weights, eps).to(x.dtype)
@@ -85,15 +88,15 @@ def _reference(values: Tensor, weights: Sequence[Tensor], eps: float) -> Tensor:
     return scale_tokens(normal, [weight.to(values.dtype) for weight in weights])
 
 
-def _triton(x: Tensor, residual: Tensor | None, weights: Sequence[Tensor], eps: float) -> tuple[Tensor, Tensor]:
-    """The norm and the sum: one launch for each weight."""
+def _triton(x: Tensor, residual: Tensor | None, eps: float, *weights: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    """One launch for each weight."""
     from argonne.kernels.gpu.rms_norm import call
 
     if len(weights) == 1:
         y, total, _ = call(x, residual, weights[0], eps)
-        return y, total
-    rows = in_token_blocks(x, len(weights))
-    others = [None] * len(weights) if residual is None else in_token_blocks(residual, len(weights))
-    parts = [call(own, other, weight, eps)[:2] for own, other, weight in zip(rows, others, weights, strict=True)]
-    y, total = (torch.stack(found).view(x.shape) for found in zip(*parts, strict=True))
-    return y, total
+    else:
+        rows = in_token_blocks(x, len(weights))
+        others = [None] * len(weights) if residual is None else in_token_blocks(residual, len(weights))
+        parts = [call(own, other, weight, eps)[:2] for own, other, weight in zip(rows, others, weights, strict=True)]
+        y, total = (torch.stack(found).view(x.shape) for found in zip(*parts, strict=True))
+    return y if residual is None else (y, total)

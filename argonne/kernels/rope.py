@@ -6,6 +6,7 @@ from torch import Tensor
 
 from argonne.kernels.dispatch import Backend, refuse, uses_triton
 from argonne.kernels.rotation import rotated
+from argonne.parallel.recomputed import recomputed
 
 
 def apply_rope(
@@ -28,11 +29,7 @@ def apply_rope(
         KernelError: the shapes do not fit, or the backend cannot compute them.
     """
     _check(x, cos, sin, positions)
-    if not uses_triton(backend, x=x, cos=cos, sin=sin):
-        return rotated(x, cos, sin, positions)
-    from argonne.kernels.gpu.rope import call
-
-    return call(_flat(x), cos, sin, _flat_positions(positions), 1.0).view(x.shape)
+    return recomputed(_triton if uses_triton(backend, x=x, cos=cos, sin=sin) else rotated, x, cos, sin, positions)
 
 
 def apply_rope_packed(
@@ -63,16 +60,38 @@ def apply_rope_packed(
     heads = qkv.shape[-2]
     if not 0 < 2 * key_value_heads < heads:
         refuse("key_value_heads", key_value_heads, f"1 to {(heads - 1) // 2}")
-    parts = [heads - 2 * key_value_heads, key_value_heads, key_value_heads]
-    if uses_triton(backend, qkv=qkv, cos=cos, sin=sin):
-        from argonne.kernels.gpu.rope import call_packed
+    turn = _packed_triton if uses_triton(backend, qkv=qkv, cos=cos, sin=sin) else _packed
+    return recomputed(turn, qkv, cos, sin, positions, key_value_heads)
 
-        found = call_packed(_flat(qkv), cos, sin, _flat_positions(positions), parts)
-        query, key, value = found if qkv.dim() == 4 else (part.unflatten(0, qkv.shape[:-3]) for part in found)
-        return query, key, value
+
+def _triton(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> Tensor:
+    from argonne.kernels.gpu.rope import call
+
+    turned: Tensor = call(_flat(x), cos, sin, _flat_positions(positions), 1.0)
+    return turned.view(x.shape)
+
+
+def _packed_triton(
+    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, key_value_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    from argonne.kernels.gpu.rope import call_packed
+
+    found = call_packed(_flat(qkv), cos, sin, _flat_positions(positions), _parts(qkv, key_value_heads))
+    query, key, value = found if qkv.dim() == 4 else (part.unflatten(0, qkv.shape[:-3]) for part in found)
+    return query, key, value
+
+
+def _packed(
+    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, key_value_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
     turned = rotated(qkv[..., :-key_value_heads, :], cos, sin, positions)
-    query, key = turned.split(parts[:2], dim=-2)
+    query, key = turned.split(_parts(qkv, key_value_heads)[:2], dim=-2)
     return query, key, qkv[..., -key_value_heads:, :]
+
+
+def _parts(qkv: Tensor, key_value_heads: int) -> list[int]:
+    """The heads of queries, keys and values."""
+    return [qkv.shape[-2] - 2 * key_value_heads, key_value_heads, key_value_heads]
 
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:

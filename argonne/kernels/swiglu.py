@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from argonne.kernels.dispatch import Backend, refuse, uses_triton
+from argonne.parallel.recomputed import recomputed
 
 VECTOR = 64
 """Columns at a multiple of which no vector instruction of any CPU leaves a rest to be computed one by one."""
@@ -36,10 +37,17 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, pinned: bool = False, back
             refuse("gate", list(gate.shape), "an even last size, without up")
     elif gate.dim() == 0 or up.shape != gate.shape or up.dtype != gate.dtype:
         refuse("up", f"{list(up.shape)} {up.dtype}", f"{list(gate.shape)} {gate.dtype} as gate")
-    if uses_triton(backend, gate=gate, up=up):
-        from argonne.kernels.gpu.swiglu import call
+    return recomputed(_triton if uses_triton(backend, gate=gate, up=up) else _torch, gate, up, pinned)
 
-        return call(gate, up)
+
+def _triton(gate: Tensor, up: Tensor | None, pinned: bool) -> Tensor:
+    from argonne.kernels.gpu.swiglu import call
+
+    found: Tensor = call(gate, up)
+    return found
+
+
+def _torch(gate: Tensor, up: Tensor | None, pinned: bool) -> Tensor:
     if up is None:
         gate, up = gate.chunk(2, dim=-1)
     accurate = torch.promote_types(gate.dtype, torch.float32)

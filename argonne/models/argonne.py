@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from argonne.models.activations import DecoderWidths
 from argonne.models.cache import CacheShape
 from argonne.models.config import ArgonneConfig
 from argonne.models.contract import SpecialTokens
@@ -89,6 +90,13 @@ class ArgonneModel(StagedModel):
     def blocks(self) -> Sequence[nn.Module]:
         """The transformer blocks of this rank."""
         return list(self.model.layers.values())
+
+    @property
+    def widths(self) -> DecoderWidths:
+        """Of this rank's blocks, which are alike."""
+        block = next(iter(self.model.layers.values()))
+        assert isinstance(block, Block)
+        return block.widths(self.config)
 
     def cache_shape(self) -> CacheShape:
         """The key-value heads of this rank's blocks."""

@@ -162,4 +162,7 @@ def logits_of(hidden: Tensor, head: Head, groups: ProcessGroups, rows: Tensor) -
     """This rank's logits of rows of ``[batch * positions, hidden]``: ``[rows, head.range.rows]``, of padding too."""
     if groups.sequence_parallel:
         hidden = gather_from_sequence_region(hidden, groups.tensor)
-    return column_parallel_linear(hidden[rows], head.weight, head.bias, groups.tensor, head.precision, cut=head.cut)
+    copy = head.working.of(head.weight)
+    return column_parallel_linear(
+        hidden[rows], head.weight, head.bias, groups.tensor, head.precision, cut=head.cut, copy=copy
+    )

@@ -17,6 +17,7 @@ from argonne import kernels
 from argonne.kernels import apply_rope, apply_rope_packed, rms_norm, swiglu
 from argonne.kernels.rotation import rope_frequencies, tables_of
 from argonne.kernels.swiglu import VECTOR
+from argonne.models.activations import DecoderWidths
 from argonne.models.cache import LayerCache
 from argonne.models.config import ArgonneConfig
 from argonne.models.execution import Execution
@@ -35,6 +36,7 @@ from argonne.parallel import (
 )
 from argonne.parallel.communication.groups import Axis
 from argonne.parallel.context_parallel.variable_length import DocumentBounds, can_vary_length, document_bounds
+from argonne.parallel.recomputed import recomputed
 from argonne.parallel.sharding.placement import Placement
 from argonne.parallel.sharding.uses import Uses
 from argonne.parallel.tensor_parallel.shared_heads import copy_heads
@@ -212,16 +214,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         """``[batch * positions, hidden]``, or this rank's share of the rows -> the same; causal."""
-        query, key, value = self._turned(self.qkv_proj(x), inputs)
-        if inputs.cache is None:
-            key, value = (copy_heads(heads, self.axis, self.blocks_of_head, dim=2) for heads in (key, value))
-        query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
-        used = None if self.is_grouped else self.head_of_query  # where query heads begin or end within a group
+        packed = self.qkv_proj(x)
         if inputs.cache is not None:
+            query, key, value = (heads.transpose(1, 2) for heads in self._turned(packed, inputs))
+            used = None if self.is_grouped else self.head_of_query
             context = inputs.cache.attend(query, key, value, used, self.is_pinned)
         else:
-            if used is not None:
-                key, value = key[:, used], value[:, used]
+            query, key, value = recomputed(self._asking, packed, inputs)
             context = context_parallel_attention(
                 query, key, value, inputs.axis, inputs.documents, inputs.bounds, pinned=self.is_pinned
             )
@@ -241,6 +240,15 @@ class Attention(nn.Module):
         assert inputs.cache is not None
         used = None if self.is_grouped else self.head_of_query
         return self.o_proj.of_rows(inputs.cache.attend_rows(query, key, value, used).flatten(1))
+
+    def _asking(self, packed: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as attention takes them: ``[batch, its heads, positions, head_dim]``."""
+        query, key, value = self._turned(packed, inputs)
+        key, value = (copy_heads(heads, self.axis, self.blocks_of_head, dim=2) for heads in (key, value))
+        query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
+        if not self.is_grouped:  # query heads begin or end within a group
+            key, value = key[:, self.head_of_query], value[:, self.head_of_query]
+        return query, key, value
 
     def _turned(self, packed: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, normed where the model does and turned by their positions, and values.
@@ -305,6 +313,26 @@ class Block(nn.Module):
         self.self_attn = Attention(config, execution)
         self.post_attention_layernorm = RMSNorm(config, execution)
         self.mlp = FeedForward(config, execution)
+
+    def widths(self, config: ArgonneConfig) -> DecoderWidths:
+        """What this rank has of it."""
+        attention = self.self_attn
+        query, key, _ = attention.qkv_proj.splits
+        copied = 0 if attention.is_grouped else query
+        if attention.blocks_of_head > 1:
+            copied = attention.axis.own_blocks * config.head_dim
+        return DecoderWidths(
+            config.hidden_size,
+            query,
+            key,
+            query // config.head_dim,
+            attention.key_value_heads,
+            self.mlp.down_proj.weight.shape[1],
+            copied,
+            not attention.is_grouped,
+            config.qk_norm,
+            self.mlp.is_pinned,
+        )
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         if inputs.turn is not None:

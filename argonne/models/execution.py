@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from argonne.kernels import Backend
+from argonne.models.recompute import Recompute
 from argonne.parallel import PipelinePlan, Precision, ProcessGroups
 
 
@@ -25,8 +25,8 @@ class Execution:
     """What computes between the matrix products, and the loss: ``torch``, ``triton`` or ``auto`` (Triton on GPU)."""
     plan: PipelinePlan | None = None
     """The schedule of a pipeline and its stages, which lie along ``groups.pipeline``; None: ``1f1b``."""
-    recompute: bool = False
-    """Keep only the input of each block for backward, and compute the rest again: less memory, more time."""
+    recompute: Recompute = Recompute.NONE
+    """What backward computes again: less memory, more time."""
 
     reproducible: int | None = None
     """Canonical blocks along the tensor axis, for the same bits at every layout (docs/reproducibility.md): the groups'
@@ -36,9 +36,8 @@ class Execution:
         if self.reproducible is not None:
             object.__setattr__(self, "groups", self.groups.in_blocks(self.reproducible))
 
-    def run(self, block: Callable[..., Tensor], x: Tensor, *inputs: object) -> Tensor:
-        """``block(x, *inputs)``, recomputed in backward if this execution recomputes."""
-        if self.recompute and torch.is_grad_enabled():
-            result: Tensor = checkpoint(block, x, *inputs, use_reentrant=False, preserve_rng_state=False)
-            return result
-        return block(x, *inputs)
+    def run(self, block: Callable[..., Tensor], x: Tensor, *inputs: object, number: int = 0) -> Tensor:
+        """``block(x, *inputs)``, in backward computed again as this execution asks of the block of that number."""
+        if not torch.is_grad_enabled():
+            return block(x, *inputs)
+        return self.recompute.run(number, block, x, *inputs)

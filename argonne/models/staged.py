@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from argonne.models.activations import Widths, told
 from argonne.models.base import BaseModel, last_logits, logits_of, pad_to_share
 from argonne.models.cache import KeyValueCache, Scores
 from argonne.models.contract import Batch, Head, LossFunction
@@ -214,11 +215,18 @@ class StagedModel(BaseModel):
         return self.config.flops_per_token(sequence)
 
     def facts(self, micro_batches: int, batch: int, sequence: int) -> list[str]:
-        """Of a pipeline, its schedule and how long its ranks wait."""
+        """What its blocks keep for backward; and of a pipeline, its schedule and how long its ranks wait."""
+        layers = [number for span in self.spans.values() for number in span.layers]
+        found = [told(self.widths, self.execution, (batch, sequence), layers)] if self.widths else []
         if self.groups.pipeline.size == 1:
-            return []
+            return found
         waiting = self.pipeline(micro_batches, batch, sequence).bubble(self.costs)
-        return [f"{self.plan.schedule} in {self.plan.stages} stages, bubble {waiting:.0%}"]
+        return [*found, f"{self.plan.schedule} in {self.plan.stages} stages, bubble {waiting:.0%}"]
+
+    @property
+    def widths(self) -> Widths | None:
+        """What this rank has of a block, from which follows what is kept for backward; None where no one counts it."""
+        return None
 
     def _through(self, ids: Tensor, **given: Any) -> Tensor | None:
         """One batch through every stage, without gradients: the hidden values on the last stage's rank."""

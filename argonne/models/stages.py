@@ -63,6 +63,8 @@ class Stage(nn.Module):
         self.span, self.execution = span, execution
         self._places = (places,)  # in a tuple: it is no part of the stage, whoever moves or shards it
         self.embed_tokens = embed_tokens
+        if embed_tokens is not None and span.is_last and lm_head is None:
+            embed_tokens.working.at_once = True  # it is the head too
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
         self.lm_head = lm_head
@@ -95,7 +97,7 @@ class Stage(nn.Module):
             x = self.embed(x, inputs)
         for number, block in zip(self.span.layers, self.blocks, strict=True):
             own = inputs if cached is None else replace(inputs, cache=cached.layer(number))
-            x = self.execution.run(block, x, own)
+            x = self.execution.run(block, x, own, number=number)
         return x if self.norm is None else self.norm(x)
 
     def embed(self, ids: Tensor, inputs: Any) -> Tensor:

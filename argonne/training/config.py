@@ -13,6 +13,7 @@ from argonne.data.corpus.formats import TEXT
 from argonne.data.tokens.filters import FILTERS, NO_FILTERS, Filters
 from argonne.launch.config_file import ConfigFlags
 from argonne.launch.flags import Given, HomeText, RestartFlags, at_home
+from argonne.models.recompute import Recompute
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.legal import require_number, require_whole
 from argonne.training.layout_flags import ParallelFlags
@@ -136,6 +137,18 @@ class RunConfig:
         for group in ("model", "data", "run"):  # parsed flags are expanded already, those of a program are not
             object.__setattr__(self, group, at_home(getattr(self, group)))
 
+    @property
+    def recompute(self) -> Recompute:
+        """What backward computes again. Raises ``ArgonneError`` when that is no choice, or two."""
+        chosen, switch = Recompute.of(self.training.recompute), "disable_gradient_checkpointing"
+        if not self.training.disable_gradient_checkpointing:
+            return chosen
+        if "recompute" not in self.given:
+            return Recompute.NONE
+        if switch in self.given and chosen != Recompute.NONE:
+            raise ArgonneError(f"recompute={chosen} conflicts with {switch}=True, which says none; legal: one of them")
+        return chosen  # over what was saved
+
     def check(self) -> None:
         """Raise ``ArgonneError`` for the first value that no run could use; needs neither data nor peers."""
         d, r = self.data, self.run
@@ -161,6 +174,7 @@ class RunConfig:
             if count is not None:
                 require_whole(name, count, 1, MOST_STEPS)
         _ = d.document_filters  # refuses what is no threshold
+        _ = self.recompute  # refuses what is no choice
         if not d.text_column:
             raise ArgonneError("text_column='' is not legal; legal: the name of a column, or leave the flag out")
         if r.wall_time is not None:

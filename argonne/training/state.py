@@ -60,8 +60,7 @@ class TrainingState(Learner):
         t = config.training
         plan = config.parallel.plan(groups.layout)
         kind, shard = config.parallel.kind, config.parallel.fsdp_shard
-        recompute = not t.disable_gradient_checkpointing
-        execution = Execution(groups, workload.precision, t.kernels, plan, recompute)
+        execution = Execution(groups, workload.precision, t.kernels, plan, config.recompute)
         torch.manual_seed(t.seed)  # for a model that draws values itself; ours are drawn by name
         model, replicas = build_replicas(workload.model.build, execution, kind, shard)
         optimizer = build_optimizer(

@@ -69,8 +69,11 @@ class TrainingFlags:
     """What computes norms, RoPE, SwiGLU and the loss: torch, triton or auto [Triton on GPU, torch on CPU]."""
     initial_loss_scale: float = 65536.0
     """What the loss is multiplied by at first, in fp16 only; it follows the overflows from there."""
+    recompute: str = "full"
+    """What backward computes again instead of finding it kept: full (each block, from its input), selective (norms,
+    RoPE, SwiGLU), none, or N (every Nth block). From the least memory to the least time: full, N, selective, none."""
     disable_gradient_checkpointing: bool = False
-    """Keep every activation instead of recomputing each block in backward: faster, more memory."""
+    """Another name for --recompute none."""
     disable_compile: bool = False
     """Run without torch.compile. Compilation is not built yet: every run is eager, with or without this."""
 

@@ -18,6 +18,7 @@ from benchmarks import interpreter
 from tests import dense
 from tests.losses import summed_loss
 from tests.parallel.test_cross_entropy import dense_losses
+from tests.parallel.test_recomputed import has_the_same_bits
 from tests.pool import RankPool
 from tests.whole import Parts, parts_of
 
@@ -38,6 +39,11 @@ class Interpreter(RankPool):
 def in_interpreter(groups: ProcessGroups, body: str, arguments: tuple[Any, ...]) -> Any:
     interpreter.mend()
     return globals()[body](*arguments)
+
+
+def recomputed_bits() -> bool:
+    """Whether what Triton computes again has the bits that it had."""
+    return has_the_same_bits(torch.float32, "triton")
 
 
 @dataclass(frozen=True)

@@ -195,3 +195,7 @@ def test_a_model_of_triton_programs_is_the_model_of_the_references(
     assert gradients[0].keys() == gradients[1].keys()
     for name, value in gradients[1].items():
         assert_close(gradients[0][name], value, 2e-6, f"gradient of {name}")
+
+
+def test_what_is_recomputed_selectively_has_the_bits_that_it_had(interpreter: Interpreter) -> None:
+    assert interpreter.errors(numerics.recomputed_bits)

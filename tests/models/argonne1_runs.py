@@ -19,6 +19,7 @@ from argonne.checkpoint.format import step_directory
 from argonne.data import Assignment
 from argonne.models import Argonne1Config, Argonne1Model, Batch, CrossEntropyLoss, Execution, build_replicas
 from argonne.models.families.argonne1 import ARGONNE1
+from argonne.models.recompute import Recompute
 from argonne.parallel import (
     Draws,
     Dropout,
@@ -50,7 +51,7 @@ class Case:
     schedule: str = "1f1b"
     kind: str = "replicate"
     accumulation: int = 1
-    recompute: bool = False
+    recompute: Recompute = Recompute.NONE
     documents: bool = False
     config: Argonne1Config = DROPPING
 
@@ -60,7 +61,7 @@ class Case:
 
     def __str__(self) -> str:
         told = [str(self.layout), self.schedule, self.kind, f"accumulation {self.accumulation}"]
-        return ", ".join([*told, *(name for name in ("recompute", "documents") if getattr(self, name))])
+        return ", ".join([*told, f"recompute {self.recompute}", *(["documents"] * self.documents)])
 
 
 def their_model(config: Argonne1Config) -> GPT2LMHeadModel:
@@ -93,7 +94,7 @@ def batch_of(groups: ProcessGroups, step: int, accumulation: int, documents: boo
 def gradients(groups: ProcessGroups, config: Argonne1Config, schedule: str) -> tuple[list[Tensor], float, Parts]:
     """With their weights: this rank's logits of the first step's ids, its loss, and the gradients of all weights."""
     plan = PipelinePlan.of(schedule, groups.pipeline.size)  # type: ignore[arg-type]
-    model = Argonne1Model(config, Execution(groups, DOUBLE, plan=plan, recompute=True))
+    model = Argonne1Model(config, Execution(groups, DOUBLE, plan=plan, recompute=Recompute.FULL))
     parameters = model.sharded_parameters()
     model.initialise(0)  # the padding of the vocabulary
     load_tensors(their_model(config).state_dict(), weight_pieces(parameters))

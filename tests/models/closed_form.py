@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution
 from argonne.models.families import decoder_family
+from argonne.models.recompute import Recompute
 from argonne.parallel import (
     Log,
     Objective,
@@ -41,7 +42,7 @@ class Step:
     reduction: Literal["sum", "none", "logits"] = "sum"
     """Of the fused loss; ``logits``: the head and the loss apart, with all the logits between them."""
     label_smoothing: float = 0.0
-    recompute: bool = False
+    recompute: Recompute = Recompute.NONE
 
     @property
     def tokens(self) -> int:
@@ -52,8 +53,9 @@ class Step:
         """Bytes of one tensor ``[batch, sequence, hidden]``."""
         return self.tokens * self.config.hidden_size * self.precision.compute.itemsize
 
-    def sent_by_block(self, name: str) -> Sent:
+    def sent_by_block(self, layer: int) -> Sent:
         """Those of one transformer block: its attention and its feed-forward are one column, one row layer each."""
+        name = f"model.layers.{layer}"
         column = [f"{name}.self_attn.qkv_proj", f"{name}.mlp.gate_up_proj"]
         row = [f"{name}.self_attn.o_proj", f"{name}.mlp.down_proj"]
         n, axis = self.activation, "tensor"
@@ -68,7 +70,7 @@ class Step:
             else:
                 sent[leaving, "forward", "all_reduce", axis, False, n] += 1
                 sent[entry, "backward", "all_reduce", axis, True, n] += 1
-        if self.recompute:  # all of the forward again but for the last: its result is saved by no one
+        if self.recompute.is_full(layer):  # all of the forward again but for the last: its result is saved by no one
             again = {key: count for key, count in sent.items() if key[1] == "forward" and key[0] != row[-1]}
             sent.update(again)
         return sent
@@ -131,7 +133,7 @@ class Step:
     def sent(self, local_parameters: list[int]) -> Sent:
         total = self.sent_by_embedding() + self.sent_by_head_and_loss() + self.sent_after_backward(local_parameters)
         for layer in range(self.config.num_hidden_layers):
-            total += self.sent_by_block(f"model.layers.{layer}")
+            total += self.sent_by_block(layer)
         return total
 
 
@@ -164,6 +166,7 @@ def counted(log: Log, module: str | None = None, **fields: object) -> Sent:
 
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+RECOMPUTATIONS = [Recompute.of(word) for word in ("none", "full", "selective", "2")]
 PRECISIONS = [Precision(p, c) for p in DTYPES for c in DTYPES]
 
 
@@ -206,7 +209,7 @@ def steps(draw: st.DrawFn, layout: Layout, tied: bool | None = None) -> Step:
         draw(st.sampled_from(PRECISIONS)),
         draw(st.sampled_from(["sum", "none", "logits"])),
         draw(st.sampled_from([0.0, 0.1])),
-        draw(st.booleans()),
+        draw(st.sampled_from(RECOMPUTATIONS)),
     )
 
 

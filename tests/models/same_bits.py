@@ -12,6 +12,7 @@ import torch
 from argonne.checkpoint import moment_pieces, weight_pieces
 from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas
 from argonne.models.families import decoder_family
+from argonne.models.recompute import Recompute
 from argonne.parallel import Layout, ProcessGroups
 from argonne.parallel.pipeline_parallel.plan import SCHEDULES, PipelinePlan
 from argonne.parallel.tensor_parallel.precision import PRECISIONS
@@ -22,6 +23,7 @@ from tests.whole import Parts
 
 SEQUENCE, VOCABULARY, HEADS = 40, 1003, 8  # a divisor of the loss that is no power of two
 KINDS = ("replicate", "zero1", "fsdp")
+CHOICES = (Recompute.NONE, Recompute.SELECTIVE, Recompute(2), Recompute.FULL)
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Options:
     """Of a micro-batch."""
     documents: bool = False
     """Sequences are packed of documents that do not see each other."""
-    recompute: bool = False
+    recompute: Recompute = Recompute.NONE
     accumulation: int = 4
     """Micro-batches of a replica, at least; a pipeline's replica has as many as it has ranks, or more."""
     family: str = "llama"
@@ -64,7 +66,7 @@ class Options:
         heads = "MHA" if self.key_values == HEADS else "GQA"
         words = [self.precision, "tied" if self.tied else "untied", heads, f"{self.accumulation} of {self.sequences}"]
         words += [] if self.blocks is None else [f"{self.key_values} KV heads in {self.blocks} blocks"]
-        return ", ".join([*words, *(name for name in ("documents", "recompute") if getattr(self, name)), self.family])
+        return ", ".join([*words, *(["documents"] * self.documents), f"recompute {self.recompute}", self.family])
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def option_sets() -> list[Options]:
             key_values=(4, HEADS)[c],
             sequences=(2, 1)[a ^ b],
             documents=bool(a ^ c),
-            recompute=bool(b ^ c),
+            recompute=CHOICES[2 * (b ^ c) + a],
             accumulation=(4, 1)[a ^ b ^ c],
         )
         for a, b, c in product((0, 1), repeat=3)
@@ -173,7 +175,7 @@ def _is_legal(place: Place, options: Options) -> bool:
 SHARED_HEADS = [
     Options(key_values=2, blocks=8, accumulation=1, family="qwen3"),
     Options(key_values=1, blocks=8, precision="bf16", tied=False, documents=True, sequences=1),
-    Options(key_values=4, blocks=8, recompute=True, family="qwen3"),
+    Options(key_values=4, blocks=8, recompute=Recompute.SELECTIVE, family="qwen3"),
 ]
 
 

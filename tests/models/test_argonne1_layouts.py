@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from argonne.checkpoint import load_tensors, weight_pieces
 from argonne.models import Argonne1Config, Argonne1Model, Batch, CrossEntropyLoss, Execution
+from argonne.models.recompute import Recompute
 from argonne.parallel import ArgonneError, Dropout, Layout, LayoutError, Precision, ProcessGroups
 from argonne.parallel.sharding.dropout import row_keys
 from tests.models.argonne1_runs import (
@@ -130,20 +131,20 @@ def alone(documents: bool = False) -> tuple[list[float], dict[str, Tensor], dict
 
 
 CASES = [
-    Case(accumulation=4, recompute=True),
-    Case(Layout(tensor=2), accumulation=2, recompute=True),
+    Case(accumulation=4, recompute=Recompute.SELECTIVE),
+    Case(Layout(tensor=2), accumulation=2, recompute=Recompute.SELECTIVE),
     Case(SHARES, accumulation=2, documents=True),
-    Case(Layout(pipeline=2), "1f1b", accumulation=4, recompute=True),
+    Case(Layout(pipeline=2), "1f1b", accumulation=4, recompute=Recompute.SELECTIVE),
     Case(Layout(pipeline=2), "zb", accumulation=2),
     Case(Layout(data=2), accumulation=2),
-    Case(Layout(data=2), kind="fsdp", accumulation=1, recompute=True),
+    Case(Layout(data=2), kind="fsdp", accumulation=1, recompute=Recompute.SELECTIVE),
     Case(Layout(data=2, tensor=2, sequence_parallel=True), kind="zero1", accumulation=2),
 ]
 MORE = [
     Case(Layout(pipeline=2), "gpipe", accumulation=4),
-    Case(Layout(pipeline=2), "interleaved", accumulation=4, documents=True, recompute=True),
+    Case(Layout(pipeline=2), "interleaved", accumulation=4, documents=True, recompute=Recompute.FULL),
     Case(Layout(pipeline=2, data=2), "1f1b", "fsdp", accumulation=2),
-    Case(Layout(pipeline=2, tensor=2, sequence_parallel=True), "zb", accumulation=2, recompute=True),
+    Case(Layout(pipeline=2, tensor=2, sequence_parallel=True), "zb", accumulation=2, recompute=Recompute.SELECTIVE),
     Case(Layout(tensor=3, uneven_shards=True), accumulation=1),
     Case(Layout(data=2, pipeline=2, tensor=2, sequence_parallel=True), "1f1b", "zero1", accumulation=2),
 ]

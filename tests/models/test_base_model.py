@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from argonne.models import Batch, CrossEntropyLoss, Execution
+from argonne.models.recompute import Recompute
 from argonne.parallel import (
     Layout,
     LayoutError,
@@ -37,7 +38,7 @@ def batch_of(weighted: bool) -> Batch:
     return Batch(tokens[..., :-1], targets, weights=weights, divisor=DIVISOR)
 
 
-def small(groups: ProcessGroups, recompute: bool = False) -> Small:
+def small(groups: ProcessGroups, recompute: Recompute = Recompute.NONE) -> Small:
     model = Small(Execution(groups, DOUBLE, recompute=recompute))
     initialise(model.sharded_parameters(), seed=3)
     return model
@@ -48,7 +49,7 @@ def gradient(parameter: torch.nn.Parameter) -> Tensor:
     return parameter.grad
 
 
-def work(groups: ProcessGroups, weighted: bool, recompute: bool) -> tuple[float, float, Tensor, int, Parts]:
+def work(groups: ProcessGroups, weighted: bool, recompute: Recompute) -> tuple[float, float, Tensor, int, Parts]:
     """The loss of a step, that of an evaluation, the last logits, the size, and every gradient."""
     model, batch = small(groups, recompute), batch_of(weighted)
     loss = model.forward_backward(batch, CrossEntropyLoss())
@@ -89,9 +90,9 @@ def dense(weighted: bool) -> tuple[float, float, Tensor, int, dict[str, Tensor]]
 @pytest.mark.parametrize(
     "layout", [Layout(), Layout(tensor=2), Layout(tensor=2, sequence_parallel=True), Layout(tensor=4)], ids=str
 )
-@pytest.mark.parametrize(("weighted", "recompute"), [(False, False), (True, True)])
+@pytest.mark.parametrize(("weighted", "recompute"), [(False, Recompute.SELECTIVE), (True, Recompute.FULL)])
 def test_losses_gradients_and_logits_equal_plain_torch(
-    ranks: RankPool, layout: Layout, weighted: bool, recompute: bool
+    ranks: RankPool, layout: Layout, weighted: bool, recompute: Recompute
 ) -> None:
     loss, evaluated, logits, count, grads = dense(weighted)
     results = ranks.run(layout, work, weighted, recompute)

@@ -19,11 +19,11 @@ def test_a_block_sends_two_all_reduces_of_its_activation_forward_and_two_backwar
     @settings(max_examples=10)
     def claim(step: Step) -> None:
         n = step.batch * step.sequence * step.config.hidden_size * step.precision.compute.itemsize
-        again = 1 if step.recompute else 0  # the second all-reduce is not needed to go backward
         for rank, (log, *_) in enumerate(ranks.run(step.layout, run, step)):
             for layer in range(step.config.num_hidden_layers):
                 block = f"model.layers.{layer}"
                 where = f"rank {rank}, {block}"
+                again = int(step.recompute.is_full(layer))  # the second all-reduce is not needed to go backward
                 assert {c.op for c in log.select(block)} == {"all_reduce"}, where
                 for phase, count in {"forward": 2 + again, "backward": 2}.items():
                     assert [c.bytes for c in log.select(block, phase=phase)] == [n] * count, where
@@ -43,17 +43,17 @@ def test_under_sequence_parallelism_a_block_sends_the_same_bytes_and_gathers_its
     @settings(max_examples=10)
     def claim(step: Step) -> None:
         n = step.batch * step.sequence * step.config.hidden_size * step.precision.compute.itemsize
-        again = 1 if step.recompute else 0  # the second reduce-scatter is not needed to go backward
-        expected = {
-            ("forward", "all_gather", False): 2 + 2 * again,
-            ("forward", "reduce_scatter", False): 2 + again,
-            ("backward", "all_gather", False): 2,  # the duals of the reduce-scatters
-            ("backward", "reduce_scatter", True): 2,  # the duals of the all-gathers
-            ("backward", "all_gather", True): 2,  # the inputs again
-        }
         for rank, (log, *_) in enumerate(ranks.run(step.layout, run, step)):
             for layer in range(step.config.num_hidden_layers):
                 block = f"model.layers.{layer}"
+                again = int(step.recompute.is_full(layer))  # the second reduce-scatter is not needed to go backward
+                expected = {
+                    ("forward", "all_gather", False): 2 + 2 * again,
+                    ("forward", "reduce_scatter", False): 2 + again,
+                    ("backward", "all_gather", False): 2,  # the duals of the reduce-scatters
+                    ("backward", "reduce_scatter", True): 2,  # the duals of the all-gathers
+                    ("backward", "all_gather", True): 2,  # the inputs again
+                }
                 found = log.select(block)
                 where = f"rank {rank}, {block}"
                 assert Counter((c.phase, c.op, c.is_async) for c in found) == Counter(expected), where

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from argonne.models import ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas
+from argonne.models.recompute import Recompute
 from argonne.parallel import ProcessGroups, initialise
 from argonne.parallel.tensor_parallel.precision import PRECISIONS
 from argonne.training.step import StepResult
@@ -41,7 +42,7 @@ def alone(options: Options, micro_batches: int, steps: int) -> tuple[list[StepRe
 def compare(ranks: RankPool, place: Place, options: Options, steps: int) -> None:
     """Fail unless every bit at ``place`` is that of one process."""
     micro_batches = place.micro_batches(options)
-    told, tensors = alone(replace(options, recompute=False), micro_batches, steps)
+    told, tensors = alone(replace(options, recompute=Recompute.NONE), micro_batches, steps)
     results = ranks.run(place.layout, train, place, options, micro_batches, steps)
     for rank, (found, _) in enumerate(results):
         assert found == told, f"losses and norms of rank {rank}"
@@ -58,7 +59,7 @@ def test_three_steps_have_the_bits_of_one_process(ranks: RankPool, place: Place,
 
 @pytest.mark.parametrize("options", [Options(), *SHARED_HEADS], ids=str)
 def test_in_float64_canonical_blocks_change_nothing_but_the_order_of_sums(options: Options) -> None:
-    options = replace(options, precision="fp64", recompute=False)
+    options = replace(options, precision="fp64", recompute=Recompute.NONE)
     config, ids = options.config, torch.randint(VOCABULARY, (2, 1, 2, 16), generator=torch.Generator().manual_seed(5))
     batch = Batch(ids[0], ids[1])
     gradients = []

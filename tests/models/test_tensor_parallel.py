@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution
+from argonne.models.recompute import Recompute
 from argonne.parallel import (
     Layout,
     Precision,
@@ -20,6 +21,7 @@ from argonne.training.optimizer import build_optimizer
 from argonne.training.step import Learner, train_step
 from tests import dense
 from tests.losses import losses, summed_loss
+from tests.models.closed_form import RECOMPUTATIONS
 from tests.pool import RankPool
 from tests.whole import Parts, assemble, assert_close, parts_of
 
@@ -27,7 +29,7 @@ DOUBLE = Precision(torch.float64, torch.float64)
 
 
 def perturbed(
-    config: ArgonneConfig, groups: ProcessGroups, precision: Precision, recompute: bool = False
+    config: ArgonneConfig, groups: ProcessGroups, precision: Precision, recompute: Recompute = Recompute.NONE
 ) -> ArgonneModel:
     """A model away from its initial symmetry: norm weights that differ, larger matrices."""
     model = ArgonneModel(config, Execution(groups, precision, recompute=recompute))
@@ -43,7 +45,7 @@ def perturbed(
 
 
 def forward_backward(
-    groups: ProcessGroups, config: ArgonneConfig, ids: torch.Tensor, recompute: bool, reduction: str
+    groups: ProcessGroups, config: ArgonneConfig, ids: torch.Tensor, recompute: Recompute, reduction: str
 ) -> tuple[torch.Tensor, torch.Tensor, Parts, Parts, float]:
     model = perturbed(config, groups, DOUBLE, recompute)
     local = model.logits(ids[:, :-1]).detach()
@@ -59,7 +61,7 @@ def forward_backward(
 
 
 @st.composite
-def shapes(draw: st.DrawFn, ranks: int) -> tuple[ArgonneConfig, Layout, torch.Tensor, bool, str]:
+def shapes(draw: st.DrawFn, ranks: int) -> tuple[ArgonneConfig, Layout, torch.Tensor, Recompute, str]:
     uneven, sequence = draw(st.booleans()), draw(st.booleans())
     kv = draw(st.integers(1, 6))
     fits = (lambda g: ranks <= kv * g <= 12) if uneven else (lambda g: kv * g % ranks == 0 and kv * g <= 24)
@@ -82,14 +84,14 @@ def shapes(draw: st.DrawFn, ranks: int) -> tuple[ArgonneConfig, Layout, torch.Te
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     ids = torch.randint(0, config.vocab_size, (batch, length + 1), generator=generator)
     layout = Layout(tensor=ranks, sequence_parallel=sequence, uneven_shards=uneven)
-    return config, layout, ids, draw(st.booleans()), draw(st.sampled_from(["sum", "none"]))
+    return config, layout, ids, draw(st.sampled_from(RECOMPUTATIONS)), draw(st.sampled_from(["sum", "none"]))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_logits_loss_and_every_gradient_equal_dense_float64(ranks: RankPool, size: int) -> None:
     @given(shapes(size))
     @settings(max_examples=40)
-    def claim(drawn: tuple[ArgonneConfig, Layout, torch.Tensor, bool, str]) -> None:
+    def claim(drawn: tuple[ArgonneConfig, Layout, torch.Tensor, Recompute, str]) -> None:
         config, layout, ids, recompute, reduction = drawn
         results = ranks.run(layout, forward_backward, config, ids, recompute, reduction)
         weights = assemble(parts for _, _, parts, _, _ in results)
@@ -185,6 +187,6 @@ def test_gathered_next_token_logits_are_those_of_the_last_position(
     config = ArgonneConfig(36, 1, 4, 2, vocabulary, intermediate_size=8, head_dim=4, max_position_embeddings=5)
     ids = torch.tensor([[1, 4, 2, 3, 0], [0, 1, 1, 2, 4], [2, 2, 3, 1, 0]])
     padded = torch.nn.functional.pad(ids, (0, 1))
-    alone = ranks.run(Layout(), forward_backward, config, padded, False, "none")[0][0][:, -1]
+    alone = ranks.run(Layout(), forward_backward, config, padded, Recompute.NONE, "none")[0][0][:, -1]
     for logits in ranks.run(Layout(tensor=size, sequence_parallel=sequence), next_token, config, ids):
         assert_close(logits, alone, 1e-12, "next-token logits")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from argonne.checkpoint import MOMENTS
 from argonne.models import ArgonneConfig, ArgonneModel, Execution
+from argonne.models.recompute import Recompute
 from argonne.parallel import (
     DataParallel,
     Layout,
@@ -53,7 +54,7 @@ class Plan:
     kind: str = "replicate"
     config: ArgonneConfig = CONFIG
     accumulation: int = 1
-    recompute: bool = False
+    recompute: Recompute = Recompute.NONE
     precision: Precision = DOUBLE
     bucket_bytes: int = SMALL
     shard: int | None = None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from argonne.checkpoint import MOMENTS
 from argonne.models import ArgonneConfig, ArgonneModel, Execution
+from argonne.models.recompute import Recompute
 from argonne.parallel import Layout, Precision, ProcessGroups, regions_of
 from argonne.training.optimizer import build_optimizer
 from tests.losses import losses
@@ -37,7 +38,7 @@ from tests.whole import Parts, assemble, assert_close
 def test_two_replicas_train_like_one_process(
     ranks: RankPool, kind: str, accumulation: int, config: ArgonneConfig
 ) -> None:
-    recompute = accumulation == 3
+    recompute = Recompute.FULL if accumulation == 3 else Recompute.SELECTIVE
     plan = Plan(kind, config, accumulation, recompute)
     assert_equals_one_process(ranks, Layout(data=2), plan)
 
@@ -142,9 +143,9 @@ def step_gradients(groups: ProcessGroups, plan: Plan, forwards_first: bool = Fal
     ]
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [Recompute.SELECTIVE, Recompute.FULL], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_forwards_may_come_before_the_backwards(ranks: RankPool, kind: str, recompute: bool) -> None:
+def test_all_forwards_may_come_before_the_backwards(ranks: RankPool, kind: str, recompute: Recompute) -> None:
     expected = assemble([step_gradients(ProcessGroups.single(), Plan())])
     plan = Plan(kind, accumulation=3, recompute=recompute)
     found = assemble(ranks.run(Layout(data=2), step_gradients, plan, True))

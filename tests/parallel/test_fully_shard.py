@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor
 
 from argonne.models import ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas
+from argonne.models.recompute import Recompute
 from argonne.parallel import ArgonneError, Layout, ProcessGroups, data_parallel, initialise, record
 from argonne.parallel.data_parallel.kinds import check_shard
 from argonne.parallel.pipeline_parallel.plan import PipelinePlan
@@ -70,7 +71,13 @@ def sharded_gradients(model: ArgonneModel) -> int:
     return sum(gradient.to_local().numel() for gradient in gradients if gradient is not None)
 
 
-@pytest.mark.parametrize("plan", [Plan("fsdp", accumulation=3), Plan("fsdp", accumulation=3, shard=2, recompute=True)])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan("fsdp", accumulation=3, recompute=Recompute.SELECTIVE),
+        Plan("fsdp", accumulation=3, shard=2, recompute=Recompute(2)),
+    ],
+)
 def test_no_whole_gradient_is_alive_after_any_micro_batch(ranks: RankPool, plan: Plan) -> None:
     size = plan.shard or 4
     shapes = [p.shape for p in ArgonneModel(CONFIG, Execution(ProcessGroups.single(), DOUBLE)).parameters()]

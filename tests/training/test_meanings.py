@@ -127,6 +127,7 @@ def other_values(base: RunConfig) -> dict[str, Any]:
         "z_loss": 1e-4,
         "schedule": "constant",
         "decay_shape": "sqrt",
+        "recompute": "selective",
     }
 
 

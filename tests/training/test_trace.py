@@ -12,6 +12,7 @@ import torch
 from argonne.compare.traces import Parting, first_difference
 from argonne.models import Batch, CrossEntropyLoss, Execution
 from argonne.models.config import PRESETS
+from argonne.models.recompute import Recompute
 from argonne.parallel import Layout, ProcessGroups, initialise
 from argonne.parallel.tensor_parallel.precision import PRECISIONS
 from argonne.training.config import TrainingFlags
@@ -40,8 +41,8 @@ LAYOUTS: dict[str, tuple[Layout, dict[str, Any]]] = {
     "dp2": (Layout(data=2), {}),
     "dp2 zero1": (Layout(data=2), {"kind": "zero1"}),
     "dp2 fsdp": (Layout(data=2), {"kind": "fsdp"}),
-    "recomputed": (Layout(), {"recompute": True}),
-    "tp2 pp2 sp, recomputed": (Layout(tensor=2, pipeline=2, sequence_parallel=True), {"recompute": True}),
+    "recomputed": (Layout(), {"recompute": Recompute.FULL}),
+    "tp2 pp2 sp, recomputed": (Layout(tensor=2, pipeline=2, sequence_parallel=True), {"recompute": Recompute.FULL}),
 }
 
 
@@ -189,7 +190,7 @@ def test_what_fast_mode_computes_before_any_sum_is_traced_alike(
 
 def trace_of_own(groups: ProcessGroups) -> list[TraceLine]:
     """A model that is not ours, in float64 and fast mode."""
-    model = Small(Execution(groups, PRECISIONS["fp64"], recompute=True))
+    model = Small(Execution(groups, PRECISIONS["fp64"], recompute=Recompute.FULL))
     initialise(model.sharded_parameters(), 0)
     ids = torch.randint(VOCABULARY, (2, 2, 9), generator=torch.Generator().manual_seed(1))
     hashes = StepTrace(model, range(2), 2, (2, 8))

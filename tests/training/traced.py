@@ -13,6 +13,7 @@ from torch import Tensor
 from argonne.data import Assignment
 from argonne.data.assignment import Order
 from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas
+from argonne.models.recompute import Recompute
 from argonne.parallel import PipelinePlan, Precision, ProcessGroups
 from argonne.parallel.communication.tree import TreeSum
 from argonne.parallel.tensor_parallel.precision import PRECISIONS
@@ -34,7 +35,7 @@ def trace(groups: ProcessGroups, run: Path, steps: int, options: dict[str, Any],
     config = ArgonneConfig(**{**vars(SHAPE), "tie_word_embeddings": options.get("tied", True)})
     precision: Precision = PRECISIONS[options.get("precision", "fp32")]
     plan = PipelinePlan.of(options.get("schedule", "1f1b"), groups.pipeline.size)
-    blocks, recompute = options.get("blocks", 2), options.get("recompute", False)
+    blocks, recompute = options.get("blocks", 2), options.get("recompute", Recompute.NONE)
     execution = Execution(groups, precision, plan=plan, recompute=recompute, reproducible=blocks)
     kind = options.get("kind", "replicate")
     model, replicas = build_replicas(partial(ArgonneModel, config), execution, kind)

@@ -28,6 +28,7 @@ from argonne.parallel import (
     replicated,
     transposed,
 )
+from argonne.parallel.recomputed import recomputed
 from argonne.parallel.sharding.dropout import row_keys
 from argonne.parallel.sharding.placement import Placement
 
@@ -103,6 +104,9 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[tokens, hidden]`` -> the same."""
+        return recomputed(self._normed, x)
+
+    def _normed(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.to(self.statistics), self.bias.to(self.statistics)
         return F.layer_norm(x.to(self.statistics), weight.shape, weight, bias, self.eps).to(x.dtype)
 
@@ -216,7 +220,7 @@ class Attention(nn.Module):
             if length > QUERIES and torch.is_grad_enabled():
                 found.append(checkpoint(self._some, *given, use_reentrant=False, preserve_rng_state=False))
             else:
-                found.append(self._some(*given))
+                found.append(recomputed(self._some, *given))
         return torch.cat(found, 2)
 
     def _some(
@@ -246,7 +250,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
         """``[tokens, hidden]``, or this rank's share of the tokens -> the same."""
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))), inputs.rows)
+        return self.dropout(self.c_proj(recomputed(self.gelu, self.c_fc(x))), inputs.rows)
 
 
 class Block(nn.Module):

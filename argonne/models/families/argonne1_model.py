@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from argonne.models.activations import Argonne1Widths
 from argonne.models.cache import CacheShape
 from argonne.models.contract import Batch, LossFunction, SpecialTokens
 from argonne.models.execution import Execution
@@ -105,6 +106,18 @@ class Argonne1Model(StagedModel):
             self.lm_head if span.is_last else None,
             wpe=transformer.wpe if span.is_first else None,
             dropout=self.config.embedding_dropout,
+        )
+
+    @property
+    def widths(self) -> Argonne1Widths | None:
+        """Of this rank's blocks, which are alike; None where attention drops."""
+        config, block = self.config, next(iter(self.transformer.h.values()))
+        assert isinstance(block, Block)
+        if config.attention_dropout:
+            return None
+        query, feed_forward = block.attn.c_attn.splits[0], block.mlp.c_proj.weight.shape[1]
+        return Argonne1Widths(
+            config.hidden_size, query, len(block.attn.heads), feed_forward, bool(config.residual_dropout)
         )
 
     def cache_shape(self) -> CacheShape:

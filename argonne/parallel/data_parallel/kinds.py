@@ -18,6 +18,7 @@ from argonne.parallel.errors import ArgonneError
 from argonne.parallel.sharding.check import check_declarations
 from argonne.parallel.sharding.spec import ShardedParameter, sharded_parameters
 from argonne.parallel.tensor_parallel.precision import Precision
+from argonne.parallel.tensor_parallel.working_copy import KeepsWorkingCopy
 
 Kind = Literal["replicate", "zero1", "fsdp"]
 
@@ -63,12 +64,21 @@ def data_parallel(
     _check_reproducible(groups, precision, shard)
     parameters = sharded_parameters(model, groups) if parameters is None else parameters
     check_declarations(parameters, groups, values=False)  # they may be empty still
-    if groups.replicas.size == 1:
-        return DataParallel(parameters, groups)
-    if kind == "fsdp":
+    if kind == "fsdp" and groups.replicas.size > 1:
         from argonne.parallel.data_parallel.fully_shard import FullyShard  # importing FSDP takes a moment
 
         return FullyShard(model, groups, precision, parameters, blocks, forward_methods, stages, shard, bucket_bytes)
+    strategy = _of_whole_parameters(kind, parameters, groups, precision, bucket_bytes)
+    strategy.copies = [module for module in model.modules() if isinstance(module, KeepsWorkingCopy)]
+    return strategy
+
+
+def _of_whole_parameters(
+    kind: Kind, parameters: Sequence[ShardedParameter], groups: ProcessGroups, precision: Precision, bucket_bytes: int
+) -> DataParallel:
+    """A kind in which each replica computes with its own parameters."""
+    if groups.replicas.size == 1:
+        return DataParallel(parameters, groups)
     if precision.accumulate_in_product:
         # The products would widen a gradient only if there were none; a bucket has its place ready.
         for sharded in parameters:

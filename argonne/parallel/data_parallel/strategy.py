@@ -8,6 +8,7 @@ from argonne.parallel.communication.groups import Axis, ProcessGroups
 from argonne.parallel.data_parallel.leaves import LeafSums
 from argonne.parallel.sharding.gradients import sum_partial_gradients
 from argonne.parallel.sharding.spec import ShardedParameter
+from argonne.parallel.tensor_parallel.working_copy import KeepsWorkingCopy
 
 
 class DataParallel:
@@ -29,17 +30,21 @@ class DataParallel:
         self.groups = groups
         self.leaves: LeafSums | None = None
         """What adds up the micro-batches of a reproducible run."""
+        self.copies: list[KeepsWorkingCopy] = []
+        """The modules whose weights are cast once a step."""
         if groups.reproducible and groups.replicas.size == 1:
             self.leaves = LeafSums.of(self.parameters)
 
     def facts(self, micro_batches: int) -> list[str]:
-        """What a run of so many micro-batches a step says of itself as it begins: what a reproducible one keeps."""
+        """What a run of so many micro-batches a step says of itself as it begins: what it keeps besides."""
+        copies = sum(module.working.bytes for module in self.copies) / 2**30
+        found = [f"{copies:.2f} GiB of weights in the compute dtype"] if copies else []
         if self.leaves is None:
-            return []
+            return found
         kept, each = self.leaves.most(micro_batches), self.leaves.gradient_bytes / 2**30
         blocks = self.groups.tensor.blocks
         gradients = "gradient" if kept == 1 else "gradients"
-        return [f"same bits at any layout: {blocks} blocks, up to {kept} {gradients} of {each:.2f} GiB kept"]
+        return [*found, f"same bits at any layout: {blocks} blocks, up to {kept} {gradients} of {each:.2f} GiB kept"]
 
     def begin(self, micro_batches: int, deferred: bool = False) -> None:
         """Call before the backward passes of an optimizer step. Gradients that are there are dropped.
@@ -65,6 +70,8 @@ class DataParallel:
 
         That is after an optimizer step, initialisation or loading.
         """
+        for module in self.copies:
+            module.working.publish(module.weight)
 
 
 def rows_of_rank(rows: int, axis: Axis) -> range:

@@ -103,6 +103,7 @@ class ShardedOptimizer(DataParallel):
             gathering = started  # one is in flight while another is copied, and no more memory is taken
         if gathering is not None:
             _spread(*gathering)
+        super().publish()
 
     def _start(self, number: int) -> Pending:
         bucket = self._buckets[number]

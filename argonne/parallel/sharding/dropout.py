@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.legal import require_share
+from argonne.parallel.recomputed import recomputed
 from argonne.parallel.sharding.initialisation import key_of
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -87,7 +88,10 @@ class Dropout(nn.Module):
         """``[..., features]`` and the keys of its rows ``[...]`` -> the same; without keys nothing is dropped."""
         if rows is None or self.probability == 0:
             return x
-        return _scaled(x, kept(_mixed(rows + self._key), x.shape[-1], self.probability), self.probability)
+        return _scaled(x, recomputed(self._kept, rows, x.shape[-1]), self.probability)
+
+    def _kept(self, rows: Tensor, columns: int) -> Tensor:
+        return kept(_mixed(rows + self._key), columns, self.probability)
 
     def of_heads(self, x: Tensor, rows: Tensor, heads: range) -> Tensor:
         """Attention's probabilities ``[batch, heads, queries, keys]``, of which ``rows`` are those of the queries.

@@ -24,6 +24,7 @@ from argonne.parallel.tensor_parallel.blocks import Block, Cut
 from argonne.parallel.tensor_parallel.linear import bias_initialiser_of
 from argonne.parallel.tensor_parallel.precision import Precision
 from argonne.parallel.tensor_parallel.products import column_parallel_linear
+from argonne.parallel.tensor_parallel.working_copy import WorkingCopy
 
 ROW_MULTIPLE = 8
 """Rows of a rank's part are padded to this: bf16 matrix products want 16-byte aligned rows of logits."""
@@ -93,6 +94,9 @@ class VocabularyRange:
 class _VocabParallel(nn.Module):
     """A ``[vocabulary, hidden]`` weight cut into vocabulary ranges."""
 
+    multiplies = True
+    """Whether it is made for products: those of a head."""
+
     def __init__(
         self,
         vocabulary: int,
@@ -108,7 +112,7 @@ class _VocabParallel(nn.Module):
         self.range = VocabularyRange.of_rank(vocabulary, self.axis.size, self.axis.rank, self.axis.blocks)
         self.cut = Cut(outputs=self.range.cut(self.axis))
         self.initialiser = initialiser or Normal(hidden**-0.5)
-        self.precision = precision
+        self.precision, self.working = precision, WorkingCopy(precision, at_once=self.multiplies)
         self.weight = nn.Parameter(torch.zeros(self.range.rows, hidden, dtype=precision.parameters))
         self.bias: nn.Parameter | None = None
 
@@ -131,6 +135,7 @@ class VocabParallelEmbedding(_VocabParallel):
         precision: the dtypes.
     """
 
+    multiplies = False
     _uses: Uses | None = None
 
     def separate_lookup(self) -> None:
@@ -226,5 +231,7 @@ def vocab_parallel_logits(x: Tensor, holder: VocabParallelEmbedding | VocabParal
 
 def _logits_of_rows(x: Tensor, holder: VocabParallelEmbedding | VocabParallelHead) -> Tensor:
     """Those of padding too."""
-    axis, precision = holder.axis, holder.precision
-    return column_parallel_linear(x, holder.weight, holder.bias, axis, precision, holder.sequence_parallel, holder.cut)
+    weight, bias, copy = holder.weight, holder.bias, holder.working.of(holder.weight)
+    return column_parallel_linear(
+        x, weight, bias, holder.axis, holder.precision, holder.sequence_parallel, holder.cut, copy
+    )

@@ -28,6 +28,7 @@ from argonne.parallel.tensor_parallel.blocks import Cut, cut_parts, heads_of_oth
 from argonne.parallel.tensor_parallel.precision import Precision
 from argonne.parallel.tensor_parallel.products import column_parallel_linear, local_linear, rows_product
 from argonne.parallel.tensor_parallel.token_blocks import add_bias, uses_by_token_blocks
+from argonne.parallel.tensor_parallel.working_copy import WorkingCopy
 
 
 class ColumnParallelLinear(nn.Module):
@@ -80,7 +81,7 @@ class ColumnParallelLinear(nn.Module):
         self.gather_output = gather_output
         self.bias_initialiser = bias_initialiser_of(bias, bias_initialiser)
         self.initialiser = initialiser or Normal(in_features**-0.5)
-        self.precision = precision
+        self.precision, self.working = precision, WorkingCopy(precision)
         self.splits = [part.local_features(self.axis.rank) for part in self.parts]
         self.cut = Cut(outputs=cut_parts(self.parts, self.axis), apart=heads_of_others(self.parts, self.axis))
         self.weight = nn.Parameter(torch.empty(sum(self.splits), in_features, dtype=precision.parameters))
@@ -91,8 +92,9 @@ class ColumnParallelLinear(nn.Module):
 
         Under sequence parallelism ``[tokens / ranks, ..., in_features]`` -> ``[tokens, ..., local features]``.
         """
+        copy = self.working.of(self.weight)
         y = column_parallel_linear(
-            x, self.weight, self.bias, self.axis, self.precision, self.sequence_parallel, self.cut
+            x, self.weight, self.bias, self.axis, self.precision, self.sequence_parallel, self.cut, copy
         )
         if not self.gather_output:
             return y
@@ -188,7 +190,7 @@ class RowParallelLinear(nn.Module):
         self.out_features = out_features
         self.initialiser = initialiser or Normal(self.in_features**-0.5)
         self.bias_initialiser = bias_initialiser_of(bias, bias_initialiser)
-        self.precision = precision
+        self.precision, self.working = precision, WorkingCopy(precision)
         self.cut = Cut(inputs=cut_parts((self.part,), self.axis))
         local = self.part.local_features(self.axis.rank)
         self.weight = nn.Parameter(torch.empty(out_features, local, dtype=precision.parameters))
@@ -202,9 +204,10 @@ class RowParallelLinear(nn.Module):
         """
         if not self.input_is_parallel:
             x = scatter_to_region(x, self.axis)
+        copy = self.working.of(self.weight)
         if self.axis.group is None and not self.cut:
-            return local_linear(x, self.weight, self.bias, self.precision)
-        partial = local_linear(x, self.weight, None, self.precision, self.cut)
+            return local_linear(x, self.weight, self.bias, self.precision, copy=copy)
+        partial = local_linear(x, self.weight, None, self.precision, self.cut, copy)
         if self.sequence_parallel and partial.ndim < 2:
             raise ArgonneError(f"x {list(x.shape)} has no tokens to share out; legal: [tokens, ..., local features]")
         leave = reduce_scatter_to_sequence_region if self.sequence_parallel else reduce_from_region

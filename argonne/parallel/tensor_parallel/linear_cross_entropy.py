@@ -68,12 +68,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         arithmetic: type[ShardedSoftmax],
         scale: list[Tensor] | None,
         parts_of_losses: list[Tensor] | None,
+        copy: Tensor | None,
     ) -> Tensor:
         ctx.scale = scale
         ctx.vocabulary, ctx.axis, ctx.objective, ctx.reduction = vocabulary, axis, objective, reduction
         ctx.site, ctx.arithmetic = site(), arithmetic
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
-        used = weight[: vocabulary.tokens].to(x.dtype)
+        used = (weight if copy is None else copy)[: vocabulary.tokens].to(x.dtype)
         used_bias = None if bias is None else bias[: vocabulary.tokens].to(x.dtype)
         parts = softmax_parts(arithmetic, targets, vocabulary, objective, axis)
         accurate = torch.promote_types(x.dtype, torch.float32)
@@ -107,7 +108,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 of_x.mul_(gradient)
             elif of_x is not None:
                 ctx.scale.append(gradient)
-            return of_x, *made, *(None,) * 9
+            return of_x, *made, *(None,) * 10
         x, used, used_bias, targets, sums = ctx.saved_tensors
         parts = softmax_parts(ctx.arithmetic, targets, ctx.vocabulary, ctx.objective, ctx.axis)
         gradients = _Gradients(ctx, x, used, sums.dtype, rows=ctx.vocabulary.rows)
@@ -117,7 +118,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 saved = part[chunk].save(_logits(x[chunk], used, used_bias, columns), sums[:, chunk])
                 of_logits.append(part[chunk].gradient(saved, sums[:, chunk], gradient[chunk]))
             gradients.add(chunk, of_logits, [columns for _, columns in parts], x, used)
-        return *gradients.result(), *(None,) * 9
+        return *gradients.result(), *(None,) * 10
 
 
 class _Gradients:
@@ -205,6 +206,7 @@ def vocab_parallel_linear_cross_entropy(
         arithmetic,
         scale,
         parts,
+        holder.working.of(holder.weight),
     )
 
 

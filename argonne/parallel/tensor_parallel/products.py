@@ -18,6 +18,7 @@ from argonne.parallel.tensor_parallel.blocks import WHOLE, Cut
 from argonne.parallel.tensor_parallel.deferral import accumulate, current_queue
 from argonne.parallel.tensor_parallel.gemm import as_matrix, lies_for_rows, product, product_of_rows, suits_onednn
 from argonne.parallel.tensor_parallel.precision import Precision
+from argonne.parallel.tensor_parallel.working_copy import in_dtype
 
 
 class _Product(torch.autograd.Function):
@@ -38,9 +39,10 @@ class _Product(torch.autograd.Function):
         shares_tokens: bool,
         precision: Precision,
         cut: Cut,
+        copy: Tensor | None,
     ) -> Tensor:
         ctx.axis, ctx.shares_tokens, ctx.site, ctx.cut = axis, shares_tokens, site(), cut
-        used = weight.to(precision.compute)
+        used = weight.to(precision.compute) if copy is None else copy
         ctx.main = weight if precision.accumulate_in_product and weight.requires_grad else None
         ctx.parameters = (weight, bias) if current_queue() is not None else None
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
@@ -69,7 +71,7 @@ class _Product(torch.autograd.Function):
             weight_gradient, bias_gradient = _parameter_gradients(ctx, needs_weight, needs_bias, gradient, x)
         if summing is not None:
             x_gradient = summing.wait()
-        return x_gradient, weight_gradient, bias_gradient, None, None, None, None
+        return x_gradient, weight_gradient, bias_gradient, None, None, None, None, None
 
 
 def _parameter_gradients(
@@ -97,15 +99,17 @@ def _accumulate_later(ctx: Any, needs_weight: bool, needs_bias: bool, gradient: 
             accumulate(parameter, found)
 
 
-def local_linear(x: Tensor, weight: Tensor, bias: Tensor | None, precision: Precision, cut: Cut = WHOLE) -> Tensor:
+def local_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, precision: Precision, cut: Cut = WHOLE, copy: Tensor | None = None
+) -> Tensor:
     """``x @ weight^T + bias`` in the compute dtype, without communication: as cheap as ``F.linear``."""
     _require_fit(x, weight)
     onednn = torch.is_grad_enabled() and suits_onednn(x) and precision.compute == torch.float32
     if cut or precision.accumulate_in_product or onednn or current_queue() is not None:
-        return _Product.apply(x, weight, bias, Axis("none"), False, precision, cut)
+        return _Product.apply(x, weight, bias, Axis("none"), False, precision, cut, copy)
     compute = precision.compute
     multiply = product_of_rows if lies_for_rows(weight) and not torch.is_grad_enabled() else F.linear
-    return multiply(x, weight.to(compute), None if bias is None else bias.to(compute))
+    return multiply(x, in_dtype(weight, compute, copy), None if bias is None else bias.to(compute))
 
 
 def column_parallel_linear(
@@ -116,6 +120,7 @@ def column_parallel_linear(
     precision: Precision,
     sequence_parallel: bool = False,
     cut: Cut = WHOLE,
+    copy: Tensor | None = None,
 ) -> Tensor:
     """``x @ weight^T + bias`` for this rank's rows of the weight.
 
@@ -128,6 +133,7 @@ def column_parallel_linear(
         precision: the dtypes; weight and bias are in that of the parameters.
         sequence_parallel: dimension 0 of ``x`` is shared out over ``axis``.
         cut: this rank's canonical blocks of the rows, of an axis that has such (``Axis.blocks``).
+        copy: the weight in the compute dtype, where there is one (``WorkingCopy``).
 
     Returns:
         ``[..., local_out]`` of all tokens. The gradient of ``x`` is the sum over the ranks.
@@ -136,13 +142,13 @@ def column_parallel_linear(
         ArgonneError: the shapes do not fit each other.
     """
     if axis.group is None:
-        return local_linear(x, weight, bias, precision, cut)
+        return local_linear(x, weight, bias, precision, cut, copy)
     _require_fit(x, weight, sequence_parallel)
     if not (torch.is_grad_enabled() or cut):
         whole = all_gather(x, axis).flatten(0, 1) if sequence_parallel else x
         compute, multiply = precision.compute, product_of_rows if lies_for_rows(weight) else product
-        return multiply(whole, weight.to(compute), None if bias is None else bias.to(compute))
-    return _Product.apply(x, weight, bias, axis, sequence_parallel, precision, cut)
+        return multiply(whole, in_dtype(weight, compute, copy), None if bias is None else bias.to(compute))
+    return _Product.apply(x, weight, bias, axis, sequence_parallel, precision, cut, copy)
 
 
 def rows_product(x: Tensor, weight: Tensor, bias: Tensor | None, precision: Precision) -> Tensor:

@@ -60,6 +60,7 @@ MEANINGS: Mapping[str, Meaning] = {
     # The same samples and the same bits, sooner or in less memory; and permissions, whose effects are told.
     **_all("free", "num_proc cache_dir prefetch_batches min_batch_size disable_gradient_checkpointing disable_compile"),
     **_all("free", "trust_remote_code accept_data_change"),
+    **_all("free", "recompute"),
 }
 """What another value of each flag means where a run is continued."""
 

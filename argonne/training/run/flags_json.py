@@ -28,6 +28,7 @@ def flags_to_json(config: RunConfig) -> dict[str, Any]:
         name: {field: _plain(value) for field, value in dataclasses.asdict(getattr(config, name)).items()}
         for name in GROUPS
     }
+    flags["training"] |= {"recompute": str(config.recompute), "disable_gradient_checkpointing": False}
     if flags["data"]["data_glob"] is None:
         flags["data"]["data_glob"] = matching_default()
     for name in ("data_glob", "validation_glob"):

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from argonne.checkpoint import load_pieces, save_checkpoint, weight_pieces
 from argonne.files import write_json
 from argonne.models import Execution, build_model, from_huggingface
+from argonne.models.recompute import Recompute
 from argonne.parallel import Layout, Precision, ProcessGroups, complete_gradients
 from tests.losses import summed_loss
 from tests.whole import Parts, parts_of
@@ -42,7 +43,7 @@ class Case:
     layout: Layout
     batch: int
     length: int
-    recompute: bool = False
+    recompute: Recompute = Recompute.NONE
 
     def ids(self) -> Tensor:
         generator = torch.Generator().manual_seed(self.length)
