@@ -14,8 +14,18 @@ from argonne.parallel.errors import OutOfMemory
 _WORDS = ("can't allocate memory", "out of memory", "alloc_failed")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is an allocator's complaint."""
+def complaint(error: BaseException) -> BaseException | None:
+    """The allocator's complaint behind ``error``, which may be the error itself, or what that was raised for.
+
+    PyTorch's pipelines raise another of their own for what happens in a stage.
+    """
+    seen: BaseException | None = error
+    while seen is not None and not _is_complaint(seen):
+        seen = seen.__cause__ or seen.__context__
+    return seen
+
+
+def _is_complaint(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS)
@@ -31,9 +41,9 @@ def told(what: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if (found := complaint(error)) is None:
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        reason = (str(found).strip() or type(found).__name__).splitlines()[0][:160]
         message = f"memory ran out on rank {this_process().rank} {what()} ({reason})"
     else:
         return

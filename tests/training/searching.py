@@ -40,7 +40,7 @@ class Failure:
 
 
 def searched(groups: ProcessGroups, config: RunConfig, failure: Failure) -> tuple[int, list[float], bool]:
-    """The micro-batch that is found, the losses that follow, and whether the search has drawn a random number."""
+    """The micro-batch that is found, the losses that follow, and whether the random streams are as they were."""
     workload = prepare(config, groups)
     if failure.where == "limit":  # half-way between what is needed here and for twice as many sequences
         needs = [rehearse(config, workload, groups, size, math.inf).needs for size in (LARGEST, 2 * LARGEST)]
@@ -51,10 +51,10 @@ def searched(groups: ProcessGroups, config: RunConfig, failure: Failure) -> tupl
     with failing, mock.patch.object(room, "surely_fits", return_value=False), mock.patch.object(room, "resident_bytes"):
         room.resident_bytes.return_value = 0  # type: ignore[attr-defined]
         config, workload, found = room.search(config, workload, groups, computes=failure.where != "limit")
-    size = config.training.initial_batch_size
+    size, is_untouched = config.training.initial_batch_size, random_state() == before
     assert found is not None
     assert found.micro_batch == size
-    return size, losses(groups, config, workload), random_state() == before
+    return size, losses(groups, config, workload), is_untouched
 
 
 def undisturbed(groups: ProcessGroups, config: RunConfig) -> list[float]:

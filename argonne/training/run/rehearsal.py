@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from argonne.launch.out_of_memory import is_out_of_memory
+from argonne.launch.out_of_memory import complaint
 from argonne.models import Batch, CrossEntropyLoss
 from argonne.parallel import Draws, ProcessGroups
 from argonne.parallel.communication.isolation import isolated
@@ -64,7 +64,7 @@ def rehearse(
         except NotFinite:
             pass  # sums of this rank's parts alone may be, and the run's own step will say so if it is not the cause
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if complaint(error) is None:
                 raise
             fits = False
     learner = None  # type: ignore[assignment]

@@ -24,6 +24,7 @@ from argonne.training.run.identity import RunIdentity, differences
 from argonne.training.run.job import joined, log
 from argonne.training.run.memory import memory_told
 from argonne.training.run.model import ModelBuilder
+from argonne.training.run.search import in_vain
 from argonne.training.run.setup import prepare, with_tokens
 from argonne.training.run.workflow import begin, is_done, restore, train
 from argonne.training.state import TrainingState
@@ -101,6 +102,7 @@ def resume(config: ResumeConfig, model: ModelBuilder | None = None) -> int:
 
         if not flags.force_from_scratch and is_done(config, checkpoint, groups):
             return 0
+        log(groups, *in_vain(config, groups, begins=False))
         workload = with_tokens(config, workload, groups)
         with memory_told(config, shape, groups, lambda: "as the model was made"):
             state = TrainingState.build(config, workload, groups)

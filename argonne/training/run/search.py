@@ -112,6 +112,17 @@ def sizes(config: RunConfig) -> Iterator[int]:
         size = max(size // 2, training.min_batch_size)
 
 
+def in_vain(config: RunConfig, groups: ProcessGroups, begins: bool) -> list[str]:
+    """A line for each flag of the search that this command names and that does nothing, as ``begins`` says of the run."""
+    settled, initial = "the micro-batch of a run is settled as it begins", config.training.initial_batch_size
+    found = []
+    if "min_batch_size" in config.given and (not begins or config.training.min_batch_size >= initial):
+        found.append(("--min-batch-size", f"initial_batch_size={initial} is no more" if begins else settled))
+    if "memory_limit" in config.given and not begins and groups.device.type == "cpu":
+        found.append(("--memory-limit", settled))
+    return [f"note: {flag} has no effect: {why}" for flag, why in found]
+
+
 def _try(config: RunConfig, workload: Workload, groups: ProcessGroups, size: int, room: Room | None) -> _Told:
     """Try a size on this rank, and count it where there is a ``room``; whatever becomes of it, the rank returns."""
     try:

@@ -27,6 +27,7 @@ from argonne.training.run.kept_files import KeptFiles
 from argonne.training.run.kept_tokenizer import keep
 from argonne.training.run.memory import memory_told
 from argonne.training.run.model import ModelBuilder
+from argonne.training.run.search import in_vain as search_in_vain
 from argonne.training.run.search import search
 from argonne.training.run.setup import Workload, prepare, with_tokens
 from argonne.training.state import TrainingState, versions
@@ -56,6 +57,7 @@ def pretrain(config: RunConfig, model: ModelBuilder | None = None) -> int:
             trainer = load_trainer(checkpoint)
             became = changed_since(trainer, workload.identity, workload.conditions, config)
         found = None if saved is None else saved.search
+        log(groups, *search_in_vain(config, groups, begins=saved is None))
         if saved is None:
             config, workload, found = search(config, workload, groups)
             shape = batch_of(config, groups.data.size, None)
