@@ -113,7 +113,7 @@ def sizes(config: RunConfig) -> Iterator[int]:
 
 
 def in_vain(config: RunConfig, groups: ProcessGroups, begins: bool) -> list[str]:
-    """A line for each flag of the search that this command names and that does nothing, as ``begins`` says of the run."""
+    """A line for each flag of the search that does nothing though this command names it; ``begins``: a new run."""
     settled, initial = "the micro-batch of a run is settled as it begins", config.training.initial_batch_size
     found = []
     if "min_batch_size" in config.given and (not begins or config.training.min_batch_size >= initial):
