@@ -20,6 +20,7 @@ from argonne.launch.refusal import (
     leave_for_good,
     log,
     refuse,
+    refuse_alone,
     reports_loss,
     stopped_status,
     was_refused,
@@ -27,7 +28,7 @@ from argonne.launch.refusal import (
 from argonne.launch.signals import STOP
 from argonne.output import steady_output
 from argonne.parallel.communication import environment
-from argonne.parallel.errors import ArgonneError
+from argonne.parallel.errors import ArgonneError, OutOfMemory
 
 
 class Launchable(Protocol):
@@ -92,6 +93,8 @@ def guarded(body: Callable[[], None]) -> None:
     STOP.listen()
     try:
         body()
+    except OutOfMemory as error:
+        refuse_alone(error)
     except ArgonneError as error:
         refuse(error)
     except OSError as error:

@@ -33,6 +33,8 @@ _REFUSED = "argonne/refused"
 """Is in the store of a job that a rank has refused."""
 _LOST = "argonne/lost"
 """Is in the store of a job whose loss of a process a rank has reported: which."""
+_TOLD = "argonne/told"
+"""Counts, in the store of a job, the ranks that have something to tell of their own."""
 _FIRST_RANK_REPORTS_WITHIN = 20.0  # seconds
 LAUNCHER_LOOKS_WITHIN = 2.0  # seconds; a launcher has then acted on the rank that failed first
 
@@ -81,6 +83,24 @@ def refuse(error: ArgonneError) -> NoReturn:
             time.sleep(_FIRST_RANK_REPORTS_WITHIN + (0.0 if here.is_first_here else LAUNCHER_LOOKS_WITHIN))
         message = f"rank {here.rank}: {message}"
     log(f"error: {message}")
+    _leave_refused()
+
+
+def refuse_alone(error: ArgonneError) -> NoReturn:
+    """Report what this rank may have met alone, unless another has just reported such a thing; then end with status 2.
+
+    The others, which wait for this one, end without a word.
+    """
+    first = True
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            first = dist.distributed_c10d._get_default_store().add(_TOLD, 1) == 1
+    if first:
+        log(f"error: {error}")
+    _leave_refused()
+
+
+def _leave_refused() -> NoReturn:
     if dist.is_initialized():
         with contextlib.suppress(RuntimeError):
             dist.distributed_c10d._get_default_store().set(_REFUSED, "")

@@ -10,6 +10,10 @@ class ArgonneError(ValueError):
     """
 
 
+class OutOfMemory(ArgonneError):
+    """Memory has run out on this rank, and perhaps on it alone: it does not wait for another to report that."""
+
+
 class LayoutError(ArgonneError):
     """A parallel layout that the model, the data or the number of processes does not allow."""
 

@@ -7,7 +7,6 @@ import math
 import resource
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from argonne.training.appended import AppendedFile
+from argonne.training.machine import status_bytes
 from argonne.training.plot import Outline
 
 # Dense bf16 peak, FLOP/s, from the vendor's data sheets.
@@ -38,10 +38,8 @@ def memory_gib(device: torch.device) -> float:
     """Peak memory of this process: on the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    with suppress(OSError):  # rusage's peak begins with that of the process that started this one
-        for line in Path("/proc/self/status").read_bytes().splitlines():
-            if line.startswith(b"VmHWM:"):
-                return int(line.split()[1]) / 2**20
+    if (peak := status_bytes("VmHWM")) is not None:  # rusage's begins with that of the process that started this one
+        return peak / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

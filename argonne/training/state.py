@@ -30,6 +30,7 @@ from argonne.parallel.communication.collectives import collectively, gather_obje
 from argonne.training.config import RunConfig
 from argonne.training.loss_scale import LossScale
 from argonne.training.optimizer import build_optimizer
+from argonne.training.run.file import Search
 from argonne.training.run.flags_json import flags_to_json
 from argonne.training.run.identity import dtype_name
 from argonne.training.run.kept_files import KeptFiles
@@ -51,6 +52,8 @@ class TrainingState(Learner):
     """The state of each lane that this rank reads; empty where none was read yet."""
     changes: list[dict[str, Any]] = field(default_factory=list)
     """What was changed on the way, each with the last ``step`` before it and a ``text``."""
+    search: Search | None = None
+    """How the run's micro-batch was found, if it was searched for."""
     kept: KeptFiles | None = None
     """What checkpoints keep of the directory that the run began with, if it began with one; on the first rank."""
 
@@ -166,6 +169,7 @@ class TrainingState(Learner):
             "identity": workload.identity.to_json(),
             "conditions": workload.conditions,
             "changes": self.changes,
+            **({} if self.search is None else {"search": dataclasses.asdict(self.search)}),
             # The directory's tokenizer names the run's boundary tokens instead.
             "special_tokens": special_tokens(workload.tokenizer),
             "flags": flags_to_json(config),

@@ -36,7 +36,11 @@ class TrainingFlags:
     initial_batch_size: int = 512
     """Sequences of a micro-batch on each data-parallel rank."""
     min_batch_size: int = 4
-    """The smallest micro-batch that an out-of-memory search may use (the search is not built yet)."""
+    """The smallest micro-batch that a new run tries, where larger ones do not fit into memory."""
+    memory_limit: float | None = None
+    """GiB that a rank may use: a new run's micro-batch is halved until its step needs no more. On a CPU the whole
+    process counts; on a GPU what PyTorch allocates there, and the limit holds while the run goes on
+    [on a CPU a rank's share of what is free; on a GPU all of it]."""
     gradient_accumulation_steps: int = 4
     """Micro-batches of an optimizer step."""
     learning_rate: float = 1e-4
@@ -126,6 +130,8 @@ class TrainingFlags:
             require_share(name, getattr(self, name))
             if getattr(self, name) == 1:
                 raise ArgonneError(f"{name}=1 is not legal, as no gradient would count; legal: 0 up to less than 1")
+        if self.memory_limit is not None:
+            require_number("memory_limit", self.memory_limit)
         require_share("label_smoothing", self.label_smoothing)
         require_number("z_loss", self.z_loss, zero=True)
         if not 0 <= self.min_learning_rate <= self.learning_rate:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from argonne.parallel.communication import recording
 from argonne.parallel.communication.groups import Axis
+from argonne.parallel.communication.isolation import is_isolated
 from argonne.parallel.errors import ArgonneError
 
 T = TypeVar("T")
@@ -217,8 +218,8 @@ def barrier(axis: Axis) -> None:
 
 def gather_objects(value: T, axis: Axis) -> list[T]:
     """Every rank's small Python ``value``, in rank order. For set-up and saves, not for training steps."""
-    if axis.group is None:
-        return [value]
+    if axis.group is None or is_isolated():
+        return [value] * axis.size
     gathered: list[Any] = [None] * axis.size
     entry = recording.announce("gather_objects", axis)
     dist.all_gather_object(gathered, value, group=axis.group)

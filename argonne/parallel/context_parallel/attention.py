@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from argonne.parallel.communication.groups import Axis
+from argonne.parallel.communication.isolation import unobserved
 from argonne.parallel.communication.regions import gather_from_sequence_region
 from argonne.parallel.context_parallel.variable_length import DocumentBounds, variable_length_attention
 from argonne.parallel.errors import ArgonneError, LayoutError
@@ -156,7 +157,8 @@ def _mask(chunk: range, documents: Tensor | None) -> Tensor:
         from torch.nn.attention.bias import causal_lower_right  # brings the compiler, which takes seconds to import
 
         # The last query sees the last key. Never materialised where flash attention takes it.
-        return causal_lower_right(len(chunk), chunk.stop)
+        with unobserved():
+            return causal_lower_right(len(chunk), chunk.stop)
     seen = documents[:, : chunk.stop]
     same = rearrange(seen[:, chunk.start :], "batch query -> batch 1 query 1") == rearrange(
         seen, "batch key -> batch 1 1 key"

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from argonne.parallel.communication.collectives import Pending
 from argonne.parallel.communication.groups import Axis, ProcessGroups
+from argonne.parallel.communication.isolation import unobserved
 from argonne.parallel.communication.reduction import start_sum, sum_and_scatter
 from argonne.parallel.data_parallel.buckets import LateGradient, OverlappedReduction, gradient_bytes, plan_buckets
 from argonne.parallel.data_parallel.leaves import LeafSums
@@ -96,7 +97,8 @@ class FullyShard(DataParallel):
         }
         axes = _ShardingAxes.of(groups.replicas, shard)
         assert axes.within.group is not None, "there is one replica only"
-        mesh = DeviceMesh.from_group(axes.within.group, groups.device.type, mesh_dim_names=("replicas",))
+        with unobserved():
+            mesh = DeviceMesh.from_group(axes.within.group, groups.device.type, mesh_dim_names=("replicas",))
         for module in self._modules:
             _materialise(module, groups.device)
             fully_shard(module, mesh=mesh, mp_policy=_policy(precision, groups.reproducible))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from argonne.parallel.communication.groups import Axis
+from argonne.parallel.communication.isolation import is_isolated
 from argonne.parallel.communication.tree import tree_sum
 from argonne.parallel.errors import LayoutError
 from argonne.parallel.sharding.partition import Partition
@@ -149,14 +150,14 @@ def _summed_over_rows(a: Tensor, b: Tensor, blocks: Sequence[Block]) -> Tensor:
 def _columns(a: Tensor, b: Tensor, blocks: tuple[Block, ...]) -> Tensor:
     """``a @ b^T`` of ``[..., k]`` and ``[n, k]``, whose columns are as if each block of ``n`` were on its own."""
     a, b = _apart(a), _apart(b)
-    alike = _columns_are_alike(_kind(a), _kind(b), blocks, suits_onednn(a))
+    alike = _columns_are_alike(_kind(a), _kind(b), blocks, suits_onednn(a), is_isolated())
     return product(a, b) if alike else _by_columns(a, b, blocks)
 
 
 def _rows(a: Tensor, b: Tensor, blocks: tuple[Block, ...]) -> Tensor:
     """``a^T @ b`` of ``[k, m]`` and ``[k, n]``, whose rows are as if each block of ``m`` were on its own."""
     a, b = _apart(a), _apart(b)
-    alike = _rows_are_alike(_kind(a), _kind(b), blocks, suits_onednn(a))
+    alike = _rows_are_alike(_kind(a), _kind(b), blocks, suits_onednn(a), is_isolated())
     return product(a.t(), b.t()) if alike else _by_rows(a, b, blocks)
 
 
@@ -190,14 +191,17 @@ def _kind(x: Tensor) -> _Kind:
 
 
 @functools.cache
-def _columns_are_alike(a: _Kind, b: _Kind, blocks: tuple[Block, ...], onednn: bool) -> bool:
-    """Whether the library's product at once has the bits of the blocks' products: tried once for each shape."""
+def _columns_are_alike(a: _Kind, b: _Kind, blocks: tuple[Block, ...], onednn: bool, isolated: bool) -> bool:
+    """Whether the library's product at once has the bits of the blocks' products: tried once for each shape.
+
+    And once more in isolation, where numbers may be made up.
+    """
     draws = _draws(a, b, math.prod(a[0][:-1]) * b[0][0])
     return all(torch.equal(product(x, y), _by_columns(x, y, blocks)) for x, y in draws)
 
 
 @functools.cache
-def _rows_are_alike(a: _Kind, b: _Kind, blocks: tuple[Block, ...], onednn: bool) -> bool:
+def _rows_are_alike(a: _Kind, b: _Kind, blocks: tuple[Block, ...], onednn: bool, isolated: bool) -> bool:
     draws = _draws(a, b, a[0][1] * b[0][1])
     return all(torch.equal(product(x.t(), y.t()), _by_rows(x, y, blocks)) for x, y in draws)
 

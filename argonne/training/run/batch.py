@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from argonne.parallel.errors import ArgonneError
 from argonne.training.batch_shape import BatchShape
 from argonne.training.config import ResumeConfig, RunConfig
 from argonne.training.run.file import StoredRun
+
+
+def as_found(config: RunConfig, saved: StoredRun | None) -> RunConfig:
+    """The flags with the micro-batch that the run's search found, if they ask for the one that it began with."""
+    search = None if saved is None else saved.search
+    if search is None or config.training.initial_batch_size != search.initial:
+        return config
+    return with_micro_batch(config, search.micro_batch)
+
+
+def with_micro_batch(config: RunConfig, size: int) -> RunConfig:
+    """The flags as if they had asked for micro-batches of ``size`` sequences."""
+    return replace(config, training=replace(config.training, initial_batch_size=size))
 
 
 def batch_of(config: RunConfig, replicas: int, saved: StoredRun | None) -> BatchShape:

@@ -61,6 +61,8 @@ MEANINGS: Mapping[str, Meaning] = {
     **_all("free", "num_proc cache_dir prefetch_batches min_batch_size disable_gradient_checkpointing disable_compile"),
     **_all("free", "trust_remote_code accept_data_change"),
     **_all("free", "recompute"),
+    # What the search for the micro-batch goes by; what it finds is in initial_batch_size.
+    **_all("free", "memory_limit"),
 }
 """What another value of each flag means where a run is continued."""
 

@@ -57,7 +57,6 @@ def in_vain(config: RunConfig, layout: Layout) -> list[str]:
     trained = data.tokenizer_path is None and config.model.init_from is None
     past_the_end = all(steps.start > config.training.total_steps for steps in config.run.traced_steps.ranges)
     idle = (
-        ("--min-batch-size", True, "the search for a batch that fits into memory is not built yet"),
         ("--disable-compile", True, "compilation is not built yet, and every run is eager"),
         ("--num-proc", data.streaming, "without --no-streaming, tokens are made while training"),
         ("--trust-remote-code", trained, "without --tokenizer-path, no tokenizer comes with code"),

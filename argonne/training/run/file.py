@@ -18,6 +18,25 @@ RUN = "run.json"
 
 
 @dataclass(frozen=True)
+class Search:
+    """What a search for a micro-batch that fits into memory has come to."""
+
+    initial: int
+    """Sequences of the first that was tried: what the flags asked for."""
+    micro_batch: int
+    """Sequences of the one that fitted: the run's."""
+
+    @classmethod
+    def from_json(cls, saved: Any) -> Search | None:
+        """What ``dataclasses.asdict`` made; None for None. Raises ``ValueError`` for anything else."""
+        if saved is None:
+            return None
+        if not isinstance(saved, dict) or not all(_is_count(saved.get(each.name)) for each in fields(cls)):
+            raise ValueError("its search is of another kind")
+        return cls(saved["initial"], saved["micro_batch"])
+
+
+@dataclass(frozen=True)
 class StoredRun:
     """What a run's directory says that the run is."""
 
@@ -26,11 +45,13 @@ class StoredRun:
     """Sequences of an optimizer step."""
     first_layout: Mapping[str, Any]
     """The layout that the run began in: the fields of ``Layout``."""
+    search: Search | None = None
+    """How its micro-batch was found, where it is not the one that was asked for."""
 
     @classmethod
     def from_json(cls, run: Mapping[str, Any]) -> StoredRun:
         """What ``run.json`` says. Raises ``ValueError`` naming what is missing or of another kind."""
-        missing = {each.name for each in fields(cls)} - set(run)
+        missing = {each.name for each in fields(cls) if each.name != "search"} - set(run)
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         identity, first = RunIdentity.of_saved(run), run["first_layout"]
@@ -41,7 +62,7 @@ class StoredRun:
         for name, is_wrong in wrong.items():
             if is_wrong:
                 raise ValueError(f"its {name} is of another kind")
-        return cls(identity, run["global_batch"], first)
+        return cls(identity, run["global_batch"], first, Search.from_json(run.get("search")))
 
     @property
     def first_replicas(self) -> int:

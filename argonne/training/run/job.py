@@ -10,6 +10,7 @@ from argonne.parallel.communication.collectives import collectively
 from argonne.parallel.communication.environment import this_process
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import RunConfig
+from argonne.training.machine import limit_gpu
 from argonne.training.run.directory import claim
 from argonne.training.run.reproducible import blocks_of, settle_process
 
@@ -22,6 +23,8 @@ def joined(config: RunConfig) -> Iterator[ProcessGroups]:
     if blocks is not None:
         settle_process(device)
     with process_groups(layout, device) as groups:
+        if config.training.memory_limit is not None and device.type == "cuda":
+            limit_gpu(device, config.training.memory_limit)
         groups = groups if blocks is None else groups.in_blocks(blocks)
         directory = config.run.output_dir
         own = collectively(lambda: claim(directory) if groups.is_first else None, groups.world)

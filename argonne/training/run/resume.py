@@ -18,10 +18,13 @@ from argonne.training.run.batch import batch_of_resume
 from argonne.training.run.checks import check
 from argonne.training.run.conditions import announced, changed_since
 from argonne.training.run.directory import read_run
+from argonne.training.run.file import Search
 from argonne.training.run.flags_json import saved_flags
 from argonne.training.run.identity import RunIdentity, differences
 from argonne.training.run.job import joined, log
+from argonne.training.run.memory import memory_told
 from argonne.training.run.model import ModelBuilder
+from argonne.training.run.search import in_vain
 from argonne.training.run.setup import prepare, with_tokens
 from argonne.training.run.workflow import begin, is_done, restore, train
 from argonne.training.schedule import Schedule
@@ -102,15 +105,18 @@ def resume(config: ResumeConfig, model: ModelBuilder | None = None) -> int:
 
         if not flags.force_from_scratch and is_done(config, checkpoint, groups):
             return 0
+        log(groups, *in_vain(config, groups, begins=False))
         workload = with_tokens(config, workload, groups)
-        state = TrainingState.build(config, workload, groups)
-        if flags.force_from_scratch:
-            log(groups, *announced(became))
-            begin(state, config, workload, shape)
-            return train(config, workload, state, shape, None)
-        path = config.data.tokenizer_path
-        restore(state, checkpoint, workload, became, path, flags.reset_optimizer, flags.rewarmup_steps)
-        return train(config, workload, state, shape, checkpoint)
+        with memory_told(config, shape, groups, lambda: "as the model was made"):
+            state = TrainingState.build(config, workload, groups)
+            state.search = Search.from_json(saved.get("search"))
+            if flags.force_from_scratch:
+                log(groups, *announced(became))
+                begin(state, config, workload, shape)
+            else:
+                path = config.data.tokenizer_path
+                restore(state, checkpoint, workload, became, path, flags.reset_optimizer, flags.rewarmup_steps)
+        return train(config, workload, state, shape, None if flags.force_from_scratch else checkpoint)
 
 
 def check_decay(schedule: Schedule, saved: Mapping[str, Any]) -> None:

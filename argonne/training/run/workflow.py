@@ -15,7 +15,7 @@ from argonne.parallel.communication.collectives import collectively
 from argonne.parallel.errors import ArgonneError
 from argonne.training.batch_shape import BatchShape
 from argonne.training.config import RunConfig
-from argonne.training.run.batch import batch_of
+from argonne.training.run.batch import as_found, batch_of
 from argonne.training.run.conditions import announced, changed_since
 from argonne.training.run.conflicts import in_vain
 from argonne.training.run.continuation import continue_at
@@ -27,7 +27,10 @@ from argonne.training.run.identity import RunIdentity
 from argonne.training.run.job import joined, log
 from argonne.training.run.kept_files import KeptFiles
 from argonne.training.run.kept_tokenizer import keep
+from argonne.training.run.memory import memory_told
 from argonne.training.run.model import ModelBuilder
+from argonne.training.run.search import in_vain as search_in_vain
+from argonne.training.run.search import search
 from argonne.training.run.setup import Workload, prepare, with_tokens
 from argonne.training.state import TrainingState, versions
 from argonne.training.trainer import Trainer
@@ -42,6 +45,7 @@ def pretrain(config: RunConfig, model: ModelBuilder | None = None) -> int:
     directory = config.run.output_dir
     with joined(config) as groups:
         saved = collectively(lambda: read_run(directory), groups.world)
+        config = as_found(config, saved)
         shape = batch_of(config, groups.data.size, saved)
         if groups.reproducible:
             shape.check_reproducible(config.parallel.kind)
@@ -54,12 +58,19 @@ def pretrain(config: RunConfig, model: ModelBuilder | None = None) -> int:
                 return 0
             trainer = load_trainer(checkpoint)
             became = changed_since(trainer, workload.identity, workload.conditions, config)
+        found = None if saved is None else saved.search
+        log(groups, *search_in_vain(config, groups, begins=saved is None))
+        if saved is None:
+            config, workload, found = search(config, workload, groups)
+            shape = batch_of(config, groups.data.size, None)
         workload = with_tokens(config, workload, groups)
-        state = TrainingState.build(config, workload, groups)
-        if checkpoint is None:
-            begin(state, config, workload, shape)
-        else:
-            restore(state, checkpoint, workload, became, config.data.tokenizer_path)
+        with memory_told(config, shape, groups, lambda: "as the model was made"):
+            state = TrainingState.build(config, workload, groups)
+            state.search = found
+            if checkpoint is None:
+                begin(state, config, workload, shape)
+            else:
+                restore(state, checkpoint, workload, became, config.data.tokenizer_path)
         return train(config, workload, state, shape, checkpoint)
 
 
@@ -173,7 +184,8 @@ def train(
         *in_vain(config, groups.layout),
         *_notes(config, workload, trainer.assignment),
     )
-    return trainer.run()
+    with memory_told(config, shape, groups, lambda: f"after step {state.step}"):
+        return trainer.run()
 
 
 def _begin(config: RunConfig, workload: Workload, state: TrainingState, shape: BatchShape, trainer: Trainer) -> None:
@@ -184,6 +196,7 @@ def _begin(config: RunConfig, workload: Workload, state: TrainingState, shape: B
         "identity": workload.identity.to_json(),
         "conditions": workload.conditions,
         "changes": state.changes,
+        "search": None if state.search is None else dataclasses.asdict(state.search),
         "global_batch": shape.global_batch,
         "layout": layout,
         "first_layout": before.first_layout if before else layout,

@@ -1,0 +1,102 @@
+"""One step of a run, taken by a rank alone with a model of its own, to see whether there is memory for it.
+
+It is the whole step: every micro-batch, the sums over other ranks in equal memory, the update. On a GPU it is computed;
+on a CPU its tensors are counted (``counting``). Nothing of the run exists yet that it could change.
+"""
+
+from __future__ import annotations
+
+import gc
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from argonne.launch.out_of_memory import complaint
+from argonne.models import Batch, CrossEntropyLoss
+from argonne.parallel import Draws, ProcessGroups
+from argonne.parallel.communication.isolation import isolated
+from argonne.parallel.data_parallel.leaves import LeafSums
+from argonne.training.config import RunConfig
+from argonne.training.counting import Count, counted
+from argonne.training.loss_scale import LossScale
+from argonne.training.run.setup import Workload
+from argonne.training.state import TrainingState
+from argonne.training.step import NotFinite, train_step
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What came of a step."""
+
+    fits: bool
+    needs: int = 0
+    """Bytes of tensors at the most, where they were counted: all of them, or those up to the limit."""
+    state: int = 0
+    """Those of the weights and moments."""
+
+
+def rehearse(
+    config: RunConfig, workload: Workload, groups: ProcessGroups, size: int, limit: float | None = None
+) -> Rehearsed:
+    """Try a step of micro-batches of ``size`` sequences, and free all that it took.
+
+    Args:
+        config: the flags.
+        workload: what is trained.
+        groups: the processes, of which none but this one takes part.
+        size: sequences of a micro-batch.
+        limit: count the bytes of tensors up to this one; None: compute.
+    """
+    on_gpu = groups.device.type == "cuda"
+    counting: AbstractContextManager[Count | None] = nullcontext() if limit is None else counted(limit)
+    fits, state = True, 0
+    with torch.random.fork_rng([groups.device] if on_gpu else []), counting as count, isolated():
+        try:
+            learner = TrainingState.build(config, workload, groups)
+            learner.loss_scale = LossScale()  # an overflow would end the step before its update
+            state = 0 if count is None else count.live
+            if count is None:
+                learner.initialise(config.training.seed)  # numbers that stay finite
+            else:
+                learner.replicas.publish()
+            _step(learner, config, groups, size)
+        except NotFinite:
+            pass  # sums of this rank's parts alone may be, and the run's own step will say so if it is not the cause
+        except (RuntimeError, MemoryError) as error:
+            if complaint(error) is None:
+                raise
+            fits = False
+    learner = None  # type: ignore[assignment]
+    gc.collect()  # a model and its hooks are in cycles of references
+    if on_gpu:
+        torch.cuda.empty_cache()
+    return Rehearsed(fits, 0 if count is None else count.peak, state)
+
+
+def _step(learner: TrainingState, config: RunConfig, groups: ProcessGroups, size: int) -> None:
+    seed, clip, block_size = config.training.seed, config.training.gradient_clip, config.data.block_size
+    asked = config.training.gradient_accumulation_steps
+    count = micro_batches(config, groups, asked)
+    tokens = torch.randint(2, (count, size, block_size + 1), device=groups.device)  # of every vocabulary
+    documents = tokens.cumsum(-1)[..., :-1] if config.data.document_mask else None
+    draws = Draws(seed, 1, torch.arange(count * size).view(count, size))
+    batch = Batch(tokens[..., :-1], tokens[..., 1:], documents, divisor=float(tokens.numel()), draws=draws)
+    kept = None
+    if learner.replicas.leaves is not None:  # what a tree of more micro-batches keeps besides
+        more = LeafSums.most(asked) - LeafSums.most(count)
+        kept = torch.empty(more * learner.replicas.leaves.gradient_bytes, dtype=torch.uint8, device=groups.device)
+    train_step(learner, batch, CrossEntropyLoss(config.training.objective, config.training.kernels), 0.0, clip)
+    del kept
+
+
+def micro_batches(config: RunConfig, groups: ProcessGroups, accumulation: int) -> int:
+    """The fewest micro-batches of a step that take as much memory as ``accumulation`` do.
+
+    A second one finds the gradients of the first. Those of a pipeline are under way together: all of them (``gpipe``),
+    or as many as there are stages, and as many again on their way back.
+    """
+    plan = config.parallel.plan(groups.layout)
+    if plan.ranks > 1:
+        return accumulation if plan.schedule == "gpipe" else min(accumulation, 2 * plan.stages)
+    return min(accumulation, 2)
