@@ -8,7 +8,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from statistics import median
 from typing import Any, Protocol
@@ -91,6 +91,33 @@ class GraphTimer:
             return start.elapsed_time(end) / 1e3 / count
 
         sample()
+        return sample
+
+
+class WallTimer:
+    """Calls one by one, by the host's clock: to see that everything runs where there is no GPU."""
+
+    def __init__(self) -> None:
+        self.prepared: list[tuple[int, int, bool]] = []
+        """What was to be timed: sets of inputs, calls, and whether a graph could hold them."""
+
+    def within(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def copies(self, size: int) -> int:
+        return 2 if size else 1
+
+    def prepare(self, calls: Sequence[Call], count: int, capturable: bool) -> Sample:
+        self.prepared.append((len(calls), count, capturable))
+        for call in calls:
+            call()
+
+        def sample() -> float:
+            began = time.perf_counter()
+            for call in calls:
+                call()
+            return (time.perf_counter() - began) / len(calls)
+
         return sample
 
 
@@ -222,7 +249,7 @@ def _times(
     return found
 
 
-def host_microseconds(case: Case, entrant: Contestant, device: torch.device) -> float:
+def host_microseconds(case: Case, entrant: Contestant, device: torch.device, calls: int = HOST_CALLS) -> float:
     """What an eager forward call costs the host, with gradients wanted, at a shape that costs a GPU next to nothing."""
     small = {name: min(getattr(case, name), SMALL_WIDTH) for name in ("hidden", "feed_forward", "vocabulary")}
     tensors = inputs_of(replace(case, tokens=SMALL_TOKENS, **small), device)
@@ -231,12 +258,12 @@ def host_microseconds(case: Case, entrant: Contestant, device: torch.device) -> 
     collects = gc.isenabled()
     gc.disable()
     try:
-        for _ in range(HOST_ROUNDS):
+        for _ in range(HOST_ROUNDS if calls > 1 else 2):
             wait(device)
             began = time.perf_counter()
-            for _ in range(HOST_CALLS):
+            for _ in range(calls):
                 call()
-            rounds.append((time.perf_counter() - began) / HOST_CALLS)
+            rounds.append((time.perf_counter() - began) / calls)
     finally:
         if collects:
             gc.enable()
