@@ -82,7 +82,10 @@ PARTS = (
         5,
         _benchmark("gpu_tests", "--workers", "4"),
         output="gpu_tests_{device}.json",
-        rehearsal=("--select", "tests/kernels/test_interpreted.py", "-k", "repeats or no_row", "--workers", "0"),
+        rehearsal=(
+            *("--select", "tests/kernels/test_gpu.py", "tests/kernels/test_dispatch.py"),
+            *("-k", "(test_swiglu and dtype1 and 81) or is_refused_naming_it", "--workers", "0"),
+        ),
         needs=_TESTS,
     ),
     Part(

@@ -31,6 +31,8 @@ SHORTEST = 2e-3
 """Seconds that one replay should take at least, so that its start (microseconds) does not count."""
 FAST_BYTES, FAST_FLOPS = 4e12, 8e14
 """A second's, of about an H200: to tell how many calls take ``SHORTEST``."""
+LAUNCH = 1e-6
+"""Seconds that a kernel takes at least, whatever its size."""
 HOST_CALLS, HOST_ROUNDS = 100, 9
 SMALL_TOKENS, SMALL_WIDTH = 16, 1024
 """A shape whose kernels end before the host is done with the call."""
@@ -52,9 +54,10 @@ class Timer(Protocol):
 class GraphTimer:
     """Calls in a CUDA graph between two events; calls that cannot be captured are made one by one between them."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, cold: bool = True) -> None:
+        """Not ``cold``: the inputs may be in L2."""
         self.stream = torch.cuda.Stream(device)
-        self.cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self.cache = torch.cuda.get_device_properties(device).L2_cache_size if cold else 0
 
     def within(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self.stream)
@@ -128,7 +131,7 @@ def cold_copies(size: int, cache: int) -> int:
 
 def calls_in_a_replay(size: int, flops: int, copies: int) -> int:
     """A multiple of ``copies`` that takes about ``SHORTEST`` seconds, or a little more."""
-    seconds = max(size / FAST_BYTES, flops / FAST_FLOPS)
+    seconds = max(size / FAST_BYTES, flops / FAST_FLOPS, LAUNCH)
     return copies * max(1, math.ceil(SHORTEST / seconds / copies))
 
 

@@ -96,7 +96,7 @@ def speed(flags: Flags, device: torch.device) -> None:
     settings = {name: getattr(flags, name) for name in ("tokens", "dtype", "rounds", "rehearse", "kernel")}
     output = flags.output or Path(__file__).parent / "results" / f"kernels_{device.type}.json"
     kept = _kept(flags, device, output, settings, "liger-kernel")
-    timer: Timer = GraphTimer(device) if device.type == "cuda" else WallTimer()
+    timer: Timer = GraphTimer(device, not flags.rehearse) if device.type == "cuda" else WallTimer()
     if interprets():
         interpreter.mend()
     began = time.monotonic()

@@ -176,6 +176,7 @@ def report(flags: Flags, device: torch.device, records: dict[Contestant, Record]
 
         compiled = {"what": "each block's forward and backward", "graphs": counters["stats"]["unique_graphs"]}
         compiled["graph_breaks"] = sum(counters["graph_break"].values())
+        compiled["reasons"] = [reason.partition("\n")[0][:200] for reason in counters["graph_break"]]
     return {
         "benchmark": "pretrain_step",
         "environment": machine,
@@ -225,6 +226,7 @@ def show(found: dict[str, Any]) -> None:
         print(f"attention that ran: {backend} ({'all' if len(names) == len(rows) else '; '.join(names)})")
     if (compiled := found["compiled"]) is not None:
         print(f"compiled: {compiled['what']}; {compiled['graphs']} graphs, {compiled['graph_breaks']} graph breaks")
+        print("".join(f"graph break: {reason}\n" for reason in compiled["reasons"]), end="")
 
 
 def run(flags: Flags) -> None:
