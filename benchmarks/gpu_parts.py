@@ -84,7 +84,7 @@ PARTS = (
         output="gpu_tests_{device}.json",
         rehearsal=(
             *("--select", "tests/kernels/test_gpu.py", "tests/kernels/test_dispatch.py"),
-            *("-k", "(test_swiglu and dtype1 and 81) or is_refused_naming_it", "--workers", "0"),
+            *("-k", "(test_swiglu and dtype1 and 81) or test_triton_refuses", "--workers", "0"),
         ),
         needs=_TESTS,
     ),

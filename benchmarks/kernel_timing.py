@@ -55,7 +55,7 @@ class GraphTimer:
     """Calls in a CUDA graph between two events; calls that cannot be captured are made one by one between them."""
 
     def __init__(self, device: torch.device, cold: bool = True) -> None:
-        """Not ``cold``: the inputs may be in L2."""
+        """Not ``cold``: the inputs may be in L2, and calls are few; its times mean nothing."""
         self.stream = torch.cuda.Stream(device)
         self.cache = torch.cuda.get_device_properties(device).L2_cache_size if cold else 0
 
@@ -66,6 +66,8 @@ class GraphTimer:
         return cold_copies(size, self.cache)
 
     def prepare(self, calls: Sequence[Call], count: int, capturable: bool) -> Sample:
+        count = count if self.cache else len(calls)
+
         def run() -> None:
             # As many results are kept as there are sets of inputs: a result in the memory of the one before it would
             # be written to L2 and no further.
