@@ -8,8 +8,7 @@ WORKERS ?= 2
 # Tokenise in threads; without a word here the library warns at every fork.
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: setup pretrain prove test fast matrix matrix-bits check clean gpu gpu-tests gpu-accuracy gpu-norms gpu-rope gpu-swiglu \
-	gpu-loss gpu-step gpu-step-2b gpu-run gpu-generate gpu-bits gpu-layouts gpu-collectives gpu-prove there-is-a-gpu
+.PHONY: setup pretrain prove test fast matrix matrix-bits check clean gpu gpu-plan wheels
 
 .NOTPARALLEL:
 
@@ -50,62 +49,22 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# All that needs a GPU, in parts of eight minutes at most, each by its own name too; -k goes on past one that fails.
-# With the PyTorch of the machine instead of that of .venv: make gpu GPU_PYTHON=python3
-GPU_PYTHON ?= $(BIN)/python
-GPU_RESULTS ?= benchmarks/results
-GPUS = $(shell $(GPU_PYTHON) -c 'import torch; print(torch.cuda.is_available() and torch.cuda.device_count() or 0)')
-ON_GPU = timeout 480 $(GPU_PYTHON)
-ON_GPUS = $(if $(filter-out 1,$(GPUS)),$(ON_GPU),@echo left out, as there is one GPU:)
+# All that needs a GPU, in parts of eight minutes at most; the first line says which is next. By one, or what is left:
+#   make gpu PART=3    make gpu BUDGET=28 (minutes)    make gpu-plan
+# A machine without internet has wheels laid beside it, made by `make wheels WHEELS=dir` elsewhere: make gpu WHEELS=dir.
+# Without a GPU, at tiny sizes: make gpu REHEARSE=cpu; with a PyTorch for CUDA, on one that computes nothing: REHEARSE=null.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+ON_GPU = $(GPU_PYTHON) $(if $(filter null,$(REHEARSE)),-m tests.null_gpu) -m benchmarks.gpu $(if $(PART),--part $(PART)) \
+	$(if $(BUDGET),--budget $(BUDGET)) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(REHEARSE),--rehearse $(REHEARSE))
 
-gpu: gpu-tests gpu-accuracy gpu-norms gpu-rope gpu-swiglu gpu-loss gpu-step gpu-step-2b gpu-run gpu-generate gpu-bits gpu-layouts \
-	gpu-collectives gpu-prove
+gpu:
+	@$(ON_GPU)
 
-there-is-a-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),setup)
-	@: $(if $(filter-out 0,$(GPUS)),,$(error \
-	torch.cuda.is_available() is False; legal: a machine with an NVIDIA GPU and a PyTorch built for CUDA))
+gpu-plan:
+	@$(ON_GPU) --plan
 
-gpu-tests: there-is-a-gpu
-	$(ON_GPU) -m pytest --numprocesses 4 -m gpu
-
-gpu-accuracy: there-is-a-gpu
-	$(ON_GPU) -m benchmarks.kernels --accuracy --output $(GPU_RESULTS)/kernel_accuracy_cuda.json
-
-gpu-norms: KERNELS = rms_norm add_rms_norm
-gpu-rope: KERNELS = rope rope_packed
-gpu-swiglu: KERNELS = swiglu
-gpu-loss: KERNELS = cross_entropy linear_cross_entropy
-gpu-norms gpu-rope gpu-swiglu gpu-loss: gpu-%: there-is-a-gpu
-	$(ON_GPU) -m benchmarks.kernels --kernel $(KERNELS) --output $(GPU_RESULTS)/kernels_$*_cuda.json
-
-gpu-step: there-is-a-gpu
-	$(ON_GPU) -m benchmarks.pretrain_step --output $(GPU_RESULTS)/pretrain_step_argonne-2.5-1b.json
-
-gpu-step-2b: there-is-a-gpu
-	$(ON_GPU) -m benchmarks.pretrain_step --preset argonne-2.0-2b --rounds 3 \
-		--output $(GPU_RESULTS)/pretrain_step_argonne-2.0-2b.json
-
-gpu-run: there-is-a-gpu
-	rm -rf runs/gpu
-	$(GPU_PYTHON) examples/demo_corpus.py --output-dir runs/corpus
-	$(ON_GPU) examples/demo.py --corpus runs/corpus --output-dir runs/gpu
-
-gpu-generate: there-is-a-gpu
-	$(ON_GPU) benchmarks/generate.py --nproc 1 --output $(GPU_RESULTS)/generate_cuda.json
-
-gpu-bits: there-is-a-gpu
-	$(ON_GPU) -m benchmarks.one_device --output $(GPU_RESULTS)/one_device_cuda.json
-
-gpu-layouts: there-is-a-gpu
-	$(ON_GPUS) benchmarks/layouts.py --output $(GPU_RESULTS)/layouts_cuda.json
-
-gpu-collectives: there-is-a-gpu
-	$(ON_GPUS) benchmarks/tp_allreduce.py --output $(GPU_RESULTS)/tp_allreduce_cuda.json
-	$(ON_GPUS) -m benchmarks.reproducible --output $(GPU_RESULTS)/reproducible_cuda.json
-
-gpu-prove: there-is-a-gpu
-	$(GPU_PYTHON) examples/demo_corpus.py --output-dir runs/corpus
-	$(ON_GPUS) -m benchmarks.prove --corpus runs/corpus
+wheels:
+	@$(GPU_PYTHON) -m benchmarks.wheels $(or $(WHEELS),runs/wheels)
 
 clean:
 	rm -rf .venv runs build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -147,16 +148,19 @@ def results(inputs: Sequence[Tensor], call: Call, generator: torch.Generator, dr
     return [y.detach() for y in outputs] + list(torch.autograd.grad(outputs, leaves, given))
 
 
-def observe(backend: Backend, device: torch.device, sizes: Sizes) -> Iterator[Line]:
-    """Every line of the contract, for ``backend`` on ``device``."""
-    draw = _Draw(device)
+def sections(backend: Backend, device: torch.device, sizes: Sizes) -> Iterator[tuple[str, Callable[[], list[Line]]]]:
+    """The contract for ``backend`` on ``device``, in parts that can be measured on their own."""
+    trials = {"norms": _norms, "SwiGLU": _swiglus, "RoPE": _ropes}
     for dtype in (torch.bfloat16, torch.float32):
-        for trial in (*_norms(backend, draw, sizes, dtype), *_swiglus(backend, draw, sizes, dtype)):
-            yield from trial.lines()
-        for trial in _ropes(backend, draw, sizes, dtype):
-            yield from trial.lines()
-        yield from _losses(backend, draw, sizes, dtype)
-    yield _repeats(backend, draw, sizes)
+        name = str(dtype).removeprefix("torch.")
+        for kernel, made in trials.items():
+
+            def lines(made: Any = made, dtype: torch.dtype = dtype) -> list[Line]:
+                return [line for trial in made(backend, _Draw(device), sizes, dtype) for line in trial.lines()]
+
+            yield f"{kernel}, {name}", lines
+        yield f"losses, {name}", lambda dtype=dtype: list(_losses(backend, _Draw(device), sizes, dtype))
+    yield "norms once more", lambda: [_repeats(backend, _Draw(device), sizes)]
 
 
 class _Draw:

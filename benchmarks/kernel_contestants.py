@@ -101,11 +101,11 @@ def inputs_of(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     }
 
 
-def contestants(case: Case, backend: Backend = "triton") -> dict[str, Contestant | str]:
+def contestants(case: Case, backend: Backend = "triton", compiler: str = "inductor") -> dict[str, Contestant | str]:
     """Who is timed, by name; where one is not there, why."""
     own, plain, formula = _OURS[case.kernel](case, backend)
     found: dict[str, Contestant | str] = {"argonne": own, "torch": plain}
-    found["torch.compile"] = replace(formula, function=torch.compile(formula.function, dynamic=False))
+    found["torch.compile"] = replace(formula, function=torch.compile(formula.function, dynamic=False, backend=compiler))
     found["liger"] = _liger(case)
     if case.kernel == "linear_cross_entropy":
         found["F.linear_cross_entropy"] = _library()

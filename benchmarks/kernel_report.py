@@ -31,20 +31,20 @@ def show_accuracy(lines: Sequence[Line], machine: dict[str, Any], backend: str) 
 
 def show(report: dict[str, Any]) -> None:
     """Print the tables of times, of the host's cost and of the targets."""
-    machine = report["environment"]
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "triton", "liger-kernel") if machine[name])
-    print(
-        f"\n{machine.get('gpu', machine['cpu'])}, {versions}; {report['dtype']}, medians of {report['rounds']} rounds"
-    )
+    machine, versions = report["environment"], report["identity"]
+    records = _records(report)
+    hosts = [case for case in report["cases"].values() if case not in records]
+    told = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "liger-kernel") if versions[name])
+    print(f"\n{machine.get('gpu', machine['cpu'])}, {told}; {report['dtype']}, medians of {report['rounds']} rounds")
     print("Rates against each other: more than 1 is faster. Eager: timed without a CUDA graph.")
     header = ("kernel", "tokens x widths", "direction", "/ clone", "GB/s", "us", "MB", *(f"x {r}" for r in _RIVALS))
-    print(table(header, [_row(record) for record in report["records"]]))
-    for name, reason in _absent(report["records"]):
+    print(table(header, [_row(record) for record in records]))
+    for name, reason in _absent(records):
         print(f"{name}: {reason}")
     print("\nHost, microseconds of an eager call")
     rows = [
         (h["kernel"], *(f"{h[f'{name}_us']:.1f}" for name in ("argonne", "torch", "target")), h["verdict"])
-        for h in report["host"]
+        for h in hosts
     ]
     print(table(("kernel", "argonne", "torch", "target, at most", ""), rows))
     print("\nTargets (of an H200, bfloat16, 8192 tokens or more)")
@@ -56,10 +56,15 @@ def show(report: dict[str, Any]) -> None:
             f"{'<=' if target['name'].startswith('time') else '>='} {target['target']:g}",
             target["verdict"],
         )
-        for record in report["records"]
+        for record in records
         for target in record["targets"]
     ]
     print(table(("case", "ratio", "measured", "target", ""), rows) if rows else "none of this dtype and size")
+
+
+def _records(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cases that are no calls on the host."""
+    return [case for case in report["cases"].values() if "contestants" in case]
 
 
 def _row(record: dict[str, Any]) -> list[str]:
@@ -96,7 +101,7 @@ def plot_ratios(report: dict[str, Any], path: Path) -> bool:
     except ImportError:
         return False
     machine = report["environment"]
-    records = [r for r in report["records"] if r["contestants"]["argonne"]["of_clone"] is not None]
+    records = [r for r in _records(report) if r["contestants"]["argonne"]["of_clone"] is not None]
     figure = Figure(figsize=(9, 1.5 + 0.22 * len(records)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

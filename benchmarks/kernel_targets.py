@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -112,6 +112,13 @@ def cases(kernel: str, dtype: torch.dtype, tokens: int) -> list[Case]:
     for widths in POWERS[kernel]:
         found.append(dict(zip(fields, widths if isinstance(widths, tuple) else (widths,), strict=True)))
     return list(dict.fromkeys(Case(kernel, dtype, tokens, **widths) for widths in found))
+
+
+def small_cases(kernel: str, dtype: torch.dtype, tokens: int) -> list[Case]:
+    """One that Triton's interpreter can compute in a moment: the first of ``cases``, cut down."""
+    case = cases(kernel, dtype, tokens)[0]
+    most = {"tokens": 8, "hidden": 48, "feed_forward": 40, "vocabulary": 50, "heads": 4, "key_value_heads": 2}
+    return [replace(case, **{name: min(getattr(case, name), size) for name, size in {**most, "head_dim": 16}.items()})]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from statistics import median
 from typing import Any, Protocol
@@ -31,6 +31,8 @@ SHORTEST = 2e-3
 """Seconds that one replay should take at least, so that its start (microseconds) does not count."""
 FAST_BYTES, FAST_FLOPS = 4e12, 8e14
 """A second's, of about an H200: to tell how many calls take ``SHORTEST``."""
+LAUNCH = 1e-6
+"""Seconds that a kernel takes at least, whatever its size."""
 HOST_CALLS, HOST_ROUNDS = 100, 9
 SMALL_TOKENS, SMALL_WIDTH = 16, 1024
 """A shape whose kernels end before the host is done with the call."""
@@ -52,9 +54,10 @@ class Timer(Protocol):
 class GraphTimer:
     """Calls in a CUDA graph between two events; calls that cannot be captured are made one by one between them."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, cold: bool = True) -> None:
+        """Not ``cold``: the inputs may be in L2, and calls are few; its times mean nothing."""
         self.stream = torch.cuda.Stream(device)
-        self.cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self.cache = torch.cuda.get_device_properties(device).L2_cache_size if cold else 0
 
     def within(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self.stream)
@@ -63,6 +66,8 @@ class GraphTimer:
         return cold_copies(size, self.cache)
 
     def prepare(self, calls: Sequence[Call], count: int, capturable: bool) -> Sample:
+        count = count if self.cache else len(calls)
+
         def run() -> None:
             # As many results are kept as there are sets of inputs: a result in the memory of the one before it would
             # be written to L2 and no further.
@@ -94,6 +99,33 @@ class GraphTimer:
         return sample
 
 
+class WallTimer:
+    """Calls one by one, by the host's clock: to see that everything runs where there is no GPU."""
+
+    def __init__(self) -> None:
+        self.prepared: list[tuple[int, int, bool]] = []
+        """What was to be timed: sets of inputs, calls, and whether a graph could hold them."""
+
+    def within(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def copies(self, size: int) -> int:
+        return 2 if size else 1
+
+    def prepare(self, calls: Sequence[Call], count: int, capturable: bool) -> Sample:
+        self.prepared.append((len(calls), count, capturable))
+        for call in calls:
+            call()
+
+        def sample() -> float:
+            began = time.perf_counter()
+            for call in calls:
+                call()
+            return (time.perf_counter() - began) / len(calls)
+
+        return sample
+
+
 def cold_copies(size: int, cache: int) -> int:
     """Sets of inputs so that a call finds nothing of its own in a ``cache`` of so many bytes; ``size`` 0 is large."""
     return 1 if not size or size >= LARGE * cache else max(2, math.ceil(COLD * cache / size))
@@ -101,7 +133,7 @@ def cold_copies(size: int, cache: int) -> int:
 
 def calls_in_a_replay(size: int, flops: int, copies: int) -> int:
     """A multiple of ``copies`` that takes about ``SHORTEST`` seconds, or a little more."""
-    seconds = max(size / FAST_BYTES, flops / FAST_FLOPS)
+    seconds = max(size / FAST_BYTES, flops / FAST_FLOPS, LAUNCH)
     return copies * max(1, math.ceil(SHORTEST / seconds / copies))
 
 
@@ -222,7 +254,7 @@ def _times(
     return found
 
 
-def host_microseconds(case: Case, entrant: Contestant, device: torch.device) -> float:
+def host_microseconds(case: Case, entrant: Contestant, device: torch.device, calls: int = HOST_CALLS) -> float:
     """What an eager forward call costs the host, with gradients wanted, at a shape that costs a GPU next to nothing."""
     small = {name: min(getattr(case, name), SMALL_WIDTH) for name in ("hidden", "feed_forward", "vocabulary")}
     tensors = inputs_of(replace(case, tokens=SMALL_TOKENS, **small), device)
@@ -231,12 +263,12 @@ def host_microseconds(case: Case, entrant: Contestant, device: torch.device) -> 
     collects = gc.isenabled()
     gc.disable()
     try:
-        for _ in range(HOST_ROUNDS):
+        for _ in range(HOST_ROUNDS if calls > 1 else 2):
             wait(device)
             began = time.perf_counter()
-            for _ in range(HOST_CALLS):
+            for _ in range(calls):
                 call()
-            rounds.append((time.perf_counter() - began) / HOST_CALLS)
+            rounds.append((time.perf_counter() - began) / calls)
     finally:
         if collects:
             gc.enable()

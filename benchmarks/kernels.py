@@ -12,7 +12,6 @@ import gc
 import sys
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,12 +24,13 @@ from argonne.kernels.dispatch import interprets
 from argonne.launch import guarded, parse
 from argonne.parallel import ArgonneError, choose_device
 from benchmarks import interpreter
-from benchmarks.kernel_accuracy import SIZES, observe
+from benchmarks.kept import Kept, where
+from benchmarks.kernel_accuracy import SIZES, Line, sections
 from benchmarks.kernel_contestants import contestants
 from benchmarks.kernel_report import plot_ratios, show, show_accuracy
-from benchmarks.kernel_targets import HOST_MICROSECONDS, KERNELS, Case, cases
-from benchmarks.kernel_timing import GraphTimer, host_microseconds, measure
-from benchmarks.report import environment, write_json
+from benchmarks.kernel_targets import HOST_MICROSECONDS, KERNELS, Case, cases, small_cases
+from benchmarks.kernel_timing import GraphTimer, Timer, WallTimer, host_microseconds, measure
+from benchmarks.report import environment
 
 FEWEST_TOKENS = 128
 
@@ -51,8 +51,12 @@ class Flags:
     """Of each timed call; more than 4096 in multiples of it."""
     rounds: int = 20
     """Turns of each contestant."""
+    rehearse: bool = False
+    """A small case of each instead, on any device: its times mean nothing."""
+    resume: bool = False
+    """Go on with what the output has of such a machine, with the same flags."""
     output: Path | None = None
-    """The JSON to write [benchmarks/results/kernels_cuda.json; of the accuracy none]."""
+    """The JSON to write [benchmarks/results/kernels_<device>.json; of the accuracy none]."""
 
 
 def check(flags: Flags) -> None:
@@ -70,48 +74,48 @@ def check(flags: Flags) -> None:
 def accuracy(flags: Flags, device: torch.device) -> int:
     """Print the contract; the number of its lines that are broken."""
     backend: Backend = "triton" if device.type == "cuda" or interprets() else "torch"
-    sizes = SIZES["cuda" if device.type == "cuda" else "interpreter" if interprets() else "torch"]
-    if device.type == "cpu" and interprets():
+    kind = "cuda" if device.type == "cuda" else "interpreter" if interprets() else "torch"
+    if kind == "interpreter":
         interpreter.mend()
-    lines = list(observe(backend, device, sizes))
-    show_accuracy(lines, environment(device), backend if device.type == "cuda" or backend == "torch" else "interpreter")
-    if flags.output is not None:
-        found = [{**asdict(line), "held": line.held} for line in lines]
-        write_json(
-            flags.output,
-            {"benchmark": "kernels", "environment": environment(device), "backend": backend, "contract": found},
-        )
-        print(f"\nwritten: {flags.output}")
-    return sum(not line.held for line in lines)
+    kept = _kept(flags, device, flags.output, {"backend": backend, "sizes": kind})
+    lines: list[Line] = []
+    for name, section in sections(backend, device, SIZES[kind]):
+        found = kept.measured(name, lambda section=section: [asdict(line) for line in section()])
+        lines += [Line(**line) for line in found]
+    show_accuracy(lines, environment(device), "interpreter" if kind == "interpreter" else backend)
+    contract = [{**asdict(line), "held": line.held} for line in lines]
+    broken = sum(not line.held for line in lines)
+    kept.end(broken, backend=backend, contract=contract)
+    if kept.path is not None:
+        print(f"\nwritten: {kept.path}")
+    return broken
 
 
 def speed(flags: Flags, device: torch.device) -> None:
     """Time the kernels, print the tables, write JSON and plot; the JSON grows with every figure."""
+    settings = {name: getattr(flags, name) for name in ("tokens", "dtype", "rounds", "rehearse", "kernel")}
+    output = flags.output or Path(__file__).parent / "results" / f"kernels_{device.type}.json"
+    kept = _kept(flags, device, output, settings, "liger-kernel")
+    timer: Timer = GraphTimer(device, not flags.rehearse) if device.type == "cuda" else WallTimer()
+    if interprets():
+        interpreter.mend()
     began = time.monotonic()
-    output = flags.output or Path(__file__).parent / "results" / "kernels_cuda.json"
-    report: dict[str, Any] = {
-        "benchmark": "kernels",
-        "environment": environment(device) | {"triton": _version("triton"), "liger-kernel": _version("liger-kernel")},
-        "tokens": flags.tokens,
-        "dtype": flags.dtype,
-        "rounds": flags.rounds,
-        "records": [],
-        "host": [],
-    }
-    timer = GraphTimer(device)
     for kernel in flags.kernel:
-        for number, case in enumerate(cases(kernel, getattr(torch, flags.dtype), flags.tokens)):
+        for number, case in enumerate(_cases(flags, kernel)):
+            missing = [d for d in KERNELS[kernel] if _name(case, d) not in kept]
+            if not missing and (number or _host_name(kernel) in kept):
+                continue
             torch._dynamo.reset()  # else shapes of before count against the limit of recompilations
-            entrants = contestants(case)
-            for direction in KERNELS[kernel]:
-                report["records"].append(measure(case, direction, entrants, device, timer, flags.rounds))
+            entrants = contestants(case, compiler="aot_eager" if flags.rehearse else "inductor")
+            for direction in missing:
+                kept.keep(_name(case, direction), measure(case, direction, entrants, device, timer, flags.rounds))
                 gc.collect()
-                torch.cuda.empty_cache()
-                write_json(output, report)
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
                 print(f"[{time.monotonic() - began:5.0f} s] {kernel} {case.shape} {direction}", flush=True)
             if not number:
-                report["host"].append(_host(case, entrants, device))
-    write_json(output, report)
+                kept.measured(_host_name(kernel), lambda c=case, e=entrants: _host(c, e, device, flags.rehearse))
+    report = kept.end()
     show(report)
     plot = output.with_suffix(".png")
     drawn = plot_ratios(report, plot)
@@ -120,18 +124,29 @@ def speed(flags: Flags, device: torch.device) -> None:
         print(f"note: no {plot.name}, because matplotlib is not installed")
 
 
-def _host(case: Case, entrants: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def _cases(flags: Flags, kernel: str) -> list[Case]:
+    return (small_cases if flags.rehearse else cases)(kernel, getattr(torch, flags.dtype), flags.tokens)
+
+
+def _name(case: Case, direction: str) -> str:
+    return f"{case.kernel} {direction} {case.shape}"
+
+
+def _host_name(kernel: str) -> str:
+    return f"{kernel} on the host"
+
+
+def _kept(flags: Flags, device: torch.device, output: Path | None, settings: dict[str, Any], *packages: str) -> Kept:
+    machine = environment(device)
+    told = {"benchmark": "kernels", "environment": machine, **settings}
+    return Kept(output, where(machine.get("gpu"), *packages) | {"settings": settings}, told, flags.resume)
+
+
+def _host(case: Case, entrants: dict[str, Any], device: torch.device, rehearse: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"kernel": case.kernel, "target_us": HOST_MICROSECONDS}
     for name in ("argonne", "torch"):
-        found[f"{name}_us"] = host_microseconds(case, entrants[name], device)
+        found[f"{name}_us"] = host_microseconds(case, entrants[name], device, *([1] if rehearse else []))
     return found | {"verdict": "met" if found["argonne_us"] <= HOST_MICROSECONDS else "missed"}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def main(flags: Flags) -> None:
@@ -142,7 +157,7 @@ def main(flags: Flags) -> None:
         if broken := accuracy(flags, device):
             sys.exit(f"argonne: {broken} lines of the contract are broken")
         return
-    if device.type != "cuda":
+    if device.type != "cuda" and not flags.rehearse:
         raise ArgonneError(
             f"device={device.type!r} has no timings; legal: cuda. Accuracy has no such need: "
             "python -m benchmarks.kernels --accuracy"

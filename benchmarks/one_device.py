@@ -38,8 +38,9 @@ from argonne.parallel import (
 from argonne.parallel.communication.layout import require_blocks
 from argonne.parallel.tensor_parallel.precision import resolve_precision
 from argonne.training.run.reproducible import settle_process
+from benchmarks.kept import Kept, where
 from benchmarks.lockstep import in_lockstep
-from benchmarks.report import environment, write_json
+from benchmarks.report import environment
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Flags:
     """Compute dtype [bf16 on CUDA, fp32 on CPU]."""
     rounds: int = 10
     """Timed turns."""
+    resume: bool = False
+    """Go on with what the output has of such a machine, with the same flags."""
     output: Path | None = None
     """The JSON to write [benchmarks/results/one_device_<device>.json]."""
 
@@ -182,23 +185,38 @@ def run(flags: Flags) -> int:
     shape = preset(flags.preset)
     shape = replace(shape, max_position_embeddings=max(tokens, shape.max_position_embeddings))
     build = program_of(shape, flags, tokens, flags.blocks)
-    (alone,), _, _ = in_lockstep(Layout(), device, build)
+    output = flags.output or Path(__file__).parent / "results" / f"one_device_{device.type}.json"
+    machine = environment(device)
+    model = {"preset": flags.preset, "tokens": tokens, "blocks": flags.blocks, "precision": flags.precision}
+    identity = where(machine.get("gpu")) | {"settings": {**model, "rounds": flags.rounds, "tensor": flags.tensor}}
+    kept = Kept(output, identity, {"benchmark": "one_device", "environment": machine, **model}, flags.resume)
+    if not all(_name(ranks) in kept for ranks in flags.tensor):
+        (alone,), _, _ = in_lockstep(Layout(), device, build)
     records: list[dict[str, Any]] = []
     for ranks in flags.tensor:
-        results, again, collectives = in_lockstep(Layout(tensor=ranks), device, build)
-        record = {"differs": differences(results, alone), "repeats": repeats(results, again)}
-        records.append({"tensor": ranks, "collectives": collectives, **record})
-        same = ", ".join(record["differs"]) + " differ from one rank" if record["differs"] else "the bits of one rank"
-        told = "twice" if record["repeats"] else "and others a second time"
-        print(f"TP {ranks}, {collectives} collectives: {same}, {told}", flush=True)
-    seconds = cost(shape, flags, tokens, device)
+        if _name(ranks) not in kept:
+            results, again, collectives = in_lockstep(Layout(tensor=ranks), device, build)
+            record = {"differs": differences(results, alone), "repeats": repeats(results, again)}
+            kept.keep(_name(ranks), {"tensor": ranks, "collectives": collectives, **record})
+        records.append(kept.cases[_name(ranks)])
+        print(_line(records[-1]), flush=True)
+    seconds = kept.measured("cost", lambda: cost(shape, flags, tokens, device))
     fast, in_blocks = seconds.values()
     print(f"{flags.blocks} blocks / fast: {in_blocks / fast:.2f} ({in_blocks * 1e3:.1f} ms / {fast * 1e3:.1f} ms)")
-    output = flags.output or Path(__file__).parent / "results" / f"one_device_{device.type}.json"
-    model = {"preset": flags.preset, "tokens": tokens, "blocks": flags.blocks, "precision": flags.precision}
-    write_json(output, {"environment": environment(device), **model, "records": records, "seconds": seconds})
+    failures = sum(bool(r["differs"]) or not r["repeats"] for r in records)
+    kept.end(failures, records=records, seconds=seconds)
     print(f"written: {output}")
-    return int(any(r["differs"] or not r["repeats"] for r in records))
+    return int(failures > 0)
+
+
+def _name(ranks: int) -> str:
+    return f"TP {ranks}"
+
+
+def _line(record: dict[str, Any]) -> str:
+    same = ", ".join(record["differs"]) + " differ from one rank" if record["differs"] else "the bits of one rank"
+    told = "twice" if record["repeats"] else "and others a second time"
+    return f"{_name(record['tensor'])}, {record['collectives']} collectives: {same}, {told}"
 
 
 if __name__ == "__main__":

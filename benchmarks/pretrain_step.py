@@ -1,10 +1,11 @@
 """What a training step of one device costs, and where its time goes. ``python benchmarks/pretrain_step.py``
 
-Every contestant is one choice of {kernels of torch, of Triton} x {eager, compiled} x {gradient checkpointing off, on},
-and a step is the loss of one micro-batch of random tokens, its backward and AdamW (fused, no gradient clipping).
-*Compiled* is ``torch.compile`` of each transformer block's forward (and so its backward); the embedding, the last norm,
-the head with its loss and the optimizer are eager in every contestant. Triton's kernels need CUDA; on a CPU torch's
-run alone, and compiled only with ``--compile on``.
+A contestant is a choice of the kernels (of torch, of Triton), of eager or compiled blocks, of what is recomputed in
+backward and of the attention; ``--contest kernels`` or ``memory`` says which of them take part (``contestants`` of
+``step_contestants.py``). A step is the loss of one micro-batch of random tokens, its backward and AdamW (fused, no
+gradient clipping). *Compiled* is ``torch.compile`` of each transformer block's forward (and so its backward); the
+embedding, the last norm, the head with its loss and the optimizer are eager in every contestant. Triton's kernels need
+CUDA, or its interpreter; on a CPU torch's run alone, and compiled only with ``--compile on``.
 
 All contestants take turns in one process on one set of weights and moments. The learning rate is zero: AdamW does all
 its work and the weights stay, so every step of every contestant is the same one, and their losses and gradient norms
@@ -15,7 +16,8 @@ are of each contestant's median round.
   inside it, between CUDA events on a GPU. The head makes its gradients in forward, as the loss is fused with it.
 - MFU = tokens/s x FLOPs of a token / peak. FLOPs of a token are ``ArgonneConfig.flops_per_token``: 6N +
   6 x layers x heads x head_dim x sequence, N being every parameter but an embedding that is not also the head, and
-  attention causal. What checkpointing computes again is not counted. The peak is the device's dense bfloat16 peak
+  attention causal. Others count attention as if it were not: 12 in place of the second 6, the second figure. What is
+  recomputed is not counted in either. The peak is the device's dense bfloat16 peak
   from its data sheet; without one (a CPU), or in float32, MFU is not known.
 - memory: the peak of a turn by ``torch.cuda.max_memory_allocated``, weights and moments included. On a CPU: the bytes
   of weights, moments and batch, and the most that the profiled step held of PyTorch's allocator beyond them.
@@ -41,8 +43,9 @@ from argonne.models import ArgonneConfig
 from argonne.models.config import PRESETS, preset
 from argonne.parallel import ArgonneError, choose_device
 from argonne.training.metrics import peak_flops
+from benchmarks.kept import Kept, where
 from benchmarks.memory import USABLE, available_memory
-from benchmarks.report import environment, table, write_json
+from benchmarks.report import environment, table
 from benchmarks.step_contestants import (
     LOSS_TOLERANCE,
     NORM_TOLERANCE,
@@ -54,6 +57,7 @@ from benchmarks.step_contestants import (
     measure,
 )
 
+_COUNTS = ("mfu", "mfu_uncut_attention")
 NAME_WIDTH = 90
 """Of a kernel's name on screen; templates make some a thousand letters long."""
 STATE_BYTES = 16
@@ -82,6 +86,12 @@ class Flags:
     """Compute dtype; weights and moments are kept in float32 [bf16 on CUDA, fp32 on CPU]."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Whether compiled contestants take part too [on CUDA they do]."""
+    compiler: Literal["inductor", "aot_eager"] = "inductor"
+    """What graphs are given to; aot_eager only takes them apart."""
+    contest: Literal["kernels", "memory"] = "kernels"
+    """Who takes part: kernels of torch and of Triton, eager and compiled; or recomputation and attention."""
+    resume: bool = False
+    """Go on with what the output has of such a machine, with the same flags."""
     output: Path | None = None
     """The JSON to write [benchmarks/results/pretrain_step_<cpu, or the preset>.json]."""
 
@@ -128,7 +138,8 @@ def check(flags: Flags, available: int) -> None:
 def figures(contestant: Contestant, record: Record, base: Record, flags: Flags, peak: float | None) -> dict[str, Any]:
     """All that is reported of a contestant, as JSON values; null where it failed or is not known."""
     found: dict[str, Any] = {**asdict(contestant), "failure": record.failure, "ratio": None, "tokens_per_second": None}
-    found |= {f"{name}_seconds": None for name in ("step", *PHASES)} | {"mfu": None, "peak_memory_bytes": None}
+    found |= {f"{name}_seconds": None for name in ("step", *PHASES)}
+    found |= {"mfu": None, "mfu_uncut_attention": None, "peak_memory_bytes": None}
     found |= {"first_loss": record.first_loss, "gradient_norm": record.gradient_norm, "rounds": record.turns}
     if record.failure is None:
         typical = sorted(record.turns, key=lambda turn: turn["step"])[(len(record.turns) - 1) // 2]
@@ -137,7 +148,9 @@ def figures(contestant: Contestant, record: Record, base: Record, flags: Flags, 
         found |= {"tokens_per_second": rate, "peak_memory_bytes": record.peak_memory}
         found["ratio"] = median(a["step"] / b["step"] for a, b in zip(base.turns, record.turns, strict=True))
         if peak is not None:
-            found["mfu"] = rate * flags.config.flops_per_token(flags.sequence) / peak
+            count = flags.config.flops_per_token(flags.sequence)
+            found["mfu"] = rate * count / peak
+            found["mfu_uncut_attention"] = rate * (2 * count - flags.config.flops_per_token(0)) / peak
     seen = record.profile
     found["profile"] = seen and {
         "attention_backend": seen.attention_backend,
@@ -163,9 +176,11 @@ def report(flags: Flags, device: torch.device, records: dict[Contestant, Record]
 
         compiled = {"what": "each block's forward and backward", "graphs": counters["stats"]["unique_graphs"]}
         compiled["graph_breaks"] = sum(counters["graph_break"].values())
+        compiled["reasons"] = [reason.partition("\n")[0][:200] for reason in counters["graph_break"]]
     return {
         "benchmark": "pretrain_step",
         "environment": machine,
+        "contest": flags.contest,
         **{name: getattr(flags, name) for name in ("preset", "sequence", "micro_batch", "precision")},
         **{name: getattr(flags, name) for name in ("rounds", "steps", "warmup")},
         "config": asdict(flags.config),
@@ -194,23 +209,24 @@ def show(found: dict[str, Any]) -> None:
             print(table(("kernel", "calls", "ms", "share"), kernels))
             backends.setdefault(seen["attention_backend"], []).append(name)
         if own["failure"] is not None:
-            rows.append((name, "-", own["failure"], *"------"))
+            rows.append((name, "-", own["failure"][:60], *"-------"))
             continue
         times = [f"{1e3 * own[f'{part}_seconds']:.1f}" for part in ("step", *PHASES)]
-        mfu = "not known" if own["mfu"] is None else f"{own['mfu']:.1%}"
+        mfu = [f"{own[count]:.1%}" if own[count] is not None else "not known" for count in _COUNTS]
         memory = f"{own['peak_memory_bytes'] / 2**30:.2f}"
-        rows.append((name, f"{own['ratio']:.2f}", *times, f"{own['tokens_per_second']:,.0f}", mfu, memory))
+        rows.append((name, f"{own['ratio']:.2f}", *times, f"{own['tokens_per_second']:,.0f}", *mfu, memory))
     machine = found["environment"]
     print(
         f"\n{found['preset']}, {found['micro_batch']} x {found['sequence']} tokens, {found['precision']}, "
         f"{machine.get('gpu', machine['cpu'])}, torch {machine['torch']}; medians of {found['rounds']} rounds"
     )
-    header = ("contestant", f"x {found['ratio_to']}", "step ms", *PHASES, "tokens/s", "MFU", "peak GiB")
+    header = ("contestant", f"x {found['ratio_to']}", "step ms", *PHASES, "tokens/s", "MFU", "uncut", "peak GiB")
     print(table(header, rows))
     for backend, names in backends.items():
         print(f"attention that ran: {backend} ({'all' if len(names) == len(rows) else '; '.join(names)})")
     if (compiled := found["compiled"]) is not None:
         print(f"compiled: {compiled['what']}; {compiled['graphs']} graphs, {compiled['graph_breaks']} graph breaks")
+        print("".join(f"graph break: {reason}\n" for reason in compiled["reasons"]), end="")
 
 
 def run(flags: Flags) -> None:
@@ -218,13 +234,23 @@ def run(flags: Flags) -> None:
     device = choose_device(flags.device)
     flags = flags.settled(device)
     check(flags, available_memory(device))
-    trainer = Trainer(flags.config, (flags.micro_batch, flags.sequence), flags.precision, device)
-    taking_part = contestants(device, flags.compile == "on")
-    records = measure(trainer, taking_part, flags.rounds, flags.steps, flags.warmup)
-    found = report(flags, device, records)
-    show(found)
-    write_json(flags.output, found)
+    kept = _kept(flags, device)
+    if not kept.complete:
+        trainer = Trainer(flags.config, (flags.micro_batch, flags.sequence), flags.precision, device, flags.compiler)
+        taking_part = contestants(device, flags.compile == "on", flags.contest)
+        records = measure(trainer, taking_part, flags.rounds, flags.steps, flags.warmup, kept)
+        kept.end(**report(flags, device, records))
+    show(kept.found)
     print(f"\nwritten: {flags.output}")
+
+
+def _kept(flags: Flags, device: torch.device) -> Kept:
+    """What has been measured with such flags, if that is wanted."""
+    names = ("preset", "sequence", "micro_batch", "precision", "rounds", "steps", "warmup", "contest", "compiler")
+    settings = {name: getattr(flags, name) for name in (*names, "compile")}
+    machine = environment(device)
+    told = {"benchmark": "pretrain_step", "environment": machine}
+    return Kept(flags.output, where(machine.get("gpu")) | {"settings": settings}, told, flags.resume)
 
 
 if __name__ == "__main__":

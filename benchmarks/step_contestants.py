@@ -6,18 +6,22 @@ import gc
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from types import MethodType
 from typing import Any, Literal, TypeVar
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from argonne.kernels.dispatch import interprets
 from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution
 from argonne.models.decoder import Block
 from argonne.models.recompute import Recompute
 from argonne.parallel import ArgonneError, ProcessGroups
 from argonne.parallel.tensor_parallel.precision import PRECISIONS
 from argonne.training.optimizer import build_optimizer
+from benchmarks.kept import Kept
 from benchmarks.step_profile import StepProfile, profile_step
 
 LOSS_TOLERANCE = {"bf16": 2e-3, "fp32": 1e-5}
@@ -34,18 +38,56 @@ class Contestant:
     """One way to compute the step."""
 
     kernels: Literal["torch", "triton"]
-    compiled: bool
-    checkpointing: bool
+    compiled: bool = False
+    recompute: str = "none"
+    """As ``--recompute`` has it."""
+    attention: str | None = None
+    """Of ``BACKENDS``, the one that must be taken; None: as PyTorch chooses."""
 
     @property
     def name(self) -> str:
-        return f"{self.kernels}, {'compiled' if self.compiled else 'eager'}{', checkpointing' * self.checkpointing}"
+        words = [self.kernels, "compiled" if self.compiled else "eager"]
+        words += [f"recompute {self.recompute}"] * (self.recompute != "none")
+        return ", ".join(words + [f"{self.attention} attention"] * (self.attention is not None))
 
 
-def contestants(device: torch.device, compiled: bool) -> list[Contestant]:
-    """Those that can run; the first is what the others are compared with."""
-    kernels = ("torch", "triton") if device.type == "cuda" else ("torch",)
-    return [Contestant(*c) for c in itertools.product(kernels, (False, True) if compiled else (False,), (False, True))]
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+CONTESTS = ("kernels", "memory")
+
+
+def recomputation(word: str) -> Any:
+    """What ``Execution`` is given for ``--recompute word``; None where this version has no such choice."""
+    try:
+        from argonne.models.recompute import Recompute
+    except ImportError:
+        return {"none": False, "full": True}.get(word)
+    return Recompute.of(word)
+
+
+def contestants(device: torch.device, compiled: bool, contest: str = "kernels") -> list[Contestant]:
+    """Those that can run; the first is what the others are compared with.
+
+    ``kernels``: torch's and Triton's, eager and compiled, with full recomputation and none. ``memory``: every kind of
+    recomputation, and every attention, with the kernels that the device takes by itself.
+    """
+    kernels: tuple[Literal["torch", "triton"], ...] = ("torch", "triton")
+    if device.type != "cuda" and not interprets():
+        kernels = kernels[:1]
+    modes = (False, True) if compiled else (False,)
+    if contest == "kernels":
+        return [Contestant(*choice) for choice in itertools.product(kernels, modes, ("none", "full"))]
+    found = [Contestant(kernels[-1])]
+    for word in ("full", "selective", "2"):
+        if recomputation(word) is None:
+            print(f"recompute {word}: left out, as Execution.recompute has no such choice here")
+        else:
+            found += [Contestant(kernels[-1], mode, word) for mode in modes]
+    return found + [Contestant(kernels[-1], attention=name) for name in BACKENDS]
 
 
 @dataclass
@@ -59,21 +101,43 @@ class Record:
     peak_memory: int = 0
     """Bytes."""
     profile: StepProfile | None = None
+    no_profile: str | None = None
+    """Why there is none."""
     failure: str | None = None
     """Why there is no more."""
+
+    @classmethod
+    def of(cls, kept: dict[str, Any] | None) -> Record:
+        """From ``asdict``, by way of JSON."""
+        found = cls(**(kept or {}))
+        if isinstance(found.profile, dict):
+            found.profile = StepProfile(**found.profile)
+        return found
+
+    def is_whole(self, rounds: int) -> bool:
+        """Whether there is nothing left to measure."""
+        profiled = self.profile is not None or self.no_profile is not None
+        return self.failure is not None or (len(self.turns) >= rounds and profiled)
 
 
 class Trainer:
     """The one model, which becomes each contestant in turn."""
 
-    def __init__(self, config: ArgonneConfig, shape: tuple[int, int], precision: str, device: torch.device) -> None:
-        """``shape`` is of the micro-batch: sequences, and tokens in each."""
-        self.device, self.precision = device, precision
+    def __init__(
+        self,
+        config: ArgonneConfig,
+        shape: tuple[int, int],
+        precision: str,
+        device: torch.device,
+        compiler: str = "inductor",
+    ) -> None:
+        """``shape`` is of the micro-batch: sequences, and tokens in each; ``compiler`` a backend of the compiled."""
+        self.device, self.precision, self.compiler = device, precision, compiler
         with device:
             groups = ProcessGroups.single(device)
             self.model = ArgonneModel(config, Execution(groups, PRECISIONS[precision], kernels="torch"))
         self.cross_entropy = CrossEntropyLoss()
-        self.recomputes = False
+        self.contestant = Contestant("torch")
         self.model.initialise(seed=0)
         self.optimizer = build_optimizer(self.model.sharded_parameters(), weight_decay=0.1)
         generator = torch.Generator().manual_seed(0)
@@ -91,14 +155,18 @@ class Trainer:
         if contestant.compiled and self.compiled_forward is None:
             # A block that is compiled too often would be run eagerly in silence, and still be called compiled.
             torch._dynamo.config.fail_on_recompile_limit_hit = True
-            self.compiled_forward = torch.compile(Block.forward, dynamic=False)
+            self.compiled_forward = torch.compile(Block.forward, dynamic=False, backend=self.compiler)
         for block in self.model.blocks:
             block.__dict__.pop("forward", None)
             if contestant.compiled:
                 block.forward = MethodType(self.compiled_forward, block)
-        self.recomputes = contestant.checkpointing
+        self.contestant = contestant
         for stage in self.model.stages.values():
+<<<<<<< HEAD
             stage.execution = replace(stage.execution, recompute=Recompute(int(self.recomputes)))
+=======
+            stage.execution = replace(stage.execution, recompute=recomputation(contestant.recompute))
+>>>>>>> hgpu
 
     def loss(self) -> torch.Tensor:
         """In nats, the mean of the micro-batch."""
@@ -161,14 +229,18 @@ class Trainer:
         """What ``work`` returns, as ``contestant``; None, and the record says why, if it cannot be computed."""
         self.become(contestant)
         try:
-            return work()
+            with nullcontext() if contestant.attention is None else sdpa_kernel(BACKENDS[contestant.attention]):
+                return work()
         except torch.OutOfMemoryError:
             record.failure = "out of memory"
         except Exception as error:
-            if not contestant.compiled:
+            if not contestant.compiled and contestant.attention is None:
                 raise
-            # A compiler's faults are of many types. The others have been measured, and its row says what it was.
-            record.failure = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
+            # A compiler's faults are of many types, and no backend of attention takes every shape. The others have
+            # been measured, and its row says what it was.
+            said = (str(error).strip() or "-").splitlines()[0][:200]
+            is_absent = any(words in said for words in ("No available kernel", "No viable backend"))
+            record.failure = "not here for this shape" if is_absent else f"{type(error).__name__}: {said}"
         # Not in the handlers: their traceback holds the step's tensors.
         self.optimizer.zero_grad()
         gc.collect()
@@ -196,42 +268,52 @@ def require_agreement(first: dict[str, tuple[float, float]], precision: str) -> 
 
 
 def measure(
-    trainer: Trainer, taking_part: Sequence[Contestant], rounds: int, steps: int, warmup: int
+    trainer: Trainer, taking_part: Sequence[Contestant], rounds: int, steps: int, warmup: int, kept: Kept
 ) -> dict[Contestant, Record]:
     """First steps, which must agree; ``rounds`` turns of each, one after the other; a profiled step each.
 
-    A turn is of ``steps`` steps, after ``warmup`` others.
+    A turn is of ``steps`` steps, after ``warmup`` others. What ``kept`` has by a contestant's name is not measured
+    again; of one that is not whole there, the first step is taken once more, as it is what compiles.
 
     Raises:
         ArgonneError: the first steps do not agree, or none can be taken.
     """
-    records = {contestant: Record() for contestant in taking_part}
-    for contestant, record in records.items():
+    records = {contestant: Record.of(kept.cases.get(contestant.name)) for contestant in taking_part}
+    waiting = {contestant: record for contestant, record in records.items() if not record.is_whole(rounds)}
+    for contestant, record in waiting.items():
         began = time.perf_counter()
         found = trainer.attempt(contestant, trainer.first, record)
         if found is not None:
             record.first_loss, record.gradient_norm = found
-        print(f"{contestant.name}: first step in {time.perf_counter() - began:.1f} s", flush=True)
+        kept.keep(contestant.name, asdict(record))
+        told = record.failure or f"first step in {time.perf_counter() - began:.1f} s"
+        print(f"{contestant.name}: {told}", flush=True)
     first = {c.name: (r.first_loss, r.gradient_norm) for c, r in records.items() if r.failure is None}
     if not first:
         raise ArgonneError(f"no contestant can take a step: {next(iter(records.values())).failure}")
     require_agreement(first, trainer.precision)
     for number in range(rounds):
-        for contestant, record in records.items():
-            if record.failure is not None:
+        for contestant, record in waiting.items():
+            if record.failure is not None or len(record.turns) > number:
                 continue
             turn = trainer.attempt(contestant, lambda: trainer.turn(steps, warmup), record)
             if turn is not None:
                 record.turns.append(turn[0])
                 record.peak_memory = max(record.peak_memory, turn[1])
+            kept.keep(contestant.name, asdict(record))
         print(f"round {number + 1} of {rounds} done", flush=True)
-    held = trainer.held()
-    for contestant, record in records.items():
+    for contestant, record in waiting.items():
         if record.failure is None:
-            profiling = Record()  # what the profiler has no memory for has been timed all the same
-            record.profile = trainer.attempt(contestant, lambda: profile_step(trainer.step, trainer.device), profiling)
-            if profiling.failure is not None:
-                print(f"{contestant.name}: no profile, {profiling.failure}", flush=True)
-        if record.profile is not None and record.profile.allocated is not None:
-            record.peak_memory = held + record.profile.allocated
+            _add_profile(trainer, contestant, record)
+            kept.keep(contestant.name, asdict(record))
     return records
+
+
+def _add_profile(trainer: Trainer, contestant: Contestant, record: Record) -> None:
+    profiling = Record()  # what the profiler has no memory for has been timed all the same
+    record.profile = trainer.attempt(contestant, lambda: profile_step(trainer.step, trainer.device), profiling)
+    record.no_profile = profiling.failure
+    if record.no_profile is not None:
+        print(f"{contestant.name}: no profile, {record.no_profile}", flush=True)
+    if record.profile is not None and record.profile.allocated is not None:
+        record.peak_memory = trainer.held() + record.profile.allocated

@@ -5,16 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 from benchmarks.kernel_contestants import Contestant, contestants
 from benchmarks.kernel_targets import Case
-from benchmarks.kernel_timing import Call, Sample
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -35,32 +31,6 @@ def command(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *words], capture_output=True, text=True, timeout=120, env=environment, cwd=ROOT
     )
-
-
-class WallTimer:
-    """The timer of a machine without a GPU; it notes what it was given."""
-
-    def __init__(self) -> None:
-        self.prepared: list[tuple[int, int, bool]] = []
-
-    def within(self) -> nullcontext[None]:
-        return nullcontext()
-
-    def copies(self, size: int) -> int:
-        return 2 if size else 1
-
-    def prepare(self, calls: Sequence[Call], count: int, capturable: bool) -> Sample:
-        self.prepared.append((len(calls), count, capturable))
-        for call in calls:
-            call()
-
-        def sample() -> float:
-            began = time.perf_counter()
-            for call in calls:
-                call()
-            return (time.perf_counter() - began) / len(calls)
-
-        return sample
 
 
 def timed(case: Case) -> dict[str, Contestant | str]:

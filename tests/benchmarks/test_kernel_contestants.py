@@ -14,8 +14,8 @@ from torch import Tensor
 from benchmarks import kernel_contestants
 from benchmarks.kernel_contestants import Contestant, inputs_of
 from benchmarks.kernel_targets import KERNELS
-from benchmarks.kernel_timing import calls_of, measure
-from tests.benchmarks.kernel_cases import CPU, TINY, WallTimer, timed
+from benchmarks.kernel_timing import WallTimer, calls_of, measure
+from tests.benchmarks.kernel_cases import CPU, TINY, timed
 
 
 @pytest.fixture

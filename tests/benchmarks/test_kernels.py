@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from benchmarks import kernels
 from benchmarks.kernel_contestants import Contestant
 from benchmarks.kernel_report import plot_ratios, show
 from benchmarks.kernel_targets import KERNELS, Case, verdicts
-from benchmarks.kernel_timing import host_microseconds, measure
+from benchmarks.kernel_timing import WallTimer, host_microseconds, measure
 from benchmarks.kernels import Flags
-from tests.benchmarks.kernel_cases import BF16, CPU, TINY, WallTimer, command, timed
+from tests.benchmarks.kernel_cases import BF16, CPU, TINY, command, timed
 
 
 def test_timings_without_a_gpu_are_refused_in_one_line() -> None:
@@ -42,20 +43,40 @@ def test_flags_that_mean_nothing_are_refused(flags: Flags, expected: str) -> Non
         kernels.check(flags)
 
 
-def test_a_run_writes_every_record_and_the_plot(
+def test_a_run_keeps_every_record_and_goes_on_with_those_that_are_missing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(kernels, "GraphTimer", lambda device: WallTimer())
-    monkeypatch.setattr(kernels, "cases", lambda kernel, dtype, tokens: [replace(TINY[kernel], dtype=dtype)])
-    monkeypatch.setattr(kernels, "contestants", timed)
-    output = tmp_path / "kernels.json"
-    kernels.speed(Flags(kernel=("swiglu", "cross_entropy"), rounds=1, output=output), CPU)
-    report = json.loads(output.read_text())
-    found = [(record["kernel"], record["direction"]) for record in report["records"]]
-    assert found == [(kernel, direction) for kernel in ("swiglu", "cross_entropy") for direction in KERNELS[kernel]]
-    assert [host["kernel"] for host in report["host"]] == ["swiglu", "cross_entropy"]
+    monkeypatch.setattr(kernels, "small_cases", lambda kernel, dtype, tokens: [replace(TINY[kernel], dtype=dtype)])
+    monkeypatch.setattr(kernels, "contestants", lambda case, compiler: timed(case))
+    chosen = {kernel: KERNELS[kernel] for kernel in ("swiglu", "cross_entropy")}
+    flags = Flags(kernel=tuple(chosen), rounds=1, output=tmp_path / "kernels.json", rehearse=True, resume=True)
+    measured = []
+
+    def cut_off(case: Case, direction: str, *more: Any) -> dict[str, Any]:
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append((case.kernel, direction))
+        return measure(case, direction, *more)
+
+    monkeypatch.setattr(kernels, "measure", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        kernels.speed(flags, CPU)
+    assert not read(flags)["complete"]
+    assert len(read(flags)["cases"]) == 4  # and a call on the host
+    before = list(measured)
+    measured.clear()
+    kernels.speed(flags, CPU)
+    assert before + measured == [(kernel, direction) for kernel in chosen for direction in chosen[kernel]]
+    report = read(flags)
+    assert [name for name in report["cases"] if "host" in name] == [f"{kernel} on the host" for kernel in chosen]
     assert report["environment"]["torch"] == torch.__version__
-    assert f"written: {output}" in capsys.readouterr().out
+    assert report["complete"]
+    assert f"written: {flags.output}" in capsys.readouterr().out
+
+
+def read(flags: Flags) -> dict[str, Any]:
+    assert flags.output is not None
+    return json.loads(flags.output.read_text())
 
 
 def test_the_report_shows_ratios_and_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,11 +89,12 @@ def test_the_report_shows_ratios_and_targets(tmp_path: Path, capsys: pytest.Capt
     assert isinstance(entrant, Contestant)
     host = {"kernel": "rms_norm", "argonne_us": host_microseconds(case, entrant, CPU), "torch_us": 9.0}
     report = {
-        "environment": {"gpu": "a GPU", "cpu": "a CPU", "torch": "2", "triton": "3", "liger-kernel": None},
+        "environment": {"gpu": "a GPU", "cpu": "a CPU"},
+        "identity": {"torch": "2", "triton": "3", "liger-kernel": None},
         "dtype": "bfloat16",
         "rounds": 2,
-        "records": records,
-        "host": [{**host, "target_us": 40.0, "verdict": "missed"}],
+        "cases": {str(number): record for number, record in enumerate(records)}
+        | {"host": {**host, "target_us": 40.0, "verdict": "missed"}},
     }
     show(report)
     told = capsys.readouterr().out

@@ -55,6 +55,7 @@ def test_a_run_says_whether_all_are_the_same(tmp_path: Path, capsys: pytest.Capt
     ]
     report = json.loads((tmp_path / "one.json").read_text())
     assert [record["differs"] for record in report["records"]] == [[], []]
+    assert list(report["cases"]) == ["TP 1", "TP 8", "cost"]
 
 
 def test_what_cannot_be_shared_out_is_refused() -> None:

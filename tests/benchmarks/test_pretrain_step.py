@@ -21,7 +21,15 @@ from argonne.models.config import PRESETS
 from argonne.parallel import ArgonneError
 from benchmarks import pretrain_step
 from benchmarks.pretrain_step import Flags, check, figures, run
-from benchmarks.step_contestants import PHASES, Contestant, Record, Trainer, contestants, require_agreement
+from benchmarks.step_contestants import (
+    PHASES,
+    Contestant,
+    Record,
+    Trainer,
+    contestants,
+    recomputation,
+    require_agreement,
+)
 from benchmarks.step_profile import attention_of, profile_step
 
 CPU = torch.device("cpu")
@@ -58,7 +66,7 @@ def test_the_json_has_every_figure_of_every_contestant(whole_run: tuple[dict[str
     assert found["benchmark"] == "pretrain_step"
     assert {"torch", "cpu", "commit", "threads"} <= set(found["environment"])
     assert found["parameters"] == TINY.parameter_count
-    assert list(found["contestants"]) == ["torch, eager", "torch, eager, checkpointing"]
+    assert list(found["contestants"]) == ["torch, eager", "torch, eager, recompute full"]
     assert found["contestants"]["torch, eager"]["ratio"] == 1
     for name, own in found["contestants"].items():
         assert name in said
@@ -87,11 +95,15 @@ def test_mfu_is_the_flops_of_the_tokens_over_the_peak(
     monkeypatch.setattr(pretrain_step, "peak_flops", lambda device: PEAK)
     for own in measured(replace(SMALL, precision="bf16", rounds=1), tmp_path)["contestants"].values():
         assert own["mfu"] == pytest.approx(own["tokens_per_second"] * TINY.flops_per_token(16) / PEAK)
+        assert own["mfu_uncut_attention"] > own["mfu"]
     turn = {"step": 0.5, "forward": 0.1, "backward": 0.2, "optimizer": 0.1}
     record = Record(turns=[turn])
     # 32 tokens in half a second; 6 N, and 6 x 4 layers x 2 heads x 8 x 16 positions of attention
     expected = 64 * (6 * TINY.parameter_count + 6 * 4 * 2 * 8 * 16) / PEAK
-    assert figures(EAGER, record, record, SMALL, PEAK)["mfu"] == pytest.approx(expected)
+    found = figures(EAGER, record, record, SMALL, PEAK)
+    assert found["mfu"] == pytest.approx(expected)
+    uncut = 64 * 6 * 4 * 2 * 8 * 16 / PEAK
+    assert found["mfu_uncut_attention"] == pytest.approx(expected + uncut)
     assert "not known" not in capsys.readouterr().out
 
 
@@ -99,7 +111,7 @@ def test_mfu_is_not_known_where_the_peak_is_not(whole_run: tuple[dict[str, Any],
     found, said = whole_run
     assert found["peak_flops"] is None
     assert all(own["mfu"] is None for own in found["contestants"].values())
-    assert said.count("not known") == 2
+    assert said.count("not known") == 4
 
 
 @pytest.mark.parametrize(("backend", "name"), [(SDPBackend.MATH, "math"), (SDPBackend.FLASH_ATTENTION, "flash")])
@@ -139,13 +151,13 @@ def test_first_steps_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch, tm
 
     def spoil(self: Trainer, contestant: Contestant) -> None:
         become(self, contestant)
-        if contestant.checkpointing:
+        if contestant.recompute == "full":
             self.model.model.norm.weight.data.mul_(2)
 
     monkeypatch.setattr(Trainer, "become", spoil)
-    with pytest.raises(ArgonneError, match="the first loss of 'torch, eager, checkpointing' is"):
+    with pytest.raises(ArgonneError, match="the first loss of 'torch, eager, recompute full' is"):
         run(replace(SMALL, output=tmp_path / "out.json"))
-    assert not (tmp_path / "out.json").exists()
+    assert not json.loads((tmp_path / "out.json").read_text())["complete"]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +183,7 @@ def test_a_contestant_without_memory_has_a_row_that_says_so(
     loss = Trainer.loss
 
     def too_large(self: Trainer) -> torch.Tensor:
-        if not self.recomputes:
+        if self.contestant.recompute == "none":
             raise torch.OutOfMemoryError
         return loss(self)
 
@@ -179,9 +191,49 @@ def test_a_contestant_without_memory_has_a_row_that_says_so(
     found = measured(replace(SMALL, rounds=1), tmp_path)
     failed, other = found["contestants"].values()
     assert (failed["failure"], failed["step_seconds"], failed["profile"]) == ("out of memory", None, None)
-    assert found["ratio_to"] == "torch, eager, checkpointing"
+    assert found["ratio_to"] == "torch, eager, recompute full"
     assert other["ratio"] == 1
     assert "out of memory" in capsys.readouterr().out
+
+
+def test_a_run_that_was_cut_off_goes_on_with_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = []
+    take = Trainer.turn
+
+    def counted(self: Trainer, steps: int, warmup: int) -> Any:
+        if len(turns) == 3:
+            raise KeyboardInterrupt
+        turns.append(self.contestant.name)
+        return take(self, steps, warmup)
+
+    monkeypatch.setattr(Trainer, "turn", counted)
+    flags = replace(SMALL, rounds=2, resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        measured(flags, tmp_path)
+    turns.clear()
+    found = measured(flags, tmp_path)
+    assert turns == ["torch, eager, recompute full"]
+    assert all(len(own["rounds"]) == 2 for own in found["contestants"].values())
+    capsys.readouterr()
+    assert measured(flags, tmp_path) == found
+    assert turns == ["torch, eager, recompute full"]
+    assert "x torch, eager" in capsys.readouterr().out
+
+
+def test_recomputation_and_attention_are_a_contest_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = measured(replace(SMALL, rounds=1, contest="memory"), tmp_path)["contestants"]
+    assert list(found)[:2] == ["torch, eager", "torch, eager, recompute full"]
+    ran = {name: own["profile"]["attention_backend"] for name, own in found.items() if own["failure"] is None}
+    assert ran["torch, eager, math attention"] == "math"
+    assert ran["torch, eager, flash attention"] == "flash"
+    assert found["torch, eager, cuDNN attention"]["failure"] == "not here for this shape"
+    has_more = recomputation("selective") is not None
+    assert ("recompute selective: left out" in capsys.readouterr().out) != has_more
+    assert ("torch, eager, recompute selective" in found) == has_more
 
 
 def test_what_the_compiler_cannot_do_is_recorded_and_what_eager_cannot_is_raised(
@@ -201,23 +253,23 @@ def test_what_the_compiler_cannot_do_is_recorded_and_what_eager_cannot_is_raised
 def test_on_a_gpu_every_choice_takes_part() -> None:
     names = [contestant.name for contestant in contestants(torch.device("cuda"), compiled=True)]
     assert names == [
-        f"{kernels}, {mode}{checkpointing}"
+        f"{kernels}, {mode}{recompute}"
         for kernels in ("torch", "triton")
         for mode in ("eager", "compiled")
-        for checkpointing in ("", ", checkpointing")
+        for recompute in ("", ", recompute full")
     ]
 
 
 def test_kernels_and_checkpointing_are_switched_on_the_same_weights() -> None:
     trainer = Trainer(TINY, (2, 16), "fp32", CPU)
-    trainer.become(Contestant("triton", compiled=False, checkpointing=True))
+    trainer.become(Contestant("triton", recompute="full"))
     held = [getattr(m, name) for m in trainer.model.modules() for name in ("backend", "kernels") if hasattr(m, name)]
     assert len(held) == 4 * 4 + 1  # the norms, attention and feed-forward of each block, the last norm
     assert trainer.cross_entropy.kernels == "triton"
     assert set(held) == {"triton"}
-    assert trainer.recomputes
+    assert trainer.contestant.recompute == "full"
     trainer.become(EAGER)
-    assert not trainer.recomputes
+    assert trainer.contestant == EAGER
 
 
 @pytest.mark.parametrize(
