@@ -25,14 +25,6 @@ class TrainingFlags:
 
     total_steps: int = 4_000_000
     """Optimizer steps of the whole run; the schedule ends there."""
-    schedule: Kind = "cosine"
-    """How the learning rate falls after the warm-up: cosine or linear from there to the end, wsd (it stays at its peak
-    up to the last --decay-steps), or constant."""
-    decay_steps: int | None = None
-    """Of --schedule wsd: the last steps, in which the learning rate falls; 0 for a run to branch from
-    [a tenth of --total-steps]."""
-    decay_shape: Shape = "linear"
-    """Of --schedule wsd: how it falls, linear, cosine or sqrt (1 - sqrt)."""
     initial_batch_size: int = 512
     """Sequences of a micro-batch on each data-parallel rank."""
     min_batch_size: int = 4
@@ -49,6 +41,14 @@ class TrainingFlags:
     """Where the warm-up begins and the decay ends."""
     warmup_steps: int = 2000
     """Steps of linear warm-up."""
+    schedule: Kind = "cosine"
+    """How the learning rate falls after the warm-up: cosine or linear from there to the end, wsd (it stays at its peak
+    up to the last --decay-steps), or constant."""
+    decay_steps: int | None = None
+    """Of --schedule wsd: the last steps, in which the learning rate falls; 0 for a run to branch from
+    [a tenth of --total-steps]."""
+    decay_shape: Shape = "linear"
+    """Of --schedule wsd: how it falls, linear, cosine or sqrt (1 - sqrt)."""
     weight_decay: float = 0.1
     """AdamW weight decay, on matrices only."""
     adam_beta1: float = BETAS[0]
