@@ -13,7 +13,9 @@ from torch import Tensor
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``kernels.rms_norm`` of ``[rows, hidden]``."""
-    return F.rms_norm(x, weight.shape, weight, eps)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+    return (wide * square.mul_(1 / x.shape[-1]).add_(eps).rsqrt_()).mul_(weight).to(x.dtype)
 
 
 def gated(x: Tensor) -> Tensor:

@@ -154,7 +154,8 @@ def column_parallel_linear(
 def rows_product(x: Tensor, weight: Tensor, bias: Tensor | None, precision: Precision) -> Tensor:
     """``local_linear`` of a few rows, without gradients and without a look at the shapes."""
     compute = precision.compute
-    return product_of_rows(x, weight.to(compute), None if bias is None else bias.to(compute))
+    used = weight if weight.dtype == compute else weight.to(compute)
+    return product_of_rows(x, used, None if bias is None else bias.to(compute))
 
 
 def _require_fit(x: Tensor, weight: Tensor, shares_tokens: bool = False) -> None:
