@@ -11,14 +11,14 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import tyro
 
-from argonne.models import ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas, preset
+from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas
 from argonne.models.activations import Micro, kept_by_blocks
 from argonne.models.recompute import Recompute
 from argonne.parallel import ProcessGroups
@@ -26,6 +26,8 @@ from argonne.parallel.tensor_parallel.precision import PRECISIONS
 from argonne.training.optimizer import build_optimizer
 from argonne.training.step import Learner, train_step
 from benchmarks.report import environment, table, write_json
+
+VOCABULARY = 4096
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Options:
     """Of a micro-batch."""
     sequence: int = 128
     micro_batches: int = 4
+    hidden: int = 1024
+    layers: int = 2
     output: Path = Path(__file__).parent / "results" / "recomputation_cpu.json"
     """Where the JSON goes."""
 
@@ -57,11 +61,20 @@ CONTESTANTS = [Contestant("full", copies=False), *(Contestant(word) for word in 
 
 
 class Racer:
-    """A model of the demo's shape and its optimizer, taking steps in the way of a contestant."""
+    """A model and its optimizer, taking steps in the way of a contestant."""
 
     def __init__(self, contestant: Contestant, options: Options) -> None:
         execution = Execution(ProcessGroups.single(), PRECISIONS["bf16"], recompute=Recompute.of(contestant.recompute))
-        build = partial(ArgonneModel, replace(preset("demo"), vocab_size=4096))
+        config = ArgonneConfig(
+            hidden_size=options.hidden,
+            num_hidden_layers=options.layers,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=options.sequence,
+            initializer_range=0.02,
+        )
+        build = partial(ArgonneModel, config)
         model, replicas = build_replicas(build, execution, "replicate")
         if not contestant.copies:
             replicas.copies = []
@@ -76,7 +89,7 @@ class Racer:
 
     def step(self, number: int, options: Options) -> float:
         shape = options.micro_batches, options.sequences, options.sequence + 1
-        ids = torch.randint(4096, shape, generator=torch.Generator().manual_seed(number))
+        ids = torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(number))
         batch = Batch(ids[..., :-1], ids[..., 1:], divisor=float(ids[..., 1:].numel()))
         began = time.process_time()
         loss = train_step(self.learner, batch, CrossEntropyLoss(), 1e-3, 1.0).loss

@@ -94,9 +94,24 @@ class ArgonneModel(StagedModel):
     @property
     def widths(self) -> DecoderWidths:
         """Of this rank's blocks, which are alike."""
-        block = next(iter(self.model.layers.values()))
-        assert isinstance(block, Block)
-        return block.widths(self.config)
+        config, block = self.config, self.model.block(next(iter(self.spans.values())).layers[0])
+        attention = block.self_attn
+        query, key, _ = attention.qkv_proj.splits
+        copied = 0 if attention.is_grouped else query
+        if attention.blocks_of_head > 1:
+            copied = attention.axis.own_blocks * config.head_dim
+        return DecoderWidths(
+            config.hidden_size,
+            query,
+            key,
+            query // config.head_dim,
+            attention.key_value_heads,
+            block.mlp.down_proj.weight.shape[1],
+            copied,
+            not attention.is_grouped,
+            config.qk_norm,
+            block.mlp.is_pinned,
+        )
 
     def cache_shape(self) -> CacheShape:
         """The key-value heads of this rank's blocks."""

@@ -17,7 +17,6 @@ from argonne import kernels
 from argonne.kernels import apply_rope, apply_rope_packed, rms_norm, swiglu
 from argonne.kernels.rotation import rope_frequencies, tables_of
 from argonne.kernels.swiglu import VECTOR
-from argonne.models.activations import DecoderWidths
 from argonne.models.cache import LayerCache
 from argonne.models.config import ArgonneConfig
 from argonne.models.execution import Execution
@@ -313,26 +312,6 @@ class Block(nn.Module):
         self.self_attn = Attention(config, execution)
         self.post_attention_layernorm = RMSNorm(config, execution)
         self.mlp = FeedForward(config, execution)
-
-    def widths(self, config: ArgonneConfig) -> DecoderWidths:
-        """What this rank has of it."""
-        attention = self.self_attn
-        query, key, _ = attention.qkv_proj.splits
-        copied = 0 if attention.is_grouped else query
-        if attention.blocks_of_head > 1:
-            copied = attention.axis.own_blocks * config.head_dim
-        return DecoderWidths(
-            config.hidden_size,
-            query,
-            key,
-            query // config.head_dim,
-            attention.key_value_heads,
-            self.mlp.down_proj.weight.shape[1],
-            copied,
-            not attention.is_grouped,
-            config.qk_norm,
-            self.mlp.is_pinned,
-        )
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         if inputs.turn is not None:

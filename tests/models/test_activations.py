@@ -93,6 +93,15 @@ def test_one_process_keeps_what_the_closed_form_says(config: Any, precision: str
     assert 2 * half == full + none
 
 
+def test_a_run_says_what_its_blocks_keep() -> None:
+    config = replace(LLAMA, hidden_size=512, num_hidden_layers=4)
+    execution = Execution(ProcessGroups.single(), recompute=Recompute.FULL)
+    with torch.device("meta"):
+        model = ArgonneModel(config, execution)
+    kept = 4 * BATCH * SEQUENCE * 512 * 4 / 2**20
+    assert model.facts(1, BATCH, SEQUENCE) == [f"recompute full, {kept:.1f} MiB of activations a micro-batch"]
+
+
 LAYOUTS = [
     (Layout(tensor=2), LLAMA, "bf16"),
     (Layout(tensor=2, sequence_parallel=True), QWEN3, "fp32"),
