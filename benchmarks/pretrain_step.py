@@ -21,6 +21,8 @@ are of each contestant's median round.
   from its data sheet; without one (a CPU), or in float32, MFU is not known.
 - memory: the peak of a turn by ``torch.cuda.max_memory_allocated``, weights and moments included. On a CPU: the bytes
   of weights, moments and batch, and the most that the profiled step held of PyTorch's allocator beyond them.
+  The closed form beside it is of what stays, gradients and what blocks keep for backward
+  (``argonne/models/activations.py``), not of what comes and goes within a block.
 - kernels: of one more step, under the profiler: CUDA kernels and copies by their time, operators on a CPU by their time
   without what they call. The attention backend is read from the names that ran in it.
 """
@@ -58,6 +60,7 @@ from benchmarks.step_contestants import (
 )
 
 _COUNTS = ("mfu", "mfu_uncut_attention")
+_MEMORY = ("peak_memory_bytes", "closed_form_bytes")
 NAME_WIDTH = 90
 """Of a kernel's name on screen; templates make some a thousand letters long."""
 STATE_BYTES = 16
@@ -139,13 +142,14 @@ def figures(contestant: Contestant, record: Record, base: Record, flags: Flags, 
     """All that is reported of a contestant, as JSON values; null where it failed or is not known."""
     found: dict[str, Any] = {**asdict(contestant), "failure": record.failure, "ratio": None, "tokens_per_second": None}
     found |= {f"{name}_seconds": None for name in ("step", *PHASES)}
-    found |= {"mfu": None, "mfu_uncut_attention": None, "peak_memory_bytes": None}
+    found |= {"mfu": None, "mfu_uncut_attention": None, "peak_memory_bytes": None, "closed_form_bytes": None}
     found |= {"first_loss": record.first_loss, "gradient_norm": record.gradient_norm, "rounds": record.turns}
     if record.failure is None:
         typical = sorted(record.turns, key=lambda turn: turn["step"])[(len(record.turns) - 1) // 2]
         rate = flags.tokens / typical["step"]
         found |= {f"{name}_seconds": seconds for name, seconds in typical.items()}
         found |= {"tokens_per_second": rate, "peak_memory_bytes": record.peak_memory}
+        found["closed_form_bytes"] = record.closed_form
         found["ratio"] = median(a["step"] / b["step"] for a, b in zip(base.turns, record.turns, strict=True))
         if peak is not None:
             count = flags.config.flops_per_token(flags.sequence)
@@ -209,18 +213,28 @@ def show(found: dict[str, Any]) -> None:
             print(table(("kernel", "calls", "ms", "share"), kernels))
             backends.setdefault(seen["attention_backend"], []).append(name)
         if own["failure"] is not None:
-            rows.append((name, "-", own["failure"][:60], *"-------"))
+            rows.append((name, "-", own["failure"][:60], *"--------"))
             continue
         times = [f"{1e3 * own[f'{part}_seconds']:.1f}" for part in ("step", *PHASES)]
         mfu = [f"{own[count]:.1%}" if own[count] is not None else "not known" for count in _COUNTS]
-        memory = f"{own['peak_memory_bytes'] / 2**30:.2f}"
-        rows.append((name, f"{own['ratio']:.2f}", *times, f"{own['tokens_per_second']:,.0f}", *mfu, memory))
+        memory = [f"{own[of] / 2**30:.2f}" if own[of] is not None else "-" for of in _MEMORY]
+        rows.append((name, f"{own['ratio']:.2f}", *times, f"{own['tokens_per_second']:,.0f}", *mfu, *memory))
     machine = found["environment"]
     print(
         f"\n{found['preset']}, {found['micro_batch']} x {found['sequence']} tokens, {found['precision']}, "
         f"{machine.get('gpu', machine['cpu'])}, torch {machine['torch']}; medians of {found['rounds']} rounds"
     )
-    header = ("contestant", f"x {found['ratio_to']}", "step ms", *PHASES, "tokens/s", "MFU", "uncut", "peak GiB")
+    header = (
+        "contestant",
+        f"x {found['ratio_to']}",
+        "step ms",
+        *PHASES,
+        "tokens/s",
+        "MFU",
+        "uncut",
+        "peak GiB",
+        "closed form",
+    )
     print(table(header, rows))
     for backend, names in backends.items():
         print(f"attention that ran: {backend} ({'all' if len(names) == len(rows) else '; '.join(names)})")

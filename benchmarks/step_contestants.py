@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from types import MethodType
 from typing import Any, Literal, TypeVar
 
@@ -18,6 +19,7 @@ from argonne.kernels.dispatch import interprets
 from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution
 from argonne.models.decoder import Block
 from argonne.models.recompute import Recompute
+from argonne.models.replicas import build_replicas
 from argonne.parallel import ArgonneError, ProcessGroups
 from argonne.parallel.tensor_parallel.precision import PRECISIONS
 from argonne.training.optimizer import build_optimizer
@@ -100,6 +102,8 @@ class Record:
     """Seconds of a step and of each of ``PHASES``, a turn each."""
     peak_memory: int = 0
     """Bytes."""
+    closed_form: int | None = None
+    """What they should be, about."""
     profile: StepProfile | None = None
     no_profile: str | None = None
     """Why there is none."""
@@ -133,13 +137,15 @@ class Trainer:
     ) -> None:
         """``shape`` is of the micro-batch: sequences, and tokens in each; ``compiler`` a backend of the compiled."""
         self.device, self.precision, self.compiler = device, precision, compiler
-        with device:
-            groups = ProcessGroups.single(device)
-            self.model = ArgonneModel(config, Execution(groups, PRECISIONS[precision], kernels="torch"))
+        self.execution = Execution(ProcessGroups.single(device), PRECISIONS[precision], kernels="torch")
+        model, self.replicas = build_replicas(partial(ArgonneModel, config), self.execution, "replicate")
+        assert isinstance(model, ArgonneModel)
+        self.model = model
         self.cross_entropy = CrossEntropyLoss()
         self.contestant = Contestant("torch")
         self.model.initialise(seed=0)
-        self.optimizer = build_optimizer(self.model.sharded_parameters(), weight_decay=0.1)
+        self.replicas.publish()
+        self.optimizer = build_optimizer(self.replicas.parameters, weight_decay=0.1)
         generator = torch.Generator().manual_seed(0)
         sequences, tokens = shape
         self.batch = torch.randint(0, config.vocab_size, (sequences, tokens + 1), generator=generator).to(device)
@@ -162,11 +168,8 @@ class Trainer:
                 block.forward = MethodType(self.compiled_forward, block)
         self.contestant = contestant
         for stage in self.model.stages.values():
-<<<<<<< HEAD
             stage.execution = replace(stage.execution, recompute=Recompute(int(self.recomputes)))
-=======
             stage.execution = replace(stage.execution, recompute=recomputation(contestant.recompute))
->>>>>>> hgpu
 
     def loss(self) -> torch.Tensor:
         """In nats, the mean of the micro-batch."""
@@ -189,6 +192,7 @@ class Trainer:
         loss.backward()
         moments.append(self.moment())
         self.optimizer.step()
+        self.replicas.publish()
         self.optimizer.zero_grad()
         moments.append(self.moment())
         return moments
@@ -212,6 +216,25 @@ class Trainer:
         """Bytes of what stays from step to step."""
         moments = [m for state in self.optimizer.state.values() for m in state.values()]
         return sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers(), *moments, self.batch))
+
+    def closed_form(self) -> int | None:
+        """Bytes at the peak of an eager step: what stays, gradients, and what blocks keep for backward.
+
+        Left out is what comes and goes within a block, and the logits of some tokens. None where this version has no
+        closed form, or the compiler decides what is kept.
+        """
+        try:
+            from argonne.models.activations import Micro, kept_by_blocks
+        except ImportError:
+            return None
+        if self.contestant.compiled:
+            return None
+        own = self.contestant
+        execution = replace(self.execution, kernels=own.kernels, recompute=recomputation(own.recompute))
+        micro = Micro(execution, len(self.batch), self.batch.shape[1] - 1)
+        kept = kept_by_blocks(self.model.widths, micro, range(len(self.model.blocks)))
+        copies = sum(module.working.bytes for module in self.replicas.copies)
+        return self.held() + sum(p.nbytes for p in self.model.parameters()) + copies + kept
 
     def moment(self) -> Any:
         """Now, on the device's own clock."""
@@ -312,7 +335,7 @@ def measure(
 def _add_profile(trainer: Trainer, contestant: Contestant, record: Record) -> None:
     profiling = Record()  # what the profiler has no memory for has been timed all the same
     record.profile = trainer.attempt(contestant, lambda: profile_step(trainer.step, trainer.device), profiling)
-    record.no_profile = profiling.failure
+    record.no_profile, record.closed_form = profiling.failure, trainer.closed_form()
     if record.no_profile is not None:
         print(f"{contestant.name}: no profile, {record.no_profile}", flush=True)
     if record.profile is not None and record.profile.allocated is not None:
