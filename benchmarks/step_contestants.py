@@ -62,15 +62,6 @@ BACKENDS = {
 CONTESTS = ("kernels", "memory")
 
 
-def recomputation(word: str) -> Any:
-    """What ``Execution`` is given for ``--recompute word``; None where this version has no such choice."""
-    try:
-        from argonne.models.recompute import Recompute
-    except ImportError:
-        return {"none": False, "full": True}.get(word)
-    return Recompute.of(word)
-
-
 def contestants(device: torch.device, compiled: bool, contest: str = "kernels") -> list[Contestant]:
     """Those that can run; the first is what the others are compared with.
 
@@ -85,10 +76,7 @@ def contestants(device: torch.device, compiled: bool, contest: str = "kernels") 
         return [Contestant(*choice) for choice in itertools.product(kernels, modes, ("none", "full"))]
     found = [Contestant(kernels[-1])]
     for word in ("full", "selective", "2"):
-        if recomputation(word) is None:
-            print(f"recompute {word}: left out, as Execution.recompute has no such choice here")
-        else:
-            found += [Contestant(kernels[-1], mode, word) for mode in modes]
+        found += [Contestant(kernels[-1], mode, word) for mode in modes]
     return found + [Contestant(kernels[-1], attention=name) for name in BACKENDS]
 
 
@@ -168,8 +156,7 @@ class Trainer:
                 block.forward = MethodType(self.compiled_forward, block)
         self.contestant = contestant
         for stage in self.model.stages.values():
-            stage.execution = replace(stage.execution, recompute=Recompute(int(self.recomputes)))
-            stage.execution = replace(stage.execution, recompute=recomputation(contestant.recompute))
+            stage.execution = replace(stage.execution, recompute=Recompute.of(contestant.recompute))
 
     def loss(self) -> torch.Tensor:
         """In nats, the mean of the micro-batch."""
@@ -230,7 +217,7 @@ class Trainer:
         if self.contestant.compiled:
             return None
         own = self.contestant
-        execution = replace(self.execution, kernels=own.kernels, recompute=recomputation(own.recompute))
+        execution = replace(self.execution, kernels=own.kernels, recompute=Recompute.of(own.recompute))
         micro = Micro(execution, len(self.batch), self.batch.shape[1] - 1)
         kept = kept_by_blocks(self.model.widths, micro, range(len(self.model.blocks)))
         copies = sum(module.working.bytes for module in self.replicas.copies)
