@@ -1,14 +1,16 @@
 """What a benchmark has measured, case by case: on the disk as soon as it is known, and not measured twice.
 
 A benchmark that is cut off goes on with the cases that are missing, if it is told to. Cases of another machine, other
-versions, other sources or other settings are not taken for its own. Nothing here needs PyTorch.
+versions, other sources (of ``argonne/``, and its own) or other settings are not taken for its own. Nothing here needs
+PyTorch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,10 +35,11 @@ class Kept:
         """
         self.path = path
         self.cases: dict[str, Any] = {}
-        self.found: dict[str, Any] = {**told, "identity": json.loads(json.dumps(identity)), "complete": False}
+        mine = json.loads(json.dumps({**identity, "benchmark": own_sources()}))
+        self.found: dict[str, Any] = {**told, "identity": mine, "complete": False}
         before = read(path) if resume and path is not None else None
         if path is not None and before is not None:
-            if changed := differences(before.get("identity", {}), self.found["identity"], every=True):
+            if changed := differences(before.get("identity", {}), mine, every=True):
                 print(f"{path.name} is of other {', '.join(changed)}: measured anew", flush=True)
             else:
                 self.cases, self.found = before["cases"], before
@@ -91,8 +94,19 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any], every: bool = 
 
 def sources(*folders: str) -> str:
     """A digest of the Python files of folders of this checkout: a commit tells less, and a copy may have none."""
+    return _digest(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def own_sources() -> str:
+    """A digest of the files of ``benchmarks/`` that this process has imported: of the benchmark that it is."""
+    modules = [module for name, module in sys.modules.items() if name.startswith(("benchmarks.", "__main__"))]
+    found = {Path(file).resolve() for module in modules if (file := getattr(module, "__file__", None))}
+    return _digest(path for path in found if path.parent == ROOT / "benchmarks")
+
+
+def _digest(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+    for path in sorted(paths):
         digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
