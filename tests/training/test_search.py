@@ -169,6 +169,14 @@ def test_what_nothing_fits_into_is_refused_with_the_sizes_and_what_helps(config:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_that_is_too_large_is_refused_before_there_is_any_of_it(config: RunConfig, tmp_path: Path) -> None:
+    """Without a limit: what this machine has is less than 9 TiB."""
+    huge = replace(config.model, hidden_size=1 << 18, intermediate_size=1 << 20, head_dim=16)
+    with pytest.raises(ArgonneError, match=r"fits into the memory of rank 0: of \S+ GiB \(what is free\) 10% are left"):
+        pretrain(in_directory(replace(config, model=huge), tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 class Uncountable(Small):
     """It looks at the numbers that it computes with."""
 

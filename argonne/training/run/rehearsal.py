@@ -7,9 +7,12 @@ on a CPU its tensors are counted (``counting``). Nothing of the run exists yet t
 from __future__ import annotations
 
 import gc
-from contextlib import AbstractContextManager, nullcontext
+import random
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from argonne.launch.out_of_memory import complaint
@@ -36,6 +39,18 @@ class Rehearsed:
     """Those of the weights and moments."""
 
 
+@contextmanager
+def random_streams_kept(device: torch.device) -> Iterator[None]:
+    """Within, whatever is drawn, of PyTorch's streams, Python's and NumPy's, leaves them as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
 def rehearse(
     config: RunConfig, workload: Workload, groups: ProcessGroups, size: int, limit: float | None = None
 ) -> Rehearsed:
@@ -51,7 +66,7 @@ def rehearse(
     on_gpu = groups.device.type == "cuda"
     counting: AbstractContextManager[Count | None] = nullcontext() if limit is None else counted(limit)
     fits, state = True, 0
-    with torch.random.fork_rng([groups.device] if on_gpu else []), counting as count, isolated():
+    with counting as count, isolated():
         try:
             learner = TrainingState.build(config, workload, groups)
             learner.loss_scale = LossScale()  # an overflow would end the step before its update
@@ -71,6 +86,7 @@ def rehearse(
     gc.collect()  # a model and its hooks are in cycles of references
     if on_gpu:
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(groups.device)
     return Rehearsed(fits, 0 if count is None else count.peak, state)
 
 

@@ -24,7 +24,7 @@ from argonne.training.run.batch import with_micro_batch
 from argonne.training.run.file import Search
 from argonne.training.run.job import log
 from argonne.training.run.memory import what_helps
-from argonne.training.run.rehearsal import Rehearsed, micro_batches, rehearse
+from argonne.training.run.rehearsal import Rehearsed, micro_batches, random_streams_kept, rehearse
 from argonne.training.run.reproducible import blocks_of, reproducible_identity
 from argonne.training.run.setup import Workload
 
@@ -82,7 +82,9 @@ def search(
     if not computes and room is None:
         return config, workload, None
     for size in sizes(config):
-        told = gather_objects(_try(config, workload, groups, size, room), groups.world)  # what all wait for
+        with random_streams_kept(groups.device):
+            own = _try(config, workload, groups, size, room)
+        told = gather_objects(own, groups.world)
         if (problem := next((each.problem for each in told if each.problem is not None), None)) is not None:
             _without(config, groups, problem)
             return config, workload, None
