@@ -130,8 +130,10 @@ class TrainingFlags:
     """What the loss is multiplied by at first, in fp16 only; it follows the overflows from there."""
     disable_gradient_checkpointing: bool = False
     """Keep every activation instead of recomputing each block in backward: faster, more memory."""
+    compile: bool = False
+    """Compile the model's blocks by torch.compile, forward and backward [on a GPU they are, on a CPU they are not]."""
     disable_compile: bool = False
-    """Run without torch.compile. Compilation is not built yet: every run is eager, with or without this."""
+    """Compile nothing: every block is computed eagerly."""
 
     @property
     def objective(self) -> Objective:

@@ -61,7 +61,8 @@ class TrainingState(Learner):
         plan = config.parallel.plan(groups.layout)
         kind, shard = config.parallel.kind, config.parallel.fsdp_shard
         recompute = not t.disable_gradient_checkpointing
-        execution = Execution(groups, workload.precision, t.kernels, plan, recompute)
+        compiled = workload.conditions["compile"]
+        execution = Execution(groups, workload.precision, t.kernels, plan, recompute, compiled)
         torch.manual_seed(t.seed)  # for a model that draws values itself; ours are drawn by name
         model, replicas = build_replicas(workload.model.build, execution, kind, shard)
         schedule = CosineSchedule(t.learning_rate, t.min_learning_rate, t.warmup_steps, t.total_steps)
