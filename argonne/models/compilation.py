@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import einops
 import torch
 from torch import Tensor, nn
 
@@ -45,7 +46,8 @@ class CompiledForward:
         """
         # One graph for all blocks that are alike, and one shape: what may change from step to step is marked.
         self._compiled = torch.compile(self._eager, backend=_compile, fullgraph=True, dynamic=False)
-        with torch.enable_grad(), _as_gathered(self.block, compute), _preparing():
+        on_gpu = any(parameter.is_cuda for parameter in self.block.parameters())
+        with torch.enable_grad(), _as_gathered(self.block, compute), _preparing(on_gpu):
             try:
                 self._compiled(*inputs)
             except _Prepared as prepared:
@@ -70,15 +72,22 @@ _is_preparing = False
 
 
 @contextmanager
-def _preparing() -> Iterator[None]:
+def _preparing(on_gpu: bool) -> Iterator[None]:
     """Have what is called compile all that it will need, its backward too, and stop there."""
     global _is_preparing
     import torch._dynamo.config as dynamo
     import torch._functorch.config as functorch
+    import torch._inductor.config as inductor
+    from torch._dynamo import allow_in_graph
 
+    # As calls: what einops has seen so far elsewhere, of NumPy say, would count as what the graph depends on.
+    for each in (einops.rearrange, einops.reduce, einops.repeat):
+        allow_in_graph(each)
     with ExitStack() as stack:
         # Graphs that were kept would not be seen; what the C++ compiler or Triton has made of them is still kept.
         stack.enter_context(functorch.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True))
+        if not on_gpu:  # processes that compile Triton's programs would be started on every rank, for nothing
+            stack.enter_context(inductor.patch(compile_threads=1))
         stack.enter_context(dynamo.patch(recompile_limit=1024, accumulated_recompile_limit=1 << 16))
         _is_preparing = True
         try:
