@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from argonne.training.config import ResumeConfig, RunConfig
 from argonne.training.run.compilation import check_compile, compiles, is_asked, latest_of_two
 from argonne.training.run.workflow import pretrain
 from tests.integration.runs import MODEL, SCHEDULE, history, run_until_killed, succeed, weights, write_corpus
+from tests.models.compiled import as_graphs
 from tests.training.small_run import small_run
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -82,8 +84,9 @@ def stopped_at(config: RunConfig, directory: str, step: int | None) -> RunConfig
     return replace(config, run=run)
 
 
+@pytest.mark.parametrize("interpreted", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_a_compiled_run_that_is_stopped_and_continued_equals_the_undisturbed_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], interpreted: bool
 ) -> None:
     """To the bit; compiled anew, before the first step of each start, and not once afterwards."""
     import torch._dynamo
@@ -93,7 +96,8 @@ def test_a_compiled_run_that_is_stopped_and_continued_equals_the_undisturbed_one
     for directory, step in (("whole", None), ("stopped", 2), ("stopped", None)):
         torch._dynamo.reset()
         counters.clear()
-        assert pretrain(stopped_at(config, directory, step)) == 0
+        with as_graphs() if interpreted else nullcontext():
+            assert pretrain(stopped_at(config, directory, step)) == 0
         assert counters["stats"]["unique_graphs"] == 1
         assert not counters["graph_break"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
