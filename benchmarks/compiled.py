@@ -10,28 +10,29 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script, in this process and in its ranks
 
 from argonne.launch import LaunchFlags, drive, guarded, parse, world_size
 from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas
 from argonne.parallel import ArgonneError, Layout, ProcessGroups, choose_device, process_groups
+from argonne.parallel.communication.collectives import barrier
+from argonne.parallel.communication.reduction import sum_over
 from argonne.parallel.data_parallel.kinds import Kind
 from argonne.parallel.legal import require_whole
 from argonne.parallel.tensor_parallel.precision import resolve_precision
 from argonne.training.optimizer import build_optimizer
 from argonne.training.run.compilation import prepare_blocks
 from argonne.training.step import Learner, train_step
-from benchmarks.collective_timing import Budget, measure
 from benchmarks.report import environment, table, write_json
-from benchmarks.reproducible import cpu_seconds
 
 MICRO_BATCH, ACCUMULATION = 2, 2
 
@@ -59,8 +60,6 @@ class Flags:
     """Compute each block once more in backward."""
     iterations: int = 20
     """Timed steps of each."""
-    seconds: float = 60.0
-    """Timed steps are fewer where a figure would take longer, but never fewer than three."""
     output: Path | None = None
     """The JSON to write, where what was measured on other numbers of ranks is kept
     [benchmarks/results/compiled_<device>.json]."""
@@ -81,7 +80,7 @@ def run(flags: Flags) -> None:
     device = choose_device(flags.launch.device)
     with process_groups(Layout(data=world_size()), device) as everyone:
         records = [
-            measured(flags, hidden, name, ProcessGroups.from_world(layout, device), kind)
+            measured(flags, hidden, name, groups_of(layout, everyone), kind)
             for hidden in flags.hidden
             for name, (layout, kind) in layouts(everyone.world.size).items()
         ]
@@ -91,7 +90,7 @@ def run(flags: Flags) -> None:
             (
                 f"{record['hidden']} hidden, {record['layout']}",
                 *(f"{record[f'{what}ratio']:.2f}" for what in ("", "cpu_")),
-                *(f"{record[f'{way}_median_us'] / 1e3:,.0f}" for way in ("eager", "compiled")),
+                *(f"{record[f'{way}_median_ms']:,.0f}" for way in ("eager", "compiled")),
                 f"{record['compile_seconds']:.0f}",
                 f"{record['loss_difference']:.0e}",
             )
@@ -112,6 +111,10 @@ def run(flags: Flags) -> None:
         name = f"{everyone.world.size} ranks{', recomputing' * flags.recompute}"
         write_json(output, {**kept, name: {"environment": environment(device), "records": records}})
         print(f"written: {output}")
+
+
+def groups_of(layout: Layout, everyone: ProcessGroups) -> ProcessGroups:
+    return everyone if everyone.world.size == 1 else ProcessGroups.from_world(layout, everyone.device)
 
 
 def layouts(ranks: int) -> dict[str, tuple[Layout, Kind]]:
@@ -140,16 +143,34 @@ def measured(flags: Flags, hidden: int, name: str, groups: ProcessGroups, kind: 
         batch = one_batch(shape, groups)
         losses.append(train_step(learner, batch, CrossEntropyLoss(), 1e-3, gradient_clip=1.0).loss)
         actions.append(partial(train_step, learner, batch, CrossEntropyLoss(), 1e-3, gradient_clip=1.0))
-    everyone = replace(groups, tensor=groups.world)
-    timings = measure(actions, Budget(flags.iterations, 1, flags.seconds), everyone)
-    count = len(timings[0].seconds)
-    eager, compiled = cpu_seconds(actions, max(2, count // 4), everyone)
-    record: dict[str, Any] = {"layout": name, "hidden": hidden, "iterations": count, "model": asdict(shape)}
-    record |= {"ratio": timings[0].median / timings[1].median, "cpu_ratio": eager / compiled}
-    record |= {"compile_seconds": seconds, "loss_difference": abs(losses[0] - losses[1]) / losses[0]}
-    for way, timing in zip(("eager", "compiled"), timings, strict=True):
-        record |= timing.fields(f"{way}_")
-    return record
+    passed, spent = in_turns(actions, flags.iterations, groups)
+    (eager, compiled), (eager_cpu, compiled_cpu) = passed.median(1).values.tolist(), spent.sum(1).tolist()
+    return {
+        "layout": name,
+        "hidden": hidden,
+        "iterations": flags.iterations,
+        "model": asdict(shape),
+        "ratio": eager / compiled,
+        "cpu_ratio": eager_cpu / compiled_cpu,
+        "compile_seconds": seconds,
+        "loss_difference": abs(losses[0] - losses[1]) / losses[0],
+        "eager_median_ms": 1e3 * eager,
+        "compiled_median_ms": 1e3 * compiled,
+        "seconds": dict(zip(("eager", "compiled"), passed.tolist(), strict=True)),
+    }
+
+
+def in_turns(actions: Sequence[Callable[[], object]], rounds: int, groups: ProcessGroups) -> tuple[Tensor, Tensor]:
+    """Seconds ``[actions, rounds]`` that passed on the first rank, and of CPU time of all ranks together."""
+    passed, spent = torch.zeros(2, len(actions), rounds, dtype=torch.float64).unbind()
+    for turn in range(rounds):
+        for number, action in enumerate(actions):
+            barrier(groups.world)
+            began, began_cpu = time.perf_counter(), time.process_time()
+            action()
+            passed[number, turn] = time.perf_counter() - began
+            spent[number, turn] = time.process_time() - began_cpu
+    return passed, sum_over(spent.to(groups.device), groups.world).cpu()
 
 
 def build(flags: Flags, shape: ArgonneConfig, groups: ProcessGroups, kind: Kind, compiled: bool) -> Learner:

@@ -16,7 +16,18 @@ from argonne.parallel import ArgonneError, Layout
 from argonne.training.config import ResumeConfig, RunConfig
 from argonne.training.run.compilation import check_compile, compiles, is_asked, latest_of_two
 from argonne.training.run.workflow import pretrain
-from tests.integration.runs import MODEL, SCHEDULE, history, run_until_killed, succeed, weights, write_corpus
+from tests.integration.runs import (
+    MODEL,
+    SCHEDULE,
+    command,
+    finish,
+    history,
+    run_until_killed,
+    start,
+    succeed,
+    weights,
+    write_corpus,
+)
 from tests.models.compiled import as_graphs
 from tests.training.small_run import small_run
 
@@ -126,3 +137,21 @@ def test_a_compiled_run_that_is_killed_and_continued_equals_the_undisturbed_one(
     assert "continuing from" in succeed("pretrain", {**flags, "--output-dir": tmp_path / "killed"})
     assert history(tmp_path / "killed") == history(tmp_path / "whole")
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+
+
+@pytest.mark.exhaustive
+def test_without_a_compiler_a_run_is_eager_says_so_once_and_keeps_that(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    flags: dict[str, Any] = {**MODEL, **SCHEDULE, "--data-glob": f"{corpus}/*.parquet", "--tensor-parallel": 2}
+    succeed("pretrain", {**flags, "--output-dir": tmp_path / "eager"})
+    variables = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    words = command("pretrain", {**flags, "--compile": None, "--output-dir": tmp_path / "compiled"})
+    done = finish(start(words, **variables))
+    assert done.status == 0, done.output
+    said = [line for line in done.output.splitlines() if "eager" in line]
+    assert len(said) == 1, done.output
+    assert said[0].startswith("rank 0 cannot compile model.layers.0 (")
+    assert said[0].endswith("): every rank computes eagerly")
+    saved = json.loads((tmp_path / "compiled" / "step_00000012" / "trainer.json").read_text())
+    assert saved["changes"] == [{"step": 0, "text": said[0]}]
+    assert weights(tmp_path / "compiled") == weights(tmp_path / "eager")
