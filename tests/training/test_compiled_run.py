@@ -14,6 +14,7 @@ import torch
 from argonne.launch import parse
 from argonne.parallel import ArgonneError, Layout
 from argonne.training.config import ResumeConfig, RunConfig
+from argonne.training.run.checks import check
 from argonne.training.run.compilation import check_compile, compiles, is_asked, latest_of_two
 from argonne.training.run.workflow import pretrain
 from tests.integration.runs import (
@@ -60,6 +61,8 @@ def test_what_cannot_be_compiled_is_refused_if_asked_for_and_eager_if_not(words:
         assert str(refusal.value).endswith("; legal: one of them, or --disable-compile")
         check_compile(of(words), layout, device, own_model=False)
         assert not compiles(of(words), layout, device, own_model=False)
+    with pytest.raises(ArgonneError, match="^compile=True conflicts with "):  # of every driver, before a rank starts
+        check(of(f"--compile --device cpu {words}"), layout.world_size)
     assert compiles(of(""), layout, GPU, own_model=False)
     assert not compiles(of(""), layout, GPU, own_model=True)
 
