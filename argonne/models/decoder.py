@@ -67,7 +67,7 @@ class RotaryTables(nn.Module):
     def __init__(self, config: ArgonneConfig, execution: Execution) -> None:
         super().__init__()
         groups, precision = execution.groups, execution.precision
-        self.context = groups.context
+        self.context, self.compiled = groups.context, execution.compile
         self.is_short = groups.device.type == "cpu" and not (groups.sequence_parallel or groups.reproducible)
         self.varies_length = can_vary_length(groups.device, precision.compute, config.head_dim)
         table_dtype = torch.promote_types(precision.compute, torch.float32)
@@ -89,7 +89,7 @@ class RotaryTables(nn.Module):
         cos, sin = (shard_sequence(table[:sequence], axis, 0) for table in (self.cos, self.sin))
         bounds = None
         if documents is not None and axis.size == 1 and self.varies_length:
-            bounds = document_bounds(documents)
+            bounds = document_bounds(documents, self.compiled)
         return AttentionInputs(cos, sin, axis, documents, bounds)
 
     def inputs_at(self, positions: Tensor) -> AttentionInputs:

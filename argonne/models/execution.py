@@ -28,6 +28,9 @@ class Execution:
     recompute: Recompute = Recompute.NONE
     """What backward computes again: less memory, more time."""
 
+    compile: bool = False
+    """Compute the blocks of a staged model compiled where they are trained (``compilation.py``)."""
+
     reproducible: int | None = None
     """Canonical blocks along the tensor axis, for the same bits at every layout (docs/reproducibility.md): the groups'
     sums are trees then, and ``groups`` says so (``ProcessGroups.in_blocks``). None: as ``groups`` has it."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from argonne.models.activations import Widths, told
 from argonne.models.base import BaseModel, last_logits, logits_of, pad_to_share
 from argonne.models.cache import KeyValueCache, Scores
+from argonne.models.compilation import CompiledForward, Graph
 from argonne.models.contract import Batch, Head, LossFunction
 from argonne.models.execution import Execution
 from argonne.models.stages import Shape, Stage, cut
@@ -138,6 +140,21 @@ class StagedModel(BaseModel):
         """
         documents = {} if batch.documents is None else {"documents": batch.documents.flatten(0, -2)}
         return {"sequence": batch.ids.shape[-1], **documents}
+
+    def prepare(self, batch: Batch) -> Iterator[tuple[str, Callable[[], Graph]]]:
+        """For each compiled block, its name and what compiles it for micro-batches like ``batch``, one rank alone.
+
+        Nothing is computed, and nothing sent; see ``CompiledForward.prepare``.
+        """
+        names = {module: name for name, module in self.named_modules()}
+        activation = self._activation(len(batch.ids), batch.ids.shape[1] // self.groups.context.size)
+        x = torch.zeros(activation.shape, dtype=activation.dtype, device=self.groups.device, requires_grad=True)
+        for stage in self._stages.values():
+            inputs = stage.block_inputs(**self.given(batch))
+            for block in stage.blocks:
+                if isinstance(block.forward, CompiledForward):
+                    compute = self.execution.precision.compute
+                    yield names[block], partial(block.forward.prepare, compute, x, inputs)
 
     def logits(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
         """``[batch, sequence]`` ids -> this rank's logits ``[batch, its positions, its tokens]``; as ``forward``."""

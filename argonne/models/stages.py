@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from argonne.models.cache import CachePass
+from argonne.models.compilation import compile_block
 from argonne.models.contract import Head
 from argonne.models.execution import Execution
 from argonne.parallel import VocabParallelEmbedding, VocabParallelHead, balance
@@ -66,6 +67,9 @@ class Stage(nn.Module):
         if embed_tokens is not None and span.is_last and lm_head is None:
             embed_tokens.working.at_once = True  # it is the head too
         self.blocks = nn.ModuleList(blocks)
+        if execution.compile:
+            for block in blocks:
+                compile_block(block)
         self.norm = norm
         self.lm_head = lm_head
 
@@ -90,7 +94,7 @@ class Stage(nn.Module):
                 ``whole``, where every context-parallel rank has all positions.
         """
         if cached is None or cached.is_first:
-            inputs = self._places[0].inputs(sequence, **given)
+            inputs = self.block_inputs(sequence, **given)
         else:
             inputs = self._places[0].inputs_at(F.pad(cached.positions, (0, sequence - cached.rows)))
         if self.span.is_first:
@@ -99,6 +103,10 @@ class Stage(nn.Module):
             own = inputs if cached is None else replace(inputs, cache=cached.layer(number))
             x = self.execution.run(block, x, own, number=number)
         return x if self.norm is None else self.norm(x)
+
+    def block_inputs(self, sequence: int, **given: Any) -> Any:
+        """What each block is given besides hidden values, where nothing is cached; as of ``forward``."""
+        return self._places[0].inputs(sequence, **given)
 
     def embed(self, ids: Tensor, inputs: Any) -> Tensor:
         """What the first block is given of ids ``[batch, positions]``."""

@@ -63,7 +63,8 @@ class TrainingState(Learner):
         t = config.training
         plan = config.parallel.plan(groups.layout)
         kind, shard = config.parallel.kind, config.parallel.fsdp_shard
-        execution = Execution(groups, workload.precision, t.kernels, plan, config.recompute)
+        compiled = workload.conditions["compile"]
+        execution = Execution(groups, workload.precision, t.kernels, plan, config.recompute, compiled)
         torch.manual_seed(t.seed)  # for a model that draws values itself; ours are drawn by name
         model, replicas = build_replicas(workload.model.build, execution, kind, shard)
         optimizer = build_optimizer(

@@ -78,8 +78,10 @@ class TrainingFlags:
     RoPE, SwiGLU), none, or N (every Nth block). From the least memory to the least time: full, N, selective, none."""
     disable_gradient_checkpointing: bool = False
     """Another name for --recompute none."""
+    compile: bool = False
+    """Compile the model's blocks by torch.compile, forward and backward [on a GPU they are, on a CPU they are not]."""
     disable_compile: bool = False
-    """Run without torch.compile. Compilation is not built yet: every run is eager, with or without this."""
+    """Compile nothing: every block is computed eagerly."""
 
     @property
     def objective(self) -> Objective:

@@ -68,7 +68,7 @@ def test_flags_that_go_together_and_those_that_launch_scripts_always_say_are_tak
 
 
 IN_VAIN = {
-    "--disable-compile": "--disable-compile has no effect: compilation is not built yet",
+    "--disable-compile --device cpu": "--disable-compile has no effect: on a CPU only --compile compiles anything",
     "--num-proc 8": "--num-proc has no effect: without --no-streaming",
     "--trust-remote-code": "--trust-remote-code has no effect: without --tokenizer-path",
     "--local_rank 0": "--local_rank has no effect: LOCAL_RANK",

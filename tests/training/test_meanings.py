@@ -15,7 +15,7 @@ import torch
 from argonne.data import train_tokenizer
 from argonne.launch import RestartFlags
 from argonne.launch.config_file import ConfigFlags
-from argonne.parallel import ArgonneError, ProcessGroups
+from argonne.parallel import ArgonneError, Layout, ProcessGroups
 from argonne.training.config import (
     DataFlags,
     ModelFlags,
@@ -26,6 +26,7 @@ from argonne.training.config import (
     TrainingFlags,
 )
 from argonne.training.run import conditions
+from argonne.training.run.compilation import compiles
 from argonne.training.run.conditions import MEANINGS, announced, changed_since
 from argonne.training.run.directory import require_same
 from argonne.training.run.identity import RunIdentity, differences
@@ -157,8 +158,8 @@ def test_each_flag_is_what_the_table_says(base: RunConfig, monkeypatch: pytest.M
     begun = {id(config): told(config) for config in (base, with_held_out, with_decay)}
     for group, kind in GROUPS.items():
         for name in names(kind):
-            if name in ELSEWHERE or name in ("device", "kernels", "streaming"):
-                continue  # the two that no CPU changes are below; streaming is part of the data's own identity
+            if name in ELSEWHERE or name in ("device", "kernels", "streaming", "disable_compile"):
+                continue  # those that no CPU changes are below; streaming is part of the data's own identity
             before = special.get(name, base)
             was = getattr(getattr(base, group), name)
             value = values[name] if name in values else (not was) if isinstance(was, bool) else (was or 0) + 1
@@ -172,6 +173,9 @@ def test_each_flag_is_what_the_table_says(base: RunConfig, monkeypatch: pytest.M
     triton = replace(base, training=replace(base.training, kernels="triton"))
     assert differences(begun[id(base)][1], told(triton)[1]) == ["kernels: torch -> triton"]
     flags = (base, prepare(base, ProcessGroups.single()).precision)
+    compiled = [changed(base, "training", name, True) for name in ("compile", "disable_compile")]
+    on_gpu = [compiles(c, Layout(), torch.device("cuda"), own_model=False) for c in (base, *compiled)]
+    assert on_gpu == [True, True, False]
     on_meta = conditions.conditions_of(*flags, torch.device("meta"), ())
     assert differences(begun[id(base)][1], on_meta) == ["device: cpu -> meta"]
     assert not base.run.output_dir.exists(), "settling what a run is writes nothing"

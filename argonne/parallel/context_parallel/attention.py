@@ -116,7 +116,7 @@ def _attention(
     for own, chunk in zip(query.split([len(chunk) for chunk in chunks], dim=2), chunks, strict=True):
         # What comes after the chunk is left out of the product, not masked in it.
         seen_key, seen_value = key[:, :, : chunk.stop], value[:, :, : chunk.stop]
-        mask = _mask(chunk, documents)
+        mask = _mask(chunk, documents, query.device)
         attended = F.scaled_dot_product_attention(own, seen_key, seen_value, mask, scale=scale, enable_gqa=grouped)
         outputs.append(attended)
     return torch.cat(outputs, dim=2)
@@ -148,12 +148,15 @@ def _gather_in_order(key: Tensor, value: Tensor, axis: Axis) -> tuple[Tensor, Te
     return key, value
 
 
-def _mask(chunk: range, documents: Tensor | None) -> Tensor:
+def _mask(chunk: range, documents: Tensor | None, device: torch.device) -> Tensor:
     """What the queries of ``chunk`` may see of the positions before its end: themselves and what is earlier.
 
     With ``documents`` a boolean ``[batch, 1, len(chunk), chunk.stop]``.
     """
     if documents is None:
+        if torch.compiler.is_compiling():  # which cannot follow what is below
+            everything = torch.ones(len(chunk), chunk.stop, dtype=torch.bool, device=device)
+            return everything.tril(diagonal=chunk.start)
         from torch.nn.attention.bias import causal_lower_right  # brings the compiler, which takes seconds to import
 
         # The last query sees the last key. Never materialised where flash attention takes it.

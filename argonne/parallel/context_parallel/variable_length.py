@@ -22,16 +22,25 @@ class DocumentBounds:
     cumulative: Tensor
     """int32 ``[documents + 1]``: where each begins among the ``batch * sequence`` positions, and their number."""
     longest: int
-    """Positions of the longest document."""
+    """Positions of the longest document, or more."""
+    takes_groups: bool = False
+    """Whether attention takes fewer key-value heads than queries; asked here, as the compiler cannot follow that."""
 
 
-def document_bounds(documents: Tensor) -> DocumentBounds:
-    """Where the documents of ``[batch, sequence]`` numbers begin: at every change of number, and in every row."""
+def document_bounds(documents: Tensor, compiled: bool = False) -> DocumentBounds:
+    """Where the documents of ``[batch, sequence]`` numbers begin: at every change of number, and in every row.
+
+    For ``compiled`` code they tell of any documents: how many there are may change, and the longest is a sequence.
+    """
     changes = torch.ones_like(documents, dtype=torch.bool)
     changes[:, 1:] = documents[:, 1:] != documents[:, :-1]
     begins = changes.flatten().nonzero().flatten()
     cumulative = torch.cat([begins, begins.new_tensor([documents.numel()])])
-    return DocumentBounds(cumulative.int(), int(cumulative.diff().max()))
+    if compiled:
+        cumulative = cumulative.int()
+        torch._dynamo.maybe_mark_dynamic(cumulative, 0)
+        return DocumentBounds(cumulative, documents.shape[1], _offers("enable_gqa"))
+    return DocumentBounds(cumulative.int(), int(cumulative.diff().max()), _offers("enable_gqa"))
 
 
 @functools.cache
@@ -67,7 +76,7 @@ def variable_length_attention(query: Tensor, key: Tensor, value: Tensor, bounds:
     from torch.nn.attention import varlen
 
     attend: Any = varlen.varlen_attn  # its types differ from release to release
-    options = {"enable_gqa": query.shape[1] != key.shape[1]} if _offers("enable_gqa") else {}
+    options = {"enable_gqa": query.shape[1] != key.shape[1]} if bounds.takes_groups else {}
     if not options:
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
     flat = [rearrange(x, "batch head sequence dim -> (batch sequence) head dim") for x in (query, key, value)]

@@ -8,6 +8,7 @@ makes another of it; and from there the elements of the row are counted. Two of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -82,28 +83,49 @@ class Dropout(nn.Module):
         super().__init__()
         require_dropout("probability", probability)
         self.probability, self.site = probability, site
-        self._key = _signed(key_of(0, site))
+        # In memory, and of no module: a graph of one block is that of all others too.
+        self._key = torch.tensor(_signed(key_of(0, site)), device="cpu")
 
     def forward(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """``[..., features]`` and the keys of its rows ``[...]`` -> the same; without keys nothing is dropped."""
         if rows is None or self.probability == 0:
             return x
-        return _scaled(x, recomputed(self._kept, rows, x.shape[-1]), self.probability)
-
-    def _kept(self, rows: Tensor, columns: int) -> Tensor:
-        return kept(_mixed(rows + self._key), columns, self.probability)
+        keep: Callable[..., Tensor] = torch.ops.argonne.kept if torch.compiler.is_compiling() else _kept
+        stays = recomputed(keep, rows, self._key, x.shape[-1], self.probability)
+        return _scaled(x, stays, self.probability)
 
     def of_heads(self, x: Tensor, rows: Tensor, heads: range) -> Tensor:
         """Attention's probabilities ``[batch, heads, queries, keys]``, of which ``rows`` are those of the queries.
 
         ``heads`` are their numbers among all heads of the model.
         """
-        numbers = torch.arange(heads.start, heads.stop, device=rows.device) + 1
-        keys = _mixed(_mixed(rows + self._key)[:, None] + (numbers * _GOLDEN)[:, None])
-        return _scaled(x, kept(keys, x.shape[-1], self.probability), self.probability)
+        keep: Callable[..., Tensor] = torch.ops.argonne.kept if torch.compiler.is_compiling() else _kept
+        stays = keep(rows, self._key, x.shape[-1], self.probability, heads.start, heads.stop)
+        return _scaled(x, stays, self.probability)
 
     def extra_repr(self) -> str:
         return f"{self.probability}, site={self.site}"
+
+
+def _kept(rows: Tensor, key: Tensor, columns: int, probability: float, begin: int = 0, end: int = 0) -> Tensor:
+    """``kept`` of rows at the site of that ``key``; of ``[batch, queries]`` rows, for heads from ``begin`` on."""
+    keys = _mixed(rows + key)
+    if end:
+        numbers = torch.arange(begin, end, device=rows.device) + 1
+        keys = _mixed(keys[:, None] + (numbers * _GOLDEN)[:, None])
+    return kept(keys, columns, probability)
+
+
+# What is compiled calls this and does not look into it: its words wrap around, and its loop has many turns.
+_LIBRARY = torch.library.Library("argonne", "FRAGMENT")
+_LIBRARY.define("kept(Tensor rows, Tensor key, int columns, float probability, int begin=0, int end=0) -> Tensor")
+_LIBRARY.impl("kept", _kept, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("argonne::kept", lib=_LIBRARY)
+def _kept_shape(rows: Tensor, key: Tensor, columns: int, probability: float, begin: int = 0, end: int = 0) -> Tensor:
+    shape = (len(rows), end - begin, *rows.shape[1:]) if end else tuple(rows.shape)
+    return rows.new_empty(*shape, columns, dtype=torch.bool)
 
 
 def require_dropout(name: str, value: float) -> None:

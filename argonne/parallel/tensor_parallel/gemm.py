@@ -27,8 +27,16 @@ def suits_onednn(x: Tensor) -> bool:
     )
 
 
+def stays_ours(x: Tensor) -> bool:
+    """Whether ``torch.compile`` is not to look into products with ``x``, lest it have MKL make what oneDNN is to."""
+    return torch.compiler.is_compiling() and x.dtype == torch.float32 and x.device.type == "cpu"
+
+
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """``a @ b^T + bias`` of ``[..., k]``, ``[n, k]`` and ``[n]``, without autograd."""
+    if stays_ours(a):
+        found: Tensor = torch.ops.argonne.product(a, b, bias)
+        return found
     if suits_onednn(a) and a.numel() and b.numel():
         rows = torch.ops.mkldnn._linear_pointwise(as_matrix(a), b, bias, "none", [], "")
         return rows.view(*a.shape[:-1], b.shape[0])
@@ -88,3 +96,13 @@ def _mkl_is_slow_here() -> bool:
         return False
     makers = [line for line in cpuinfo.read_text(encoding="utf-8").splitlines() if line.startswith("vendor_id")]
     return bool(makers) and "GenuineIntel" not in makers[0] and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+_LIBRARY = torch.library.Library("argonne", "FRAGMENT")
+_LIBRARY.define("product(Tensor a, Tensor b, Tensor? bias) -> Tensor")
+_LIBRARY.impl("product", product, "CPU")
+
+
+@torch.library.register_fake("argonne::product", lib=_LIBRARY)
+def _product_shape(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return a.new_empty(*a.shape[:-1], b.shape[0])

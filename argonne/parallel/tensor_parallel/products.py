@@ -16,7 +16,14 @@ from argonne.parallel.communication.reduction import start_sum, start_sum_and_sc
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.tensor_parallel.blocks import WHOLE, Cut
 from argonne.parallel.tensor_parallel.deferral import accumulate, current_queue
-from argonne.parallel.tensor_parallel.gemm import as_matrix, lies_for_rows, product, product_of_rows, suits_onednn
+from argonne.parallel.tensor_parallel.gemm import (
+    as_matrix,
+    lies_for_rows,
+    product,
+    product_of_rows,
+    stays_ours,
+    suits_onednn,
+)
 from argonne.parallel.tensor_parallel.precision import Precision
 from argonne.parallel.tensor_parallel.working_copy import in_dtype
 
@@ -104,8 +111,8 @@ def local_linear(
 ) -> Tensor:
     """``x @ weight^T + bias`` in the compute dtype, without communication: as cheap as ``F.linear``."""
     _require_fit(x, weight)
-    onednn = torch.is_grad_enabled() and suits_onednn(x) and precision.compute == torch.float32
-    if cut or precision.accumulate_in_product or onednn or current_queue() is not None:
+    ours = torch.is_grad_enabled() and (suits_onednn(x) or stays_ours(x)) and precision.compute == torch.float32
+    if cut or precision.accumulate_in_product or ours or current_queue() is not None:
         return _Product.apply(x, weight, bias, Axis("none"), False, precision, cut, copy)
     compute = precision.compute
     multiply = product_of_rows if lies_for_rows(weight) and not torch.is_grad_enabled() else F.linear

@@ -17,6 +17,7 @@ from argonne.parallel.data_parallel.kinds import check_shard
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import RunConfig
 from argonne.training.run.beginning import check_beginning
+from argonne.training.run.compilation import check_compile
 from argonne.training.run.conflicts import check_meaning
 from argonne.training.run.corpora import Corpora
 from argonne.training.run.directory import read_run
@@ -39,6 +40,7 @@ def check(config: RunConfig, world_size: int, model: ModelBuilder | None = None)
     check_meaning(config, saved.identity if saved else None)
     layout = config.parallel.layout(world_size)
     check_kernels(config.training.kernels, choose_device(config.launch.device), config.training.precision)
+    check_compile(config, layout, choose_device(config.launch.device), own_model=model is not None)
     plan = config.parallel.plan(layout)
     shape = elsewhere = None
     if model is not None:

@@ -48,6 +48,7 @@ MEANINGS: Mapping[str, Meaning] = {
     **_all("identity", "reproducible reproducible_blocks"),
     # What computes, what is done about damage, and what the held-out loss is measured on.
     **_all("condition", "kernels device on_bad_shard validation_glob validation_sequences"),
+    **_all("condition", "compile disable_compile"),
     # What resume.py changes on purpose: the global batch and the optimizer's state.
     **_all("condition", "batch_size reset_optimizer rewarmup_steps"),
     # The layout.
@@ -58,7 +59,7 @@ MEANINGS: Mapping[str, Meaning] = {
     **_all("free", "config print_config"),
     **_all("free", "max_restarts checkpoint_path force_from_scratch trace"),
     # The same samples and the same bits, sooner or in less memory; and permissions, whose effects are told.
-    **_all("free", "num_proc cache_dir prefetch_batches min_batch_size disable_gradient_checkpointing disable_compile"),
+    **_all("free", "num_proc cache_dir prefetch_batches min_batch_size disable_gradient_checkpointing"),
     **_all("free", "trust_remote_code accept_data_change"),
     **_all("free", "recompute"),
     # What the search for the micro-batch goes by; what it finds is in initial_batch_size.
@@ -68,15 +69,20 @@ MEANINGS: Mapping[str, Meaning] = {
 
 
 def conditions_of(
-    config: RunConfig, precision: Precision, device: torch.device, validation: Collection[Shard]
+    config: RunConfig,
+    precision: Precision,
+    device: torch.device,
+    validation: Collection[Shard],
+    compiled: bool = False,
 ) -> dict[str, Any]:
-    """What a run is computed and measured under: JSON values."""
+    """What a run is computed and measured under: JSON values. ``compiled`` are its blocks, if they can be."""
     sample = torch.empty(0, dtype=precision.compute, device=device)
     held_out = {"shards": fingerprint(tuple(validation)), "sequences": config.data.validation_sequences}
     return {
         "precision": {"compute": dtype_name(precision.compute)},
         "kernels": "triton" if uses_triton(config.training.kernels, x=sample) else "torch",
         "device": device.type,
+        "compile": compiled,
         "held_out": held_out if validation else None,
         "on_bad_shard": config.data.on_bad_shard,
         "torch": torch.__version__,

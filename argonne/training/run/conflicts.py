@@ -8,7 +8,7 @@ first Argonne always say: ``--num-proc``, ``--min-batch-size``, ``--disable-comp
 
 from __future__ import annotations
 
-from argonne.parallel import Layout
+from argonne.parallel import Layout, choose_device
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import ResumeConfig, RunConfig
 from argonne.training.run.identity import RunIdentity
@@ -53,11 +53,12 @@ def in_vain(config: RunConfig, layout: Layout) -> list[str]:
     """A line for each flag that this command names, that is taken, and that does nothing as things are."""
     data = config.data
     alone, unstaged = "the layout has tensor_parallel=1", "the layout has pipeline_parallel=1"
+    on_cpu = choose_device(config.launch.device).type == "cpu"
     one, single = layout.data * layout.context == 1, "there is one replica"
     trained = data.tokenizer_path is None and config.model.init_from is None
     past_the_end = all(steps.start > config.training.total_steps for steps in config.run.traced_steps.ranges)
     idle = (
-        ("--disable-compile", True, "compilation is not built yet, and every run is eager"),
+        ("--disable-compile", on_cpu, "on a CPU only --compile compiles anything"),
         ("--num-proc", data.streaming, "without --no-streaming, tokens are made while training"),
         ("--trust-remote-code", trained, "without --tokenizer-path, no tokenizer comes with code"),
         ("--local_rank", True, "LOCAL_RANK in the environment is what counts"),

@@ -26,6 +26,8 @@ class ModelOfRun:
     build: Callable[[Execution], LanguageModel]
     shape: Mapping[str, Any]
     """``LanguageModel.shape``: the model's part of the identity."""
+    own: bool = False
+    """It is one's own, and not the flags'."""
     notes: tuple[str, ...] = ()
     """What may surprise whoever asked for this shape, though it is legal."""
 
@@ -44,7 +46,7 @@ def argonne_model(config: RunConfig, tokenizer_size: int) -> ModelOfRun:
             "note: AutoTokenizer of transformers 5 makes Qwen's tokenizer of any that lies beside a Qwen2; this run's "
             "opens there by PreTrainedTokenizerFast.from_pretrained"
         )
-    return ModelOfRun(partial(build_model, shape), shape.as_json(), tuple(notes))
+    return ModelOfRun(partial(build_model, shape), shape.as_json(), notes=tuple(notes))
 
 
 def own_model(
@@ -85,7 +87,7 @@ def own_model(
         shape = json.loads(json.dumps(dict(model.shape), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ArgonneError(f"shape of model={name} is not made of JSON values: {error}; legal: JSON values") from None
-    return ModelOfRun(partial(_built, builder, tokenizer_size), shape)
+    return ModelOfRun(partial(_built, builder, tokenizer_size), shape, own=True)
 
 
 def check_own_model(config: RunConfig) -> None:

@@ -16,6 +16,7 @@ from argonne.parallel.errors import ArgonneError
 from argonne.training.config import ResumeConfig, RunConfig
 from argonne.training.run.batch import batch_of_resume
 from argonne.training.run.checks import check
+from argonne.training.run.compilation import latest_of_two
 from argonne.training.run.conditions import announced, changed_since
 from argonne.training.run.directory import read_run
 from argonne.training.run.file import Search
@@ -59,7 +60,8 @@ def _as_saved(named: ResumeConfig, checkpoint: Path, saved: RunConfig) -> Resume
     run = replace(saved.run, output_dir=checkpoint.resolve().parent, stop_at_step=None, wall_time=None)
     parallel = replace(named.parallel, **bits)
     default = replace(named, model=saved.model, data=data, training=training, parallel=parallel, run=run)
-    return parse(ResumeConfig, named.arguments, default)
+    found = parse(ResumeConfig, named.arguments, default)
+    return replace(found, training=latest_of_two(found.training, found.given))
 
 
 def check_resume(config: ResumeConfig, world_size: int, model: ModelBuilder | None = None) -> None:

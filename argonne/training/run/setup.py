@@ -20,6 +20,7 @@ from argonne.parallel.tensor_parallel.precision import resolve_precision
 from argonne.training.config import RunConfig
 from argonne.training.evaluation import held_out_sequences
 from argonne.training.run.beginning import Beginning, beginning
+from argonne.training.run.compilation import compiles
 from argonne.training.run.conditions import conditions_of
 from argonne.training.run.corpora import Corpora
 from argonne.training.run.directory import require_same
@@ -93,7 +94,8 @@ def prepare(
     _require_text(data, tokenizer, boundary, groups)
     held_out = _held_out(config, groups, data, tokenizer, boundary)
     log(groups, *(f"accepted from here on: {line}" for line in accepted))
-    conditions = conditions_of(config, precision, groups.device, data.validation)
+    compiled = compiles(config, groups.layout, groups.device, own_model=model is not None)
+    conditions = conditions_of(config, precision, groups.device, data.validation, compiled)
     return Workload(of_run, precision, data, tokenizer, boundary, identity, conditions, held_out, began)
 
 

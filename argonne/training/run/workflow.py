@@ -16,6 +16,7 @@ from argonne.parallel.errors import ArgonneError
 from argonne.training.batch_shape import BatchShape
 from argonne.training.config import RunConfig
 from argonne.training.run.batch import as_found, batch_of
+from argonne.training.run.compilation import eager_note, prepare_blocks
 from argonne.training.run.conditions import announced, changed_since
 from argonne.training.run.conflicts import in_vain
 from argonne.training.run.continuation import continue_at
@@ -175,6 +176,7 @@ def train(
     """
     groups = state.model.groups
     check_declarations(state.parameters, groups, values=True)
+    _compile(config, workload, state, shape)
     trainer = Trainer(config, workload, state, shape)
     # One rank writes; what it cannot write, all refuse.
     collectively(lambda: _begin(config, workload, state, shape, trainer) if groups.is_first else None, groups.world)
@@ -182,10 +184,21 @@ def train(
         groups,
         _summary(workload, state, shape, checkpoint),
         *in_vain(config, groups.layout),
+        *eager_note(config, groups, own_model=workload.model.own),
         *_notes(config, workload, trainer.assignment),
     )
     with memory_told(config, shape, groups, lambda: f"after step {state.step}"):
         return trainer.run()
+
+
+def _compile(config: RunConfig, workload: Workload, state: TrainingState, shape: BatchShape) -> None:
+    """Compile the blocks of a run that has it so (collective), or say and keep why they are not."""
+    if not workload.conditions["compile"]:
+        return
+    sizes = (shape.micro_batch, shape.block_size, config.data.document_mask)
+    if problem := prepare_blocks(state.model, *sizes, config.training.seed):
+        state.changes.append({"step": state.step, "text": problem})
+        log(state.model.groups, problem)
 
 
 def _begin(config: RunConfig, workload: Workload, state: TrainingState, shape: BatchShape, trainer: Trainer) -> None:
