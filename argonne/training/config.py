@@ -18,6 +18,7 @@ from argonne.parallel.errors import ArgonneError
 from argonne.parallel.legal import require_number, require_share, require_whole
 from argonne.training.layout_flags import ParallelFlags
 from argonne.training.model_flags import ModelFlags
+from argonne.training.muon import MOMENTUM
 from argonne.training.optimizer import BETAS, EPSILON
 from argonne.training.trace_file import NO_STEPS, TracedSteps
 
@@ -106,6 +107,12 @@ class TrainingFlags:
     """Steps of linear warm-up."""
     weight_decay: float = 0.1
     """AdamW weight decay, on matrices only."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """What updates the weights: AdamW all of them, or Muon the matrices in the blocks and AdamW the rest."""
+    muon_momentum: float = MOMENTUM
+    """Muon: how much of the sum of gradients a step keeps, 0 up to less than 1."""
+    muon_precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Muon: the dtype in which matrices are sent and orthogonalised [that in which weights are kept]."""
     adam_beta1: float = BETAS[0]
     """AdamW: how much of the mean of gradients a step keeps, 0 up to less than 1."""
     adam_beta2: float = BETAS[1]
@@ -222,7 +229,7 @@ class RunConfig:
             require_number(name, getattr(t, name))
         if t.adam_epsilon < LEAST_EPSILON:  # in float32 it would be 0, and a weight without a gradient divided by that
             raise ArgonneError(f"adam_epsilon={t.adam_epsilon} is not legal; legal: {LEAST_EPSILON} or more")
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
             require_share(name, getattr(t, name))
             if getattr(t, name) == 1:
                 raise ArgonneError(f"{name}=1 is not legal, as no gradient would count; legal: 0 up to less than 1")

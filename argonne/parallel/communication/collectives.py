@@ -6,7 +6,7 @@ They are not differentiable; ``regions.py`` pairs each with its dual. Every one 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -117,6 +117,24 @@ def start_all_to_all(tensor: Tensor, axis: Axis, site: str | None = None, *, wai
     result = torch.empty_like(tensor)
     entry = recording.announce("all_to_all", axis, tensor, site, is_async=not wait)
     work = dist.all_to_all_single(result, tensor, group=axis.group, async_op=not wait)
+    return Pending(result, work, entry)
+
+
+def start_exchange(parts: Sequence[Tensor], receives: Sequence[int], axis: Axis) -> Pending:
+    """Begin to send each rank of ``axis`` its one of ``parts``, flat and of any lengths.
+
+    The result is what the ranks have sent, one after the other: ``receives[r]`` elements of rank r. The log knows its
+    bytes, and no shape, which is not the same on every rank.
+    """
+    if axis.group is None:
+        return Pending(parts[0])
+    sent = torch.cat(list(parts))
+    result = sent.new_empty(sum(receives))
+    entry = recording.announce("all_to_all", axis, is_async=True)
+    if entry is not None:
+        entry.bytes = sent.nbytes
+    lengths = [len(part) for part in parts]
+    work = dist.all_to_all_single(result, sent, list(receives), lengths, group=axis.group, async_op=True)
     return Pending(result, work, entry)
 
 

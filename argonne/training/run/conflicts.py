@@ -30,6 +30,8 @@ def check_meaning(config: RunConfig, saved: RunIdentity | None = None) -> None:
         (data, "validation_sequences", data.validation_glob is not None, "--validation-glob"),
         (data, "cache_dir", not data.streaming or made_before, "--no-streaming"),
         (training, "initial_loss_scale", training.precision == "fp16", "--precision fp16"),
+        (training, "muon_momentum", training.optimizer == "muon", "--optimizer muon"),
+        (training, "muon_precision", training.optimizer == "muon", "--optimizer muon"),
         (parallel, "pipeline_schedule", pipelined, "--pipeline-parallel"),
         (parallel, "pipeline_interleave", parallel.pipeline_schedule == "interleaved", schedule),
         (parallel, "fsdp", replicated, replicas),
