@@ -82,7 +82,6 @@ def test_training_equals_one_process(ranks: RankPool, case: Case) -> None:
 
 MUON = [
     Case(Layout(context=2, tensor=2, sequence_parallel=True), kind="fsdp", tied=True, accumulation=4, optimizer="muon"),
-    Case(Layout(pipeline=2, tensor=2), "zb", tied=True, accumulation=4, optimizer="muon"),
     Case(Layout(tensor=4, uneven_shards=True), tied=False, accumulation=4, optimizer="muon"),
     replace(FAST[-1], optimizer="muon"),
 ]

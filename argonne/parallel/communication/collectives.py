@@ -120,21 +120,19 @@ def start_all_to_all(tensor: Tensor, axis: Axis, site: str | None = None, *, wai
     return Pending(result, work, entry)
 
 
-def start_exchange(parts: Sequence[Tensor], receives: Sequence[int], axis: Axis) -> Pending:
-    """Begin to send each rank of ``axis`` its one of ``parts``, flat and of any lengths.
+def start_uneven_all_to_all(tensor: Tensor, sends: Sequence[int], receives: Sequence[int], axis: Axis) -> Pending:
+    """Begin to send rank r of ``axis`` its ``sends[r]`` elements of ``tensor`` (flat, one rank's after another's).
 
-    The result is what the ranks have sent, one after the other: ``receives[r]`` elements of rank r. The log knows its
-    bytes, and no shape, which is not the same on every rank.
+    The result is what the ranks have sent: ``receives[r]`` elements of rank r. The log knows its bytes and no shape, as
+    that is not the same on every rank.
     """
     if axis.group is None:
-        return Pending(parts[0])
-    sent = torch.cat(list(parts))
-    result = sent.new_empty(sum(receives))
+        return Pending(tensor)
+    result = tensor.new_empty(sum(receives))
     entry = recording.announce("all_to_all", axis, is_async=True)
     if entry is not None:
-        entry.bytes = sent.nbytes
-    lengths = [len(part) for part in parts]
-    work = dist.all_to_all_single(result, sent, list(receives), lengths, group=axis.group, async_op=True)
+        entry.bytes = tensor.nbytes
+    work = dist.all_to_all_single(result, tensor, list(receives), list(sends), group=axis.group, async_op=True)
     return Pending(result, work, entry)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from argonne.parallel.communication.collectives import Pending, gather_objects, start_exchange
+from argonne.parallel.communication.collectives import Pending, gather_objects, start_uneven_all_to_all
 from argonne.parallel.communication.groups import ProcessGroups
 from argonne.parallel.sharding.coverage import Box
 from argonne.parallel.sharding.region import Region
@@ -139,11 +139,6 @@ class WholeTensors:
         self.wholes = plan_wholes(gather_objects(own, self.axis), cost)
         self.rounds = in_rounds(self.wholes, elements)
 
-    @property
-    def owned(self) -> list[Whole]:
-        """Those that this rank puts together."""
-        return [whole for whole in self.wholes if whole.owner == self.axis.rank]
-
     def map(
         self,
         take: Callable[[LocalPart], Tensor],
@@ -186,8 +181,8 @@ class WholeTensors:
         received = self._received(pending, [(w.name, rank, box) for w in own for rank, box in w.sources])
         for whole in own:
             tensor = torch.empty(whole.shape, dtype=self.dtype, device=self.device)
-            for (_, (start, shape)), part in zip(whole.sources, received.pop(whole.name), strict=True):
-                tensor[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))] = part
+            for (_, box), part in zip(whole.sources, received.pop(whole.name), strict=True):
+                tensor[_index(box)] = part
             yield whole.name, tensor
 
     def _hand_out(
@@ -197,12 +192,11 @@ class WholeTensors:
         sends = []
         mine: list[tuple[str, int, Box]] = []
         for whole in self.rounds[number]:
-            for rank, (start, shape) in whole.holders:
+            for rank, box in whole.holders:
                 if whole.owner == self.axis.rank:
-                    index = tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
-                    sends.append((rank, made[whole.name][index]))
+                    sends.append((rank, made[whole.name][_index(box)]))
                 if rank == self.axis.rank:
-                    mine.append((whole.name, whole.owner, (start, shape)))
+                    mine.append((whole.name, whole.owner, box))
         pending = self._start(sends, [(owner, box) for _, owner, box in mine])
 
         def finish() -> None:
@@ -219,11 +213,14 @@ class WholeTensors:
 
     def _start(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Box]]) -> Pending:
         """Send each tensor to its rank, and make room for the boxes that ranks send; those of a pair in one order."""
-        ranks = range(self.axis.size)
-        parts = [[tensor.reshape(-1) for rank, tensor in sends if rank == target] for target in ranks]
-        empty = torch.empty(0, dtype=self.dtype, device=self.device)
-        sizes = [sum(math.prod(box[1]) for rank, box in receives if rank == source) for source in ranks]
-        return start_exchange([torch.cat([empty, *own]) for own in parts], sizes, self.axis)
+        flat = [tensor.reshape(-1) for _, tensor in sorted(sends, key=lambda send: send[0])]  # stable
+        sent = torch.cat(flat) if flat else torch.empty(0, dtype=self.dtype, device=self.device)
+        lengths, sizes = [0] * self.axis.size, [0] * self.axis.size
+        for rank, tensor in sends:
+            lengths[rank] += tensor.numel()
+        for rank, (_, shape) in receives:
+            sizes[rank] += math.prod(shape)
+        return start_uneven_all_to_all(sent, lengths, sizes, self.axis)
 
     def _received(self, pending: Pending, boxes: Sequence[tuple[str, int, Box]]) -> dict[str, list[Tensor]]:
         """Of each tensor the parts that came, in the order of ``boxes``, each with its name and the rank it is from."""
@@ -234,3 +231,7 @@ class WholeTensors:
         for number, (name, _, (_, shape)) in enumerate(boxes):
             found.setdefault(name, []).append(parts[number].view(shape))
         return found
+
+
+def _index(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(first, first + extent) for first, extent in zip(*box, strict=True))
