@@ -13,13 +13,14 @@ from argonne.checkpoint.format import (
     step_of,
 )
 from argonne.checkpoint.load import load_pieces, load_tensors, load_trainer, tensor_files
-from argonne.checkpoint.pieces import MOMENTS, Piece, moment_pieces, reset_moments, weight_pieces
+from argonne.checkpoint.pieces import MOMENTS, MUON_MOMENT, Piece, moment_pieces, reset_moments, weight_pieces
 from argonne.checkpoint.retention import checkpoints, newest_valid, prune, resolve, trusted
 from argonne.checkpoint.save import save_checkpoint
 
 __all__ = [
     "MANIFEST",
     "MOMENTS",
+    "MUON_MOMENT",
     "CheckpointError",
     "Piece",
     "checkpoints",

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from argonne.checkpoint.format import CheckpointError
 from argonne.checkpoint.load import tensor_files
-from argonne.checkpoint.pieces import MOMENTS
+from argonne.checkpoint.pieces import MOMENTS, MUON_MOMENT
 
 
 def weights_fingerprint(directory: Path) -> str:
@@ -28,7 +28,7 @@ def weights_fingerprint(directory: Path) -> str:
     files, digest = tensor_files(directory), hashlib.sha256()
     with ExitStack() as stack:
         opened: dict[str, Any] = {}
-        for name in sorted(each for each in files if not each.endswith(MOMENTS)):
+        for name in sorted(each for each in files if not each.endswith((*MOMENTS, MUON_MOMENT))):
             path = directory / files[name]
             try:
                 if path.name not in opened:

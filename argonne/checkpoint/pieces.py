@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from argonne.parallel import ArgonneError, Region, ShardedParameter, regions_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What Adam and AdamW keep for each element of a parameter."""
+MUON_MOMENT = "momentum_buffer"
+"""What Muon keeps of a matrix."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,17 @@ def weight_pieces(parameters: Iterable[ShardedParameter]) -> list[Piece]:
     return [Piece(region.name, region, part) for region, part in regions_of(list(parameters))]
 
 
+class KeepsMoments(Protocol):
+    """An optimizer, as far as checkpoints know one."""
+
+    @property
+    def state(self) -> MutableMapping[Tensor, Any]:
+        """What it keeps of each parameter, by name."""
+        ...
+
+
 def moment_pieces(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[ShardedParameter], moments: Sequence[str] = MOMENTS
+    optimizer: KeepsMoments, parameters: Sequence[ShardedParameter], moments: Sequence[str] = MOMENTS
 ) -> list[Piece]:
     """This rank's parts of the optimizer's moments, named ``<whole tensor>.exp_avg`` and ``<whole tensor>.exp_avg_sq``.
 
@@ -56,11 +68,13 @@ def moment_pieces(
     return found
 
 
-def reset_moments(optimizer: torch.optim.Optimizer, parameters: Sequence[ShardedParameter], step: int = 0) -> None:
-    """Begin the moments of AdamW at zero, as after ``step`` optimizer steps."""
+def reset_moments(
+    optimizer: KeepsMoments, parameters: Sequence[ShardedParameter], step: int = 0, moments: Sequence[str] = MOMENTS
+) -> None:
+    """Begin the moments, AdamW's by default, at zero, as after ``step`` optimizer steps."""
     for sharded in parameters:
         parameter = sharded.parameter
         optimizer.state[parameter] = {
             "step": torch.tensor(float(step), device=parameter.device),
-            **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
+            **{moment: torch.zeros_like(parameter) for moment in moments},
         }

@@ -8,8 +8,9 @@ import torch
 
 from argonne.models.contract import LanguageModel, require_contract
 from argonne.models.execution import Execution
-from argonne.parallel import ArgonneError, DataParallel, data_parallel
+from argonne.parallel import ArgonneError, DataParallel, ShardedParameter, data_parallel
 from argonne.parallel.data_parallel.kinds import Kind
+from argonne.parallel.sharding.spec import with_block_matrices
 
 
 def build_replicas(
@@ -42,6 +43,11 @@ def _has_values_of_its_own(model: LanguageModel) -> bool:
     return parameters or any(buffer.is_meta for buffer in model.buffers())
 
 
+def parameters_of(model: LanguageModel) -> list[ShardedParameter]:
+    """This rank's parameters of ``model``, which know whether they are matrices of its blocks."""
+    return with_block_matrices(model.sharded_parameters(), model.blocks)
+
+
 def replicas_of(model: LanguageModel, execution: Execution, kind: Kind, shard: int | None = None) -> DataParallel:
     """Keep the replicas of ``model`` at one model; see ``data_parallel``.
 
@@ -56,7 +62,7 @@ def replicas_of(model: LanguageModel, execution: Execution, kind: Kind, shard: i
         model.groups,
         kind,
         precision=execution.precision,
-        parameters=model.sharded_parameters(),
+        parameters=parameters_of(model),
         blocks=model.blocks,
         stages=list(model.stages.values()),
         shard=shard,

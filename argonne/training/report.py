@@ -178,7 +178,8 @@ def _stats(
         "gradient_accumulation_steps": global_batch // (t.initial_batch_size * layout.data),
         "effective_tokens_per_step": global_batch * config.data.block_size,
         "amp_dtype": str(workload.precision.compute).removeprefix("torch."),
-        "fused_adamw": True,
+        "optimizer": t.optimizer,
+        "fused_adamw": any(group.get("fused") for group in state.optimizer.param_groups),
         "parallelism": str(layout),
     }
 

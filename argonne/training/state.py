@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from argonne.checkpoint import (
     CheckpointError,
     load_pieces,
     load_trainer,
-    moment_pieces,
     save_checkpoint,
     weight_pieces,
 )
@@ -25,11 +25,11 @@ from argonne.checkpoint.format import TRAINER
 from argonne.data import LaneState, special_tokens, write_tokenizer
 from argonne.files import write_json
 from argonne.models import Execution, build_replicas
-from argonne.parallel import ProcessGroups
+from argonne.parallel import ProcessGroups, ShardedParameter
 from argonne.parallel.communication.collectives import collectively, gather_objects
-from argonne.training.config import RunConfig
+from argonne.training.config import RunConfig, TrainingFlags
 from argonne.training.loss_scale import LossScale
-from argonne.training.optimizer import build_optimizer
+from argonne.training.optimizer import Optimizer, build_muon, build_optimizer, moments_of
 from argonne.training.run.file import Search
 from argonne.training.run.flags_json import flags_to_json
 from argonne.training.run.identity import dtype_name
@@ -67,9 +67,7 @@ class TrainingState(Learner):
         execution = Execution(groups, workload.precision, t.kernels, plan, config.recompute, compiled)
         torch.manual_seed(t.seed)  # for a model that draws values itself; ours are drawn by name
         model, replicas = build_replicas(workload.model.build, execution, kind, shard)
-        optimizer = build_optimizer(
-            replicas.parameters, t.weight_decay, t.betas, t.adam_epsilon, pinned=groups.reproducible
-        )
+        optimizer = optimizer_of(t, replicas.parameters, groups)
         loss_scale = LossScale.of(t.precision, t.initial_loss_scale)
         return cls(
             model=model, replicas=replicas, optimizer=optimizer, schedule=t.learning_rates, loss_scale=loss_scale
@@ -104,7 +102,7 @@ class TrainingState(Learner):
         if reset_optimizer:
             rewarmup = {"rewarmup_after": self.step, "rewarmup_steps": rewarmup_steps}
         else:
-            load_pieces(checkpoint, moment_pieces(self.optimizer, self.parameters), verify=False)
+            load_pieces(checkpoint, moments_of(self.optimizer, self.parameters), verify=False)
             for sharded in self.parameters:
                 self.optimizer.state[sharded.parameter]["step"].fill_(updates)
         self.schedule = replace(self.schedule, **rewarmup)
@@ -136,7 +134,7 @@ class TrainingState(Learner):
             config.run.output_dir,
             self.step,
             weight_pieces(self.parameters),
-            moment_pieces(self.optimizer, self.parameters),
+            moments_of(self.optimizer, self.parameters),
             write_rest,
             groups,
         )
@@ -176,6 +174,19 @@ class TrainingState(Learner):
             "flags": flags_to_json(config),
             "versions": versions(),
         }
+
+
+def optimizer_of(flags: TrainingFlags, parameters: Sequence[ShardedParameter], groups: ProcessGroups) -> Optimizer:
+    """That of the flags (collective).
+
+    Raises:
+        ArgonneError: the model has nothing for it to update.
+    """
+    given, pinned = (parameters, flags.weight_decay, flags.betas, flags.adam_epsilon), groups.reproducible
+    if flags.optimizer == "adamw":
+        return build_optimizer(*given, pinned=pinned)
+    dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[flags.muon_precision]
+    return build_muon(given[0], groups, *given[1:], momentum=flags.muon_momentum, dtype=dtype, pinned=pinned)
 
 
 def versions() -> dict[str, str]:

@@ -20,7 +20,7 @@ from argonne.parallel import (
 )
 from argonne.parallel.communication.reduction import sum_over
 from argonne.training.loss_scale import LossScale
-from argonne.training.optimizer import set_learning_rate
+from argonne.training.optimizer import Optimizer, set_learning_rate
 
 
 @dataclass(kw_only=True)
@@ -29,7 +29,7 @@ class Learner:
 
     model: LanguageModel
     replicas: DataParallel
-    optimizer: torch.optim.AdamW
+    optimizer: Optimizer
     loss_scale: LossScale = field(default_factory=LossScale)
     step: int = 0
     """Optimizer steps taken."""

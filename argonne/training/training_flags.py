@@ -9,6 +9,7 @@ from argonne.kernels import Backend
 from argonne.parallel import Objective
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.legal import require_number, require_share, require_whole
+from argonne.training.muon import MOMENTUM
 from argonne.training.optimizer import BETAS, EPSILON
 from argonne.training.schedule import Kind, Schedule, Shape
 
@@ -51,6 +52,12 @@ class TrainingFlags:
     """Of --schedule wsd: how it falls, linear, cosine or sqrt (1 - sqrt)."""
     weight_decay: float = 0.1
     """AdamW weight decay, on matrices only."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """What updates the weights: AdamW all of them, or Muon the matrices in the blocks and AdamW the rest."""
+    muon_momentum: float = MOMENTUM
+    """Muon: how much of the sum of gradients a step keeps, 0 up to less than 1."""
+    muon_precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Muon: the dtype in which matrices are sent and orthogonalised [that in which weights are kept]."""
     adam_beta1: float = BETAS[0]
     """AdamW: how much of the mean of gradients a step keeps, 0 up to less than 1."""
     adam_beta2: float = BETAS[1]
@@ -128,7 +135,7 @@ class TrainingFlags:
             require_number(name, getattr(self, name))
         if self.adam_epsilon < LEAST_EPSILON:  # in float32 it would be 0, and a weight without a gradient divided by it
             raise ArgonneError(f"adam_epsilon={self.adam_epsilon} is not legal; legal: {LEAST_EPSILON} or more")
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
             require_share(name, getattr(self, name))
             if getattr(self, name) == 1:
                 raise ArgonneError(f"{name}=1 is not legal, as no gradient would count; legal: 0 up to less than 1")

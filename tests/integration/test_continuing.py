@@ -103,6 +103,7 @@ def begun(own: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path
 OTHER_RUN = {
     "seed": ({"--seed": 3}, "seed: 0 -> 3"),
     "schedule": ({"--weight-decay": 0.3}, "schedule.weight_decay: 0.1 -> 0.3"),
+    "optimizer": ({"--optimizer": "muon"}, "schedule.optimizer: adamw -> muon"),
     "shards": ({"--data-glob": "{home}/corpus/part-[01].parquet"}, "shard part-2.parquet was removed"),
     "batch": ({"--initial-batch-size": 3}, "global batch 6"),
     "shape": ({"--num-hidden-layers": 3}, "model.num_hidden_layers: 2 -> 3"),
@@ -144,7 +145,15 @@ def test_what_is_refused_leaves_the_run_as_it_was(own: dict[str, Any], begun: Pa
     message = attempt("pretrain", {**same, "--precision": "bf16"})
     assert "(--precision fp64), or another --output-dir, or resume.py --precision fp32 to convert" in message
     resumed = {"--checkpoint-path": directory, "--output-dir": tmp_path / "deep" / "branch"}
-    for bad, expected in (({"--block-size": 16}, "data.block_size"), ({"--hidden-size": 48}, "model.hidden_size")):
+    not_resumed = (
+        ({"--block-size": 16}, "data.block_size"),
+        ({"--hidden-size": 48}, "model.hidden_size"),
+        (
+            {"--optimizer": "muon"},
+            "moments of the checkpoint's 'adamw'; legal: --reset-optimizer too, or --optimizer adamw",
+        ),
+    )
+    for bad, expected in not_resumed:
         assert expected in attempt("resume", {**resumed, **bad})
         assert content(directory) == before
         assert not (tmp_path / "deep").exists()

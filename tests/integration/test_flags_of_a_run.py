@@ -30,6 +30,9 @@ OTHER = {
     "--text-column": "body",
     "--filter-min-tokens": 60,
     "--filter-max-digits": 0.2,
+    "--optimizer": "muon",
+    "--muon-momentum": 0.8,
+    "--muon-precision": "bf16",
     "--adam-beta1": 0.7,
     "--adam-beta2": 0.99,
     "--adam-epsilon": 1e-4,
@@ -113,8 +116,15 @@ def test_the_same_command_without_one_of_them_is_another_run(
 def test_a_resume_changes_the_optimizer_on_purpose_and_says_so(undisturbed: tuple[Path, str], tmp_path: Path) -> None:
     directory, _ = undisturbed
     changed = {"--adam-beta2": 0.9, "--label-smoothing": 0, "--total-steps": 10, "--output-dir": tmp_path}
-    told = succeed("resume", {"--checkpoint-path": directory / "step_00000008", **changed})
-    for line in ("schedule.adam_beta2: 0.99 -> 0.9", "schedule.label_smoothing: 0.1 -> 0.0"):
+    reset = {"--optimizer": "adamw", "--reset-optimizer": None}
+    told = succeed("resume", {"--checkpoint-path": directory / "step_00000008", **changed, **reset})
+    lines = (
+        "schedule.adam_beta2: 0.99 -> 0.9",
+        "schedule.label_smoothing: 0.1 -> 0.0",
+        "schedule.optimizer: muon -> adamw",
+        "optimizer: reset, with 100 steps of warm-up",
+    )
+    for line in lines:
         assert f"changed from here on: {line}" in told
     assert metrics(tmp_path)[-1]["loss"] != metrics(directory)[9]["loss"]
     refused = run("resume", {"--checkpoint-path": directory, "--filter-min-tokens": 50, "--total-steps": 14})

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from argonne.checkpoint import load_pieces, moment_pieces, save_checkpoint, weight_pieces
+from argonne.checkpoint import load_pieces, save_checkpoint, weight_pieces
 from argonne.checkpoint.format import step_directory
 from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas
 from argonne.models.families import decoder_family
@@ -24,7 +24,7 @@ from argonne.parallel import (
     regions_of,
 )
 from argonne.parallel.pipeline_parallel.plan import SCHEDULES, PipelinePlan
-from argonne.training.optimizer import build_optimizer
+from argonne.training.optimizer import Optimizer, build_muon, build_optimizer, moments_of
 from argonne.training.step import Learner, train_step
 from tests.whole import Parts
 
@@ -50,6 +50,7 @@ class Case:
     """Sequences are packed of documents that do not see each other."""
     family: str = "llama"
     """qwen3: with norms of heads, and biases in all of attention."""
+    optimizer: str = "adamw"
 
     @property
     def plan(self) -> PipelinePlan:
@@ -84,7 +85,8 @@ class Case:
         packed = ", documents" if self.documents else ""
         uneven = ", uneven" if self.layout.uneven_shards else ""
         family = "" if self.family == "llama" else f", {self.family}"
-        return f"{self.layout}{uneven}{schedule}{kind}, {head}, accumulation {self.accumulation}{packed}{family}"
+        muon = "" if self.optimizer == "adamw" else f", {self.optimizer}"
+        return f"{self.layout}{uneven}{schedule}{kind}, {head}, accumulation {self.accumulation}{packed}{family}{muon}"
 
 
 def every_case() -> Iterator[Case]:
@@ -155,13 +157,15 @@ def train(
     """
     build = partial(ArgonneModel, case.config)
     model, replicas = build_replicas(build, Execution(groups, DOUBLE, plan=case.plan), case.kind, case.shard)  # type: ignore[arg-type]
-    optimizer = build_optimizer(replicas.parameters, weight_decay=0.1)
+    optimizer: Optimizer = build_optimizer(replicas.parameters, weight_decay=0.1)
+    if case.optimizer == "muon":
+        optimizer = build_muon(replicas.parameters, groups, weight_decay=0.1)
     learner = Learner(model=model, replicas=replicas, optimizer=optimizer, step=start)
     weights = weight_pieces(replicas.parameters)
     if start:
         assert directory is not None
         with torch.no_grad():
-            load_pieces(step_directory(directory, start), [*weights, *moment_pieces(optimizer, replicas.parameters)])
+            load_pieces(step_directory(directory, start), [*weights, *moments_of(optimizer, replicas.parameters)])
         for sharded in replicas.parameters:
             optimizer.state[sharded.parameter]["step"].fill_(start)
         replicas.publish()
@@ -180,6 +184,6 @@ def train(
             check_gradients(replicas.parameters, groups)
         losses.append(train_step(learner, step_batch, CrossEntropyLoss(), 1e-2 / (1 + step), gradient_clip=1.0).loss)
     if directory is not None:
-        moments = moment_pieces(optimizer, replicas.parameters)
+        moments = moments_of(optimizer, replicas.parameters)
         save_checkpoint(directory, stop, weights, moments, lambda path: None, groups)
     return losses, [(region, part.clone()) for region, part in regions_of(replicas.parameters)]

@@ -9,7 +9,7 @@ from itertools import product
 
 import torch
 
-from argonne.checkpoint import moment_pieces, weight_pieces
+from argonne.checkpoint import weight_pieces
 from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas
 from argonne.models.families import decoder_family
 from argonne.models.recompute import Recompute
@@ -17,7 +17,7 @@ from argonne.parallel import Layout, ProcessGroups
 from argonne.parallel.pipeline_parallel.plan import SCHEDULES, PipelinePlan
 from argonne.parallel.tensor_parallel.precision import PRECISIONS
 from argonne.training.batch_shape import BatchShape
-from argonne.training.optimizer import build_optimizer
+from argonne.training.optimizer import Optimizer, build_muon, build_optimizer, moments_of
 from argonne.training.step import Learner, StepResult, train_step
 from tests.whole import Parts
 
@@ -45,6 +45,8 @@ class Options:
     """Micro-batches of a replica, at least; a pipeline's replica has as many as it has ranks, or more."""
     family: str = "llama"
     """qwen3: with norms of heads, and biases in all of attention."""
+    muon: str | None = None
+    """The dtype of Muon's iterations, where it is the optimizer."""
 
     @property
     def config(self) -> ArgonneConfig:
@@ -66,6 +68,7 @@ class Options:
         heads = "MHA" if self.key_values == HEADS else "GQA"
         words = [self.precision, "tied" if self.tied else "untied", heads, f"{self.accumulation} of {self.sequences}"]
         words += [] if self.blocks is None else [f"{self.key_values} KV heads in {self.blocks} blocks"]
+        words += [] if self.muon is None else [f"muon in {self.muon}"]
         return ", ".join([*words, *(["documents"] * self.documents), f"recompute {self.recompute}", self.family])
 
 
@@ -102,7 +105,10 @@ def train(
         reproducible=options.blocks or options.key_values,
     )
     model, replicas = build_replicas(partial(ArgonneModel, options.config), execution, place.kind)  # type: ignore[arg-type]
-    optimizer = build_optimizer(replicas.parameters, weight_decay=0.1, pinned=True)
+    optimizer: Optimizer = build_optimizer(replicas.parameters, weight_decay=0.1, pinned=True)
+    if options.muon is not None:
+        dtype = getattr(torch, options.muon)
+        optimizer = build_muon(replicas.parameters, groups, weight_decay=0.1, dtype=dtype, pinned=True)
     learner = Learner(model=model, replicas=replicas, optimizer=optimizer)
     learner.initialise(seed=3)
     shape = BatchShape(options.sequences, micro_batches // groups.data.size, groups.data.size, SEQUENCE)
@@ -115,7 +121,7 @@ def train(
         documents = (ids[..., :-1] % 17 == 0).long().cumsum(-1) if options.documents else None
         batch = Batch(ids[..., :-1], ids[..., 1:], documents, divisor=shape.global_batch * SEQUENCE)
         told.append(train_step(learner, batch, CrossEntropyLoss(), 1e-2 / (1 + step), gradient_clip=1.0))
-    pieces = [*weight_pieces(learner.parameters), *moment_pieces(learner.optimizer, learner.parameters)]
+    pieces = [*weight_pieces(learner.parameters), *moments_of(learner.optimizer, learner.parameters)]
     return told, [(replace(piece.region, name=piece.name), piece.part.clone()) for piece in pieces]
 
 
@@ -202,4 +208,11 @@ def few_cases() -> list[tuple[Place, Options]]:
     sets, others = option_sets(), (TENSOR[1], TENSOR[2], DATA[2], PRODUCTS[1])
     shared = [(TENSOR[0], SHARED_HEADS[1]), (EIGHT[1], SHARED_HEADS[0])]
     families = {place: "qwen3" if place in others else "llama" for place in cases}
-    return [*((place, replace(sets[n], family=families[place])) for place, n in cases.items()), *shared]
+    return [*((place, replace(sets[n], family=families[place])) for place, n in cases.items()), *shared, *muon_cases()]
+
+
+def muon_cases() -> list[tuple[Place, Options]]:
+    """Matrices that are cut by ranks, by rows of replicas, and by both, with heads that ranks share."""
+    shared = replace(SHARED_HEADS[2], muon="float32")
+    in_bfloat16 = Options(accumulation=1, muon="bfloat16")
+    return [(TENSOR[3], shared), (PRODUCTS[2], in_bfloat16), (DATA[4], in_bfloat16)]

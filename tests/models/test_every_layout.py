@@ -47,17 +47,24 @@ SLOW = [
 
 @cache
 def alone(
-    layers: int, tied: bool, documents: bool = False, uneven: bool = False, family: str = "llama"
+    layers: int,
+    tied: bool,
+    documents: bool = False,
+    uneven: bool = False,
+    family: str = "llama",
+    optimizer: str = "adamw",
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The run in one process; accumulation changes nothing but the last bits."""
     layout = Layout(uneven_shards=uneven)
     groups = ProcessGroups.single()
-    losses, parts = train(groups, Case(layout, tied=tied, blocks=layers, documents=documents, family=family))
+    case = Case(layout, tied=tied, blocks=layers, documents=documents, family=family, optimizer=optimizer)
+    losses, parts = train(groups, case)
     return losses, assemble([parts])
 
 
 def compare(ranks: RankPool, case: Case) -> None:
-    losses, weights = alone(case.layers, case.tied, case.documents, case.layout.uneven_shards, case.family)
+    uneven = case.layout.uneven_shards
+    losses, weights = alone(case.layers, case.tied, case.documents, uneven, case.family, case.optimizer)
     assert len(set(losses)) == STEPS, "nothing happened"
     results = ranks.run(case.layout, train, case)
     for rank, (found, _) in enumerate(results):
@@ -65,11 +72,30 @@ def compare(ranks: RankPool, case: Case) -> None:
     assembled = assemble(parts for _, parts in results)
     assert assembled.keys() == weights.keys()
     for name, value in weights.items():
-        assert_close(assembled[name], value, 1e-8, f"{case}: {name}")
+        assert_close(assembled[name], value, 1e-9 if case.optimizer == "muon" else 1e-8, f"{case}: {name}")
 
 
 @pytest.mark.parametrize("case", FAST, ids=str)
 def test_training_equals_one_process(ranks: RankPool, case: Case) -> None:
+    compare(ranks, case)
+
+
+MUON = [
+    Case(Layout(context=2, tensor=2, sequence_parallel=True), kind="fsdp", tied=True, accumulation=4, optimizer="muon"),
+    Case(Layout(tensor=4, uneven_shards=True), tied=False, accumulation=4, optimizer="muon"),
+    replace(FAST[-1], optimizer="muon"),
+]
+
+
+@pytest.mark.parametrize("case", MUON, ids=str)
+def test_muon_trains_as_in_one_process(ranks: RankPool, case: Case) -> None:
+    """Whose steps are those of a formula: tests/training/test_muon.py."""
+    compare(ranks, case)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", [replace(case, optimizer="muon") for case in [*FAST, *SLOW]], ids=str)
+def test_muon_trains_as_in_one_process_in_every_layout(ranks: RankPool, case: Case) -> None:
     compare(ranks, case)
 
 
@@ -83,11 +109,12 @@ def test_a_checkpoint_of_any_layout_goes_on_in_any_other(ranks: RankPool, exampl
     @settings(max_examples=examples)
     @given(cases, cases, cases, st.integers(1, STEPS - 3), st.data())
     def claim(first: Case, second: Case, third: Case, stop: int, data: st.DataObject) -> None:
+        optimizer = data.draw(st.sampled_from(["adamw", "muon"]))
         documents = first.documents
         stops = [0, stop, data.draw(st.integers(stop + 1, STEPS - 1)), STEPS]
-        kept = {"tied": first.tied, "blocks": 5, "documents": documents, "family": first.family}
+        kept = {"tied": first.tied, "blocks": 5, "documents": documents, "family": first.family, "optimizer": optimizer}
         uneven = first.layout.uneven_shards
-        losses, weights = alone(5, first.tied, documents, uneven, first.family)
+        losses, weights = alone(5, first.tied, documents, uneven, first.family, optimizer)
         found: list[float] = []
         with TemporaryDirectory() as name:
             for case, (begin, end) in zip((first, second, third), pairwise(stops), strict=True):
@@ -105,12 +132,12 @@ def test_a_checkpoint_of_any_layout_goes_on_in_any_other(ranks: RankPool, exampl
 
 def test_moving_to_another_layout_changes_no_bit_of_weights_and_moments(ranks: RankPool, tmp_path: Path) -> None:
     """A checkpoint that is loaded and saved again at once has the same hash of every whole tensor."""
-    case = Case(Layout(pipeline=2, data=2), "interleaved", "fsdp", tied=True, accumulation=4)
+    case = Case(Layout(pipeline=2, data=2), "interleaved", "fsdp", tied=True, accumulation=4, optimizer="muon")
     ranks.run(case.layout, train, case, 0, 3, tmp_path)
     written = read_manifest(step_directory(tmp_path, 3))
     for other in FAST:
         even = replace(other.layout, uneven_shards=False)
-        other = replace(other, layout=even, tied=True, blocks=5, family="llama")
+        other = replace(other, layout=even, tied=True, blocks=5, family="llama", optimizer="muon")
         ranks.run(other.layout, train, other, 3, 3, tmp_path)
         assert read_manifest(step_directory(tmp_path, 3)).tensors == written.tensors, f"{case} -> {other}"
 

@@ -99,6 +99,15 @@ def test_eight_steps_with_each_option_have_the_bits_of_one_process(
 
 
 @pytest.mark.bits
+@pytest.mark.parametrize("muon", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("place", "options"), list(long_cases()), ids=str)
+def test_eight_steps_of_muon_have_the_bits_of_one_process(
+    ranks: RankPool, place: Place, options: Options, muon: str
+) -> None:
+    compare(ranks, place, replace(options, muon=muon), steps=8)
+
+
+@pytest.mark.bits
 @pytest.mark.parametrize(("place", "options"), list(long_cases()), ids=str)
 def test_fifty_steps_have_the_bits_of_one_process(ranks: RankPool, place: Place, options: Options) -> None:
     compare(ranks, place, options, steps=50)

@@ -121,6 +121,9 @@ def other_values(base: RunConfig) -> dict[str, Any]:
         "filters": "none",
         "filter_max_digits": 0.4,
         "filter_min_readable": 0.2,
+        "optimizer": "muon",
+        "muon_momentum": 0.9,
+        "muon_precision": "bf16",
         "adam_beta1": 0.8,
         "adam_beta2": 0.99,
         "adam_epsilon": 1e-6,
@@ -216,6 +219,7 @@ def test_what_an_older_version_kept_is_the_same_run(base: RunConfig, kept: str, 
 @pytest.mark.parametrize(
     ("group", "name", "value", "line"),
     [
+        ("training", "optimizer", "muon", "schedule.optimizer: adamw -> muon"),
         ("training", "adam_beta1", 0.8, "schedule.adam_beta1: 0.9 -> 0.8"),
         ("training", "adam_beta2", 0.99, "schedule.adam_beta2: 0.95 -> 0.99"),
         ("training", "adam_epsilon", 1e-6, "schedule.adam_epsilon: 1e-08 -> 1e-06"),

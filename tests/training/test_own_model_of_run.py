@@ -114,6 +114,21 @@ def test_documents_that_the_model_does_not_keep_apart_are_refused(config: RunCon
     assert refusal(apart, build).startswith("document_mask=True is not offered by model=Small; legal: leave it out")
 
 
+class Blockless(Small):
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return []
+
+
+def test_muon_for_a_model_without_blocks_is_refused_before_anything_is_written(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    muon = replace(elsewhere(config, tmp_path), training=replace(config.training, optimizer="muon"))
+    found = refusal(muon, lambda execution, vocabulary: Blockless(execution, vocabulary))
+    assert found.startswith("optimizer='muon' finds no matrices of blocks in model=Blockless; legal: adamw, or a model")
+    assert list(tmp_path.iterdir()) == []
+
+
 class Forgetful(Small):
     @property
     def shape(self) -> Any:

@@ -49,7 +49,8 @@ def save(reports: Reports, number: int, text: str = "a text") -> None:
     of_run = SimpleNamespace(shape=asdict(SHAPE))
     workload = SimpleNamespace(model=of_run, data=data, precision=SimpleNamespace(compute=torch.float16))
     model = SimpleNamespace(groups=SimpleNamespace(layout=LAYOUT), parameter_count=SHAPE.parameter_count)
-    state = SimpleNamespace(step=number, tokens=120 * number, model=model)
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}, {"lr": 0.1, "fused": True}])
+    state = SimpleNamespace(step=number, tokens=120 * number, model=model, optimizer=optimizer)
     reports.save(CONFIG, cast(Any, workload), cast(Any, state), LANES, GLOBAL_BATCH, text)
 
 
@@ -111,6 +112,7 @@ def test_the_statistics_of_a_save_are_those_of_the_run(tmp_path: Path, capsys: p
         "gradient_accumulation_steps": 4,
         "effective_tokens_per_step": 120,
         "amp_dtype": "float16",
+        "optimizer": "adamw",
         "fused_adamw": True,
         "parallelism": str(LAYOUT),
     }

@@ -137,7 +137,8 @@ class PositionEmbedding(nn.Module):
         return F.embedding(positions, self.weight).to(self.precision.compute)
 
     def shard_specs(self) -> dict[str, ShardSpec]:
-        return {"weight": replicated("weight", self.weight.shape, self.groups, Normal(self.std), used="between")}
+        spec = replicated("weight", self.weight.shape, self.groups, Normal(self.std), used="between")
+        return {"weight": replace(spec, is_table=True)}
 
     def output_placement(self) -> Placement:
         return Placement(shares_tokens=self.groups.sequence_parallel)

@@ -6,7 +6,7 @@ They are not differentiable; ``regions.py`` pairs each with its dual. Every one 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -121,6 +121,22 @@ def start_all_to_all(tensor: Tensor, axis: Axis, site: str | None = None, *, wai
     result = torch.empty_like(tensor)
     entry = recording.announce("all_to_all", axis, tensor, site, is_async=not wait)
     work = dist.all_to_all_single(result, tensor, group=axis.group, async_op=not wait)
+    return Pending(result, work, entry)
+
+
+def start_uneven_all_to_all(tensor: Tensor, sends: Sequence[int], receives: Sequence[int], axis: Axis) -> Pending:
+    """Begin to send rank r of ``axis`` its ``sends[r]`` elements of ``tensor`` (flat, one rank's after another's).
+
+    The result is what the ranks have sent: ``receives[r]`` elements of rank r. The log knows its bytes and no shape, as
+    that is not the same on every rank.
+    """
+    if axis.group is None:
+        return Pending(tensor)
+    result = tensor.new_empty(sum(receives))
+    entry = recording.announce("all_to_all", axis, is_async=True)
+    if entry is not None:
+        entry.bytes = tensor.nbytes
+    work = dist.all_to_all_single(result, tensor, list(receives), list(sends), group=axis.group, async_op=True)
     return Pending(result, work, entry)
 
 

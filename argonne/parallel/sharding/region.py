@@ -104,6 +104,9 @@ class ShardSpec:
     regions: tuple[Region, ...]
     initialiser: Initialiser | None = None
     """``None``: the module has initialised the parameter itself."""
+    is_table: bool = False
+    """Rows are looked up or scored one by one (tokens, positions): no matrix that maps vectors, even with two
+    dimensions."""
 
 
 def holding_axes(groups: ProcessGroups) -> tuple[Axis, Axis, Axis]:

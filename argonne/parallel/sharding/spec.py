@@ -7,7 +7,7 @@ knows a parameter by its name, and nothing is stored on the tensors themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -43,6 +43,8 @@ class ShardedParameter:
     """Whether a module says so; otherwise it is taken to be ``replicated``."""
     aliases: tuple[nn.Parameter, ...] = ()
     """Parameters of the same memory, by which other uses of the weight have sums of their own for their gradients."""
+    is_block_matrix: bool = False
+    """Whether its whole tensors are matrices of a model's blocks, which Muon may orthogonalise."""
 
     @property
     def trained(self) -> tuple[nn.Parameter, ...]:
@@ -84,7 +86,7 @@ def sharded_parameters(model: nn.Module, groups: ProcessGroups) -> list[ShardedP
             spec_or_none = declared.get(id(parameter))
             if spec_or_none is None and groups.sequence_parallel and parameter.requires_grad and not _is_norm(module):
                 unknown_use.append(f"{qualified} of {type(module).__name__}")
-            spec = spec_or_none or replicated(qualified, parameter.shape, groups, used="between")
+            spec = spec_or_none or _undeclared(qualified, module, parameter, groups)
             uses = module.uses_apart().get(name) if isinstance(module, UsedApart) else None
             aliases = () if uses is None else uses.aliases(parameter)
             found.append(ShardedParameter(qualified, parameter, spec, spec_or_none is not None, aliases))
@@ -96,6 +98,18 @@ def sharded_parameters(model: nn.Module, groups: ProcessGroups) -> list[ShardedP
             "shard_specs() of the module or of one that contains it"
         )
     return found
+
+
+def with_block_matrices(parameters: Sequence[ShardedParameter], blocks: Iterable[nn.Module]) -> list[ShardedParameter]:
+    """``parameters``, those marked whose whole tensors are matrices, and no tables, of some module of ``blocks``."""
+    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+
+    def is_one(sharded: ShardedParameter) -> bool:
+        spec = sharded.spec
+        two = all(len(region.whole_shape) == 2 for region in spec.regions)
+        return id(sharded.parameter) in inside and two and not spec.is_table
+
+    return [replace(sharded, is_block_matrix=is_one(sharded)) for sharded in parameters]
 
 
 def narrow_rows(
@@ -143,6 +157,11 @@ def initialise(parameters: Sequence[ShardedParameter], seed: int) -> None:
         sharded.parameter.zero_()
         for region, part in regions_of([sharded]):
             sharded.spec.initialiser.fill(part, seed, region.name, region.whole_shape, region.start)
+
+
+def _undeclared(name: str, module: nn.Module, parameter: nn.Parameter, groups: ProcessGroups) -> ShardSpec:
+    spec = replicated(name, parameter.shape, groups, used="between")
+    return replace(spec, is_table=isinstance(module, nn.Embedding | nn.EmbeddingBag))
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -78,7 +78,7 @@ class VocabularyRange:
     def spec(self, name: str, tail: tuple[int, ...], rank: int, initialiser: Initialiser) -> ShardSpec:
         """The spec of a parameter ``[rows, *tail]`` that is cut like the vocabulary."""
         if self.tokens == 0:
-            return ShardSpec((), initialiser)
+            return ShardSpec((), initialiser, is_table=True)
         zeros = (0,) * len(tail)
         region = Region(
             name,
@@ -88,7 +88,7 @@ class VocabularyRange:
             local_start=(0, *zeros),
             holders=(rank,),
         )
-        return ShardSpec((region,), initialiser)
+        return ShardSpec((region,), initialiser, is_table=True)
 
 
 class _VocabParallel(nn.Module):

@@ -42,6 +42,7 @@ MEANINGS: Mapping[str, Meaning] = {
     **_all("identity", "initial_batch_size gradient_accumulation_steps"),
     **_all("identity", "schedule decay_steps decay_shape"),
     **_all("identity", "adam_beta1 adam_beta2 adam_epsilon label_smoothing z_loss"),
+    **_all("identity", "optimizer muon_momentum muon_precision"),
     # In fp16, where the loss scale began. Of the precision, the dtype of the state; the compute dtype is a condition.
     **_all("identity", "initial_loss_scale precision"),
     # Which bits; and of a reproducible run, the micro-batch, which is a leaf of its sums.

@@ -34,6 +34,8 @@ def check_meaning(config: RunConfig, saved: RunIdentity | None = None) -> None:
         (training, "decay_shape", training.schedule == "wsd", "--schedule wsd"),
         (training, "decay_shape", training.learning_rates.decay_steps > 0, "--decay-steps"),
         (training, "initial_loss_scale", training.precision == "fp16", "--precision fp16"),
+        (training, "muon_momentum", training.optimizer == "muon", "--optimizer muon"),
+        (training, "muon_precision", training.optimizer == "muon", "--optimizer muon"),
         (parallel, "pipeline_schedule", pipelined, "--pipeline-parallel"),
         (parallel, "pipeline_interleave", parallel.pipeline_schedule == "interleaved", schedule),
         (parallel, "fsdp", replicated, replicas),

@@ -16,6 +16,7 @@ from argonne.training.config import DataFlags, RunConfig, TrainingFlags
 from argonne.training.run.reproducible import reproducible_identity
 from argonne.training.schedule import Schedule
 
+_OPTIMIZER = ("optimizer", "muon_momentum", "muon_precision")
 # Layout, device, and where and when to save may change freely.
 _SCHEDULE = (
     "total_steps",
@@ -30,6 +31,7 @@ _SCHEDULE = (
     "label_smoothing",
     "z_loss",
     "schedule",
+    *_OPTIMIZER,
 )
 
 DATA = ("data.shards", "data.fingerprint", "data.weights", "data.text_column", "data.filters", "tokenizer.")
@@ -46,7 +48,10 @@ _BEFORE_FLAGS: Mapping[str, dict[str, Any]] = {
     "data": {"text_column": DataFlags().text_column},
     "schedule": {
         name: getattr(TrainingFlags(), name)
-        for name in ("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing", "z_loss", "schedule")
+        for name in (
+            *("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing", "z_loss", "schedule"),
+            *_OPTIMIZER,
+        )
     },
 }
 """What every run was before there were flags for it, by the group of the identity."""
@@ -176,6 +181,11 @@ class RunIdentity:
     def fingerprint(self) -> str | None:
         """Of the tokenizer."""
         return (self.tokenizer or {}).get("fingerprint")
+
+    @property
+    def optimizer(self) -> str | None:
+        """What its moments are of."""
+        return (self.schedule or {}).get("optimizer")
 
     @property
     def state_dtype(self) -> str:

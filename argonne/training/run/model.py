@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from argonne.models import Execution, LanguageModel, ModelConfig, build_model, require_contract
+from argonne.models.replicas import parameters_of
 from argonne.parallel import ArgonneError, LayoutError, Precision, ProcessGroups
 from argonne.training.config import ModelFlags, RunConfig, names_of
+from argonne.training.optimizer import require_matrices
 from argonne.training.run.shape import shape_of
 
 ModelBuilder = Callable[[Execution, int], LanguageModel]
@@ -83,6 +85,8 @@ def own_model(
             f"document_mask=True is not offered by model={name}; legal: leave it out (or a model whose attention heeds "
             "batch.documents and whose masks_documents says so)"
         )
+    if config.training.optimizer == "muon" and groups.pipeline.size == 1:  # later of a pipeline: a stage may have none
+        require_matrices(any(sharded.is_block_matrix for sharded in parameters_of(model)), f"model={name}")
     try:
         shape = json.loads(json.dumps(dict(model.shape), allow_nan=False))
     except (TypeError, ValueError) as error:

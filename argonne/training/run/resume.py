@@ -88,6 +88,7 @@ def resume(config: ResumeConfig, model: ModelBuilder | None = None) -> int:
             config = collectively(lambda: _as_saved(config, checkpoint, saved_flags(checkpoint)), groups.world)
             collectively(lambda: check(config, groups.world.size, model), groups.world)
         saved, identity, global_batch = collectively(lambda: _saved_run(checkpoint), groups.world)
+        _check_optimizer(config, identity)
         shape = batch_of_resume(config, groups.data.size, global_batch)
         if groups.reproducible:
             shape.check_reproducible(config.parallel.kind)
@@ -131,6 +132,16 @@ def check_decay(schedule: Schedule, saved: Mapping[str, Any]) -> None:
             f"decay_steps={schedule.decay_steps} of total_steps={schedule.total_steps} begin after step "
             f"{schedule.stable_steps}, which is before step {step}, where the run is; legal: 0 to "
             f"{schedule.total_steps - step}, or an earlier checkpoint"
+        )
+
+
+def _check_optimizer(config: ResumeConfig, saved: RunIdentity) -> None:
+    """Refuse moments of another optimizer."""
+    asked, flags = config.training.optimizer, config.resume
+    if asked != saved.optimizer and not (flags.reset_optimizer or flags.force_from_scratch):
+        raise ArgonneError(
+            f"optimizer={asked!r} cannot go on with the moments of the checkpoint's {saved.optimizer!r}; legal: "
+            f"--reset-optimizer too, or --optimizer {saved.optimizer}"
         )
 
 
