@@ -163,7 +163,7 @@ def test_what_nothing_fits_into_is_refused_with_the_sizes_and_what_helps(config:
         "(--memory-limit) 10% are left for what is not counted, the process has "
     )
     assert text.endswith(
-        " of them; legal: a smaller --min-batch-size, no --disable-gradient-checkpointing, more processes with "
+        " of them; legal: a smaller --min-batch-size, --recompute full, more processes with "
         "--tensor-parallel or --pipeline-parallel, a smaller --block-size"
     )
     assert not (tmp_path / "run").exists()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from argonne.launch.out_of_memory import told
+from argonne.models.recompute import Recompute
 from argonne.parallel import ProcessGroups
 from argonne.training.batch_shape import BatchShape
 from argonne.training.config import RunConfig
@@ -28,7 +29,7 @@ def what_helps(config: RunConfig, groups: ProcessGroups, smallest: int | None = 
     replicas, parallel = groups.replicas.size > 1, config.parallel
     ways = [
         ("a smaller --min-batch-size", smallest is not None and smallest > 1),
-        ("no --disable-gradient-checkpointing", config.training.disable_gradient_checkpointing),
+        ("--recompute full", config.recompute != Recompute.FULL),
         ("--fsdp", replicas and not parallel.fsdp),
         ("more processes with --tensor-parallel or --pipeline-parallel", True),
         ("a smaller --block-size", smallest is not None),
