@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Collection
 from dataclasses import replace
 
@@ -115,6 +116,8 @@ def prepare_blocks(model: LanguageModel, micro_batch: int, block_size: int, docu
     every = [getattr(groups, name) for name in ("world", *JOINT_AXES, *AXES)]
     axes = {str(axis.group.group_name): axis.name for axis in every if axis.group is not None}
     _require_alike(gather_objects({name: _named(graph, axes) for name, graph in graphs.items()}, groups.world))
+    # FSDP of 2.13 warns of what writing to it would do. Nothing does.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for block in model.blocks:
         assert isinstance(block.forward, CompiledForward)
         block.forward.is_on = True
