@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,6 +13,7 @@ import torch
 from argonne.parallel.errors import ArgonneError
 
 GIB = 2**30
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 _PROC = Path("/proc")
 _GROUPS = Path("/sys/fs/cgroup")
 
@@ -36,6 +38,16 @@ def free_bytes(device: torch.device) -> int | None:
     found = [_kilobytes(_PROC / "meminfo", "MemAvailable"), *_left_in_groups()]
     known = [each for each in found if each is not None]
     return max(0, min(known)) if known else None
+
+
+def return_large_blocks() -> None:
+    """Have memory of a megabyte and more go back to the system as soon as a tensor is freed, where glibc allocates it.
+
+    As it comes, glibc keeps what it thinks will be wanted again, up to 32 MB at a time: a process may then have twice
+    what its tensors need.
+    """
+    with suppress(OSError, AttributeError):  # another library
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
 
 
 def limit_gpu(device: torch.device, gib: float) -> None:

@@ -15,6 +15,7 @@ from argonne.parallel.communication.collectives import collectively
 from argonne.parallel.errors import ArgonneError
 from argonne.training.batch_shape import BatchShape
 from argonne.training.config import RunConfig
+from argonne.training.machine import return_large_blocks
 from argonne.training.run.batch import as_found, batch_of
 from argonne.training.run.compilation import eager_note, prepare_blocks
 from argonne.training.run.conditions import announced, changed_since
@@ -176,6 +177,8 @@ def train(
     """
     groups = state.model.groups
     check_declarations(state.parameters, groups, values=True)
+    if groups.device.type == "cpu" and (state.search or config.training.memory_limit is not None):
+        return_large_blocks()
     _compile(config, workload, state, shape)
     trainer = Trainer(config, workload, state, shape)
     # One rank writes; what it cannot write, all refuse.
