@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script, i
 
 from argonne.launch import LaunchFlags, drive, guarded, parse, world_size
 from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas
+from argonne.models.recompute import Recompute
 from argonne.parallel import ArgonneError, Layout, ProcessGroups, choose_device, process_groups
 from argonne.parallel.communication.collectives import barrier
 from argonne.parallel.communication.reduction import sum_over
@@ -56,7 +57,7 @@ class Flags:
     """Widths of the models, multiples of 128, of 4 blocks each."""
     block_size: int = 512
     """Tokens of a sequence; a step has four sequences for each replica."""
-    recompute: bool = False
+    recompute: str = "none"
     """Compute each block once more in backward."""
     iterations: int = 20
     """Timed steps of each."""
@@ -108,7 +109,7 @@ def run(flags: Flags) -> None:
         print(table(heads, rows), flush=True)
         output = flags.output or Path(__file__).parent / "results" / f"compiled_{device.type}.json"
         kept = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
-        name = f"{everyone.world.size} ranks{', recomputing' * flags.recompute}"
+        name = f"{everyone.world.size} ranks{', recompute ' + flags.recompute if flags.recompute != 'none' else ''}"
         write_json(output, {**kept, name: {"environment": environment(device), "records": records}})
         print(f"written: {output}")
 
@@ -175,7 +176,7 @@ def in_turns(actions: Sequence[Callable[[], object]], rounds: int, groups: Proce
 
 def build(flags: Flags, shape: ArgonneConfig, groups: ProcessGroups, kind: Kind, compiled: bool) -> Learner:
     precision = resolve_precision("auto", groups.device)
-    execution = Execution(groups, precision, recompute=flags.recompute, compile=compiled)
+    execution = Execution(groups, precision, recompute=Recompute.of(flags.recompute), compile=compiled)
     model, replicas = build_replicas(partial(ArgonneModel, shape), execution, kind)
     learner = Learner(model=model, replicas=replicas, optimizer=build_optimizer(replicas.parameters, 0.1))
     learner.initialise(seed=0)

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from argonne import files
+from argonne.files import read_object, write_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,13 +74,13 @@ class Kept:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(self.path, json.dumps(self.found, indent=2) + "\n")
+        write_text(self.path, json.dumps(self.found, indent=2) + "\n")
 
 
 def read(path: Path) -> dict[str, Any] | None:
     """The file of a ``Kept``; None where there is none that can be read."""
     with suppress(OSError, ValueError):
-        found = files.read_object(path)
+        found = read_object(path)
         if isinstance(found.get("cases"), dict):
             return found
     return None

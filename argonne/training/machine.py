@@ -64,7 +64,7 @@ def limit_gpu(device: torch.device, gib: float) -> None:
 
 def _kilobytes(path: Path, field: str) -> int | None:
     with suppress(OSError, ValueError):
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8").splitlines():
             if line.startswith(f"{field}:"):
                 return int(line.split()[1]) * 1024
     return None
@@ -75,7 +75,11 @@ def _left_in_groups() -> Iterator[int]:
     if sys.platform != "linux":
         return
     with suppress(OSError, ValueError):
-        own = next(line[3:] for line in (_PROC / "self" / "cgroup").read_text().splitlines() if line.startswith("0::"))
+        own = next(
+            line[3:]
+            for line in (_PROC / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
+            if line.startswith("0::")
+        )
         place = _GROUPS / own.lstrip("/")
         for group in (place, *place.parents):
             if not group.is_relative_to(_GROUPS):
@@ -86,9 +90,9 @@ def _left_in_groups() -> Iterator[int]:
 
 def _left_in(group: Path) -> int | None:
     with suppress(OSError, ValueError):
-        limit = int((group / "memory.max").read_text())  # "max" is none
-        lines = (group / "memory.stat").read_text().splitlines()
+        limit = int((group / "memory.max").read_text(encoding="utf-8"))  # "max" is none
+        lines = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
         # Pages of files that nobody reads now are given back when they are wanted.
         files = sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
-        return limit - int((group / "memory.current").read_text()) + files
+        return limit - int((group / "memory.current").read_text(encoding="utf-8")) + files
     return None

@@ -161,7 +161,7 @@ def test_op_on_cpu_has_the_values_and_gradients_of_the_reference(name: str) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ops", [False, True], ids=["reference", "ops"])
+@pytest.mark.parametrize("ops", [pytest.param(False, marks=pytest.mark.exhaustive), True], ids=["reference", "ops"])
 def test_a_block_compiles_as_one_graph_with_equal_gradients(monkeypatch: pytest.MonkeyPatch, ops: bool) -> None:
     config = ArgonneConfig(24, 1, 6, 3, 56, 40, max_position_embeddings=16)
     groups = ProcessGroups.single()

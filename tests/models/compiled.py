@@ -25,6 +25,7 @@ from argonne.models import (
     decoder,
 )
 from argonne.models.families import decoder_family
+from argonne.models.recompute import Recompute
 from argonne.parallel import Draws, Layout, PipelinePlan, Precision, ProcessGroups
 from argonne.parallel.communication.regions import reduce_from_region
 from argonne.parallel.errors import CollectiveMismatch
@@ -45,7 +46,7 @@ class Case:
     documents: bool = False
     as_bounds: bool = False
     """Documents are kept apart as on a GPU, without a mask."""
-    recompute: bool = False
+    recompute: Recompute = Recompute.NONE
     precision: torch.dtype = torch.float32
     """Of the arithmetic; parameters are in float32 at least."""
     schedule: str = "1f1b"
@@ -60,7 +61,13 @@ class Case:
 
     def __str__(self) -> str:
         documents = "documents" * self.documents + " as bounds" * self.as_bounds
-        named = (self.kind, self.family, documents, "recomputing" * self.recompute, self.schedule)
+        named = (
+            self.kind,
+            self.family,
+            documents,
+            f"recompute {self.recompute}" * (self.recompute != Recompute.NONE),
+            self.schedule,
+        )
         usual = ("replicate", "llama", "", "1f1b")
         dtype = "" if self.precision == torch.float32 else f", {self.precision}"
         return ", ".join([str(self.layout), *(n for n in named if n not in usual)]) + dtype

@@ -73,7 +73,7 @@ def kept(
     return found
 
 
-def causal(chunk: range, _: object) -> torch.Tensor:
+def causal(chunk: range, *_: object) -> torch.Tensor:
     """As torch makes it on a CPU of a ``CausalBias``, which cannot be made where tensors are watched."""
     return torch.ones(len(chunk), chunk.stop, dtype=torch.bool).tril(chunk.start)
 

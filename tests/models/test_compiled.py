@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from argonne.models.recompute import Recompute
 from argonne.parallel import Layout
 from tests.models.compiled import Case, eager_and_compiled, refused, without_a_compiler
 from tests.pool import RankPool
@@ -13,7 +14,7 @@ TP = Layout(tensor=2)
 FAST = [
     Case(documents=True, as_bounds=True),
     Case(Layout(tensor=2, sequence_parallel=True), documents=True),
-    Case(Layout(data=2), "fsdp", recompute=True),
+    Case(Layout(data=2), "fsdp", recompute=Recompute.FULL),
     Case(Layout(pipeline=2), family="argonne1"),
 ]
 OTHERS = [
@@ -23,7 +24,7 @@ OTHERS = [
     Case(Layout(tensor=2, uneven_shards=True)),
     Case(Layout(context=2), "zero1"),
     Case(Layout(context=2), documents=True),
-    Case(TP, family="qwen3", recompute=True),
+    Case(TP, family="qwen3", recompute=Recompute.SELECTIVE),
     Case(TP, family="qwen2"),
     Case(TP, family="mistral"),
     Case(TP, family="argonne1", documents=True),
@@ -31,7 +32,7 @@ OTHERS = [
     Case(TP, precision=torch.bfloat16),
     Case(TP, precision=torch.float64),
     Case(Layout(pipeline=2), schedule="interleaved"),
-    Case(Layout(tensor=2, pipeline=2, sequence_parallel=True), documents=True, recompute=True),
+    Case(Layout(tensor=2, pipeline=2, sequence_parallel=True), documents=True, recompute=Recompute.FULL),
 ]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 3e-2}
 

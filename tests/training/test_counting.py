@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas
+from argonne.models.recompute import Recompute
 from argonne.parallel import ProcessGroups
 from argonne.training.counting import Count, counted
 from argonne.training.optimizer import build_optimizer
 from argonne.training.step import Learner, train_step
 
 
-def a_step(size: int, recompute: bool) -> Any:
+def a_step(size: int, recompute: Recompute) -> Any:
     """A training step of a small model that exists for it alone."""
     config, groups = ArgonneConfig(32, 2, 4, 2, 300), ProcessGroups.single()
     model, replicas = build_replicas(
@@ -29,7 +30,7 @@ def a_step(size: int, recompute: bool) -> Any:
 
 def test_a_step_that_is_counted_takes_what_one_that_is_computed_does() -> None:
     peaks = []
-    for recompute in (True, False):
+    for recompute in (Recompute.FULL, Recompute.SELECTIVE, Recompute.NONE):
         with Count() as computed:
             a_step(8, recompute)
         with counted() as alone:

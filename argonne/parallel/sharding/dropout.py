@@ -90,18 +90,18 @@ class Dropout(nn.Module):
         """``[..., features]`` and the keys of its rows ``[...]`` -> the same; without keys nothing is dropped."""
         if rows is None or self.probability == 0:
             return x
-        keep: Callable[..., Tensor] = torch.ops.argonne.kept if torch.compiler.is_compiling() else _kept
-        stays = recomputed(keep, rows, self._key, x.shape[-1], self.probability)
-        return _scaled(x, stays, self.probability)
+        return _scaled(x, recomputed(self._stays, rows, x.shape[-1]), self.probability)
 
     def of_heads(self, x: Tensor, rows: Tensor, heads: range) -> Tensor:
         """Attention's probabilities ``[batch, heads, queries, keys]``, of which ``rows`` are those of the queries.
 
         ``heads`` are their numbers among all heads of the model.
         """
+        return _scaled(x, self._stays(rows, x.shape[-1], heads.start, heads.stop), self.probability)
+
+    def _stays(self, rows: Tensor, columns: int, *heads: int) -> Tensor:
         keep: Callable[..., Tensor] = torch.ops.argonne.kept if torch.compiler.is_compiling() else _kept
-        stays = keep(rows, self._key, x.shape[-1], self.probability, heads.start, heads.stop)
-        return _scaled(x, stays, self.probability)
+        return keep(rows, self._key, columns, self.probability, *heads)
 
     def extra_repr(self) -> str:
         return f"{self.probability}, site={self.site}"

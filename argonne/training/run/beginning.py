@@ -16,6 +16,7 @@ from argonne.parallel import ProcessGroups
 from argonne.parallel.communication.collectives import collectively, gather_objects
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import RunConfig
+from argonne.training.run.conflicts import without_effect
 from argonne.training.run.identity import RunIdentity
 from argonne.training.run.job import log
 from argonne.training.run.shape import origin_path, own_checkpoints
@@ -74,6 +75,8 @@ def check_beginning(config: RunConfig) -> ResumeState | None:
         ArgonneError: in one line, what is wrong.
     """
     path = config.model.init_from
+    if path is None and "resume_state" in config.given:
+        raise without_effect(config.model, "resume_state", "--init-from")
     if path is None or own_checkpoints(config) is not None:
         return None
     directory = path if is_plain(path) else resolve(path)[-1]

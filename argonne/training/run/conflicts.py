@@ -27,7 +27,6 @@ def check_meaning(config: RunConfig, saved: RunIdentity | None = None) -> None:
     replicas = "--data-parallel or --context-parallel"
     schedule = "--pipeline-schedule interleaved"
     needs = (
-        (config.model, "resume_state", config.model.init_from is not None, "--init-from"),
         (data, "validation_sequences", data.validation_glob is not None, "--validation-glob"),
         (data, "cache_dir", not data.streaming or made_before, "--no-streaming"),
         (training, "decay_steps", training.schedule == "wsd", "--schedule wsd"),

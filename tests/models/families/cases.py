@@ -115,7 +115,7 @@ def cases(draw: st.DrawFn, ranks: int) -> Case:
     if sequence and batch * length % ranks:
         batch = ranks
     layout = Layout(tensor=ranks, sequence_parallel=sequence, uneven_shards=True)
-    return Case(fields, layout, batch, length, draw(st.booleans()))
+    return Case(fields, layout, batch, length, draw(st.sampled_from([Recompute.NONE, Recompute.FULL])))
 
 
 def make(case: Case, directory: Path) -> None:
