@@ -82,7 +82,8 @@ class TrainingFlags:
     """What the loss is multiplied by at first, in fp16 only; it follows the overflows from there."""
     recompute: str = "full"
     """What backward computes again instead of finding it kept: full (each block, from its input), selective (norms,
-    RoPE, SwiGLU), none, or N (every Nth block). From the least memory to the least time: full, N, selective, none."""
+    RoPE, SwiGLU), none, or N (every Nth block). Full takes the least memory and none the least time; of the others it
+    depends on N (docs/layouts.md)."""
     disable_gradient_checkpointing: bool = False
     """Another name for --recompute none."""
     compile: bool = False

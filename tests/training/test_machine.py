@@ -1,0 +1,39 @@
+"""What a process keeps of memory that its tensors have given back."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+# Once a block of that size has been freed, glibc takes such blocks from the heap, where they cannot go back to the
+# system while anything lies behind them.
+BLOCKS = """
+import sys
+
+import torch
+
+from argonne.training.machine import resident_bytes, return_large_blocks
+
+if sys.argv[1] == "returned":
+    return_large_blocks()
+first = torch.ones(4 << 20)
+del first
+before = resident_bytes()
+blocks = [torch.ones(3 << 20) for _ in range(10)]
+behind = torch.ones(1 << 14)
+del blocks
+print(resident_bytes() - before >> 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another library allocates")
+def test_large_blocks_go_back_to_the_system_as_they_are_freed() -> None:
+    kept, returned = (
+        int(subprocess.run([sys.executable, "-c", BLOCKS, word], capture_output=True, check=True, text=True).stdout)
+        for word in ("kept", "returned")
+    )
+    assert returned < 16, f"{returned} MiB are still there"
+    assert kept > 64, f"only {kept} MiB were kept: this shows nothing"
