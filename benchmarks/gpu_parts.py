@@ -67,7 +67,7 @@ def _step(name: str, preset: str, contestants: str, minutes: float) -> Part:
         output=f"pretrain_step_{preset}_{contestants}_{{device}}.json",
         rehearsal=(
             *("--preset", "demo", "--sequence", "8", "--micro-batch", "1"),
-            *("--rounds", "1", "--steps", "1", "--warmup", "0", "--compiler", "aot_eager"),
+            *("--rounds", "1", "--steps", "1", "--warmup", "0"),
             *("--compile", "on" if name == "step-2b" else "off"),  # it takes longer than all the rest
         ),
     )

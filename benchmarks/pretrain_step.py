@@ -3,7 +3,7 @@
 A contestant is a choice of the kernels (of torch, of Triton), of eager or compiled blocks, of what is recomputed in
 backward and of the attention; ``--contest kernels`` or ``memory`` says which of them take part (``contestants`` of
 ``step_contestants.py``). A step is the loss of one micro-batch of random tokens, its backward and AdamW (fused, no
-gradient clipping). *Compiled* is ``torch.compile`` of each transformer block's forward (and so its backward); the
+gradient clipping). *Compiled* are the forward and backward of each transformer block, as a run compiles them; the
 embedding, the last norm, the head with its loss and the optimizer are eager in every contestant. Triton's kernels need
 CUDA, or its interpreter; on a CPU torch's run alone, and compiled only with ``--compile on``.
 
@@ -89,8 +89,6 @@ class Flags:
     """Compute dtype; weights and moments are kept in float32 [bf16 on CUDA, fp32 on CPU]."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Whether compiled contestants take part too [on CUDA they do]."""
-    compiler: Literal["inductor", "aot_eager"] = "inductor"
-    """What graphs are given to; aot_eager only takes them apart."""
     contest: Literal["kernels", "memory"] = "kernels"
     """Who takes part: kernels of torch and of Triton, eager and compiled; or recomputation and attention."""
     resume: bool = False
@@ -250,7 +248,7 @@ def run(flags: Flags) -> None:
     check(flags, available_memory(device))
     kept = _kept(flags, device)
     if not kept.complete:
-        trainer = Trainer(flags.config, (flags.micro_batch, flags.sequence), flags.precision, device, flags.compiler)
+        trainer = Trainer(flags.config, (flags.micro_batch, flags.sequence), flags.precision, device)
         taking_part = contestants(device, flags.compile == "on", flags.contest)
         records = measure(trainer, taking_part, flags.rounds, flags.steps, flags.warmup, kept)
         kept.end(**report(flags, device, records))
@@ -260,7 +258,7 @@ def run(flags: Flags) -> None:
 
 def _kept(flags: Flags, device: torch.device) -> Kept:
     """What has been measured with such flags, if that is wanted."""
-    names = ("preset", "sequence", "micro_batch", "precision", "rounds", "steps", "warmup", "contest", "compiler")
+    names = ("preset", "sequence", "micro_batch", "precision", "rounds", "steps", "warmup", "contest")
     settings = {name: getattr(flags, name) for name in (*names, "compile")}
     machine = environment(device)
     told = {"benchmark": "pretrain_step", "environment": machine}

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from types import MethodType
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -17,12 +16,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from argonne.kernels.dispatch import interprets
 from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution
-from argonne.models.decoder import Block
+from argonne.models.compilation import compile_block
 from argonne.models.recompute import Recompute
 from argonne.models.replicas import build_replicas
 from argonne.parallel import ArgonneError, ProcessGroups
 from argonne.parallel.tensor_parallel.precision import PRECISIONS
 from argonne.training.optimizer import build_optimizer
+from argonne.training.run.compilation import prepare_blocks
 from benchmarks.kept import Kept
 from benchmarks.step_profile import StepProfile, profile_step
 
@@ -121,10 +121,9 @@ class Trainer:
         shape: tuple[int, int],
         precision: str,
         device: torch.device,
-        compiler: str = "inductor",
     ) -> None:
-        """``shape`` is of the micro-batch: sequences, and tokens in each; ``compiler`` a backend of the compiled."""
-        self.device, self.precision, self.compiler = device, precision, compiler
+        """``shape`` is of the micro-batch: sequences, and tokens in each."""
+        self.device, self.precision = device, precision
         self.execution = Execution(ProcessGroups.single(device), PRECISIONS[precision], kernels="torch")
         model, self.replicas = build_replicas(partial(ArgonneModel, config), self.execution, "replicate")
         assert isinstance(model, ArgonneModel)
@@ -137,26 +136,39 @@ class Trainer:
         generator = torch.Generator().manual_seed(0)
         sequences, tokens = shape
         self.batch = torch.randint(0, config.vocab_size, (sequences, tokens + 1), generator=generator).to(device)
-        self.compiled_forward: Callable[..., Any] | None = None
+        self.compiled: dict[str, list[Any]] = {}
+        """For each choice of kernels, what its blocks' forwards are, compiled."""
 
     def become(self, contestant: Contestant) -> None:
-        """Compute as ``contestant`` does from here on; what was compiled for it once is kept."""
+        """Compute as ``contestant`` does from here on, but for what ``compile`` has to make first."""
         for module in self.model.modules():
             for name in ("backend", "kernels"):
                 if hasattr(module, name):
                     setattr(module, name, contestant.kernels)
         self.cross_entropy = CrossEntropyLoss(kernels=contestant.kernels)
-        if contestant.compiled and self.compiled_forward is None:
-            # A block that is compiled too often would be run eagerly in silence, and still be called compiled.
-            torch._dynamo.config.fail_on_recompile_limit_hit = True
-            self.compiled_forward = torch.compile(Block.forward, dynamic=False, backend=self.compiler)
-        for block in self.model.blocks:
+        for number, block in enumerate(self.model.blocks):
             block.__dict__.pop("forward", None)
-            if contestant.compiled:
-                block.forward = MethodType(self.compiled_forward, block)
+            if contestant.compiled and contestant.kernels in self.compiled:
+                block.forward = self.compiled[contestant.kernels][number]
         self.contestant = contestant
         for stage in self.model.stages.values():
             stage.execution = replace(stage.execution, recompute=Recompute.of(contestant.recompute))
+
+    def compile(self) -> None:
+        """Compile the blocks for this contestant's kernels as a run does, unless they have been.
+
+        Raises:
+            RuntimeError: what keeps the compiler from it.
+        """
+        if self.contestant.kernels in self.compiled:
+            return
+        for block in self.model.blocks:
+            compile_block(block)
+        sequences, tokens = self.batch.shape
+        problem = prepare_blocks(self.model, sequences, tokens - 1, documents=False)
+        if problem:
+            raise RuntimeError(problem)
+        self.compiled[self.contestant.kernels] = [block.forward for block in self.model.blocks]
 
     def loss(self) -> torch.Tensor:
         """In nats, the mean of the micro-batch."""
@@ -165,6 +177,8 @@ class Trainer:
 
     def first(self) -> tuple[float, float]:
         """The loss and the norm of its gradient; compiles what is to be compiled."""
+        if self.contestant.compiled:
+            self.compile()
         loss = self.loss()
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])

@@ -30,6 +30,7 @@ from benchmarks.step_contestants import (
     require_agreement,
 )
 from benchmarks.step_profile import attention_of, profile_step
+from tests.models.compiled import as_graphs
 
 CPU = torch.device("cpu")
 TINY = ArgonneConfig(16, 4, 2, 1, 40, max_position_embeddings=32)
@@ -243,6 +244,16 @@ def test_what_the_compiler_cannot_do_is_recorded_and_what_eager_cannot_is_raised
     assert record.failure == "RuntimeError: no such graph"
     with pytest.raises(RuntimeError, match="no such graph"):
         trainer.attempt(EAGER, fail, record)
+
+
+def test_what_is_compiled_is_compiled_once_and_as_a_run_does(tmp_path: Path) -> None:
+    with as_graphs():
+        found = measured(replace(SMALL, rounds=1, compile="on"), tmp_path)
+    assert found["compiled"]["graph_breaks"] == 0
+    own = found["contestants"]
+    assert list(own) == [c.name for c in contestants(CPU, compiled=True)]
+    assert all(one["failure"] is None for one in own.values())
+    assert own["torch, compiled"]["first_loss"] == pytest.approx(own["torch, eager"]["first_loss"], rel=1e-6)
 
 
 def test_on_a_gpu_every_choice_takes_part() -> None:
