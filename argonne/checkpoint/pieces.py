@@ -37,7 +37,6 @@ class KeepsMoments(Protocol):
     @property
     def state(self) -> MutableMapping[Tensor, Any]:
         """What it keeps of each parameter, by name."""
-        ...
 
 
 def moment_pieces(

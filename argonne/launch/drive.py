@@ -37,7 +37,6 @@ class Launchable(Protocol):
     @property
     def launch(self) -> LaunchFlags:
         """The flags of launching."""
-        ...
 
 
 ConfigType = TypeVar("ConfigType", bound=Launchable)

@@ -36,11 +36,9 @@ class Places(Protocol):
 
     def inputs(self, sequence: int) -> Any:
         """What each block is given besides hidden values, for sequences of that length; further words are its own."""
-        ...
 
     def inputs_at(self, positions: Tensor) -> Any:
         """The same for one position of each of several sequences, as of ``CachePass.positions``."""
-        ...
 
 
 class Stage(nn.Module):

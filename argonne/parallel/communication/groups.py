@@ -25,19 +25,15 @@ class SmallExchanges(Protocol):
 
     def fits(self, tensor: Tensor) -> bool:
         """Whether it is for this one."""
-        ...
 
     def sum(self, tensor: Tensor) -> None:
         """Overwrite ``tensor`` with the sum over the ranks, the same on all of them."""
-        ...
 
     def gather(self, tensor: Tensor, into: Tensor) -> None:
         """Fill ``into`` with every rank's ``tensor``, in rank order."""
-        ...
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Overwrite ``tensor`` with that of rank ``source``."""
-        ...
 
 
 @dataclass(frozen=True)
