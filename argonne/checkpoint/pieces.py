@@ -46,7 +46,6 @@ def moment_pieces(
 
     Args:
         optimizer: any that keeps tensors of a parameter's shape in ``optimizer.state[parameter]``.
-        parameters: those that it updates.
         moments: what it calls these tensors.
 
     Raises:
