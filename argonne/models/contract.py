@@ -54,8 +54,7 @@ class Batch:
 
     def micro_batches(self) -> Iterator[Batch]:
         """Each micro-batch of a step."""
-        for number in range(len(self.ids)):
-            yield self.micro_batch(number)
+        return map(self.micro_batch, range(len(self.ids)))
 
     def micro_batch(self, number: int) -> Batch:
         """The micro-batch of that number of a step."""
@@ -82,8 +81,6 @@ class LossFunction(Protocol):
         Args:
             hidden: ``[rows, hidden]``, the model's last hidden values: under sequence parallelism a share of the
                 rows ``[batch * positions]`` of the micro-batch, otherwise all of them.
-            head: the output weight that belongs to them.
-            batch: this rank's positions of the micro-batch.
         """
 
 
@@ -158,7 +155,6 @@ class LanguageModel(Protocol):
 
         Args:
             longest_sequence: the positions that it was trained on.
-            special_tokens: of the tokenizer.
             dtype: of the saved weights, ``float32`` say.
         """
 
