@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 TEMPORARY = ".tmp"
 """Ends the name of what is not complete yet."""
@@ -87,6 +89,11 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
+def seal(content: Any) -> str:
+    """SHA-256 (hex) of what JSON values say, in whatever order their names are."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def sync(path: Path) -> None:
     """Flush a file, or a directory's list of names, to the disk."""
     with named(path):
@@ -95,6 +102,15 @@ def sync(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def lock(file: IO[str]) -> bool:
+    """Whether this process has the file to itself, until it is closed; it has where the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)
+    return True
 
 
 def make_directory(path: Path) -> None:

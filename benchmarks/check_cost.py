@@ -21,8 +21,7 @@ import torch
 
 from argonne.checkpoint import moment_pieces, save_checkpoint, weight_pieces
 from argonne.launch import drive, guarded, parse, world_size
-from argonne.models import ArgonneModel, Execution, build_replicas
-from argonne.models.config import preset
+from argonne.models import ArgonneModel, Execution, build_replicas, preset
 from argonne.parallel import ArgonneError, Layout, ProcessGroups, choose_device, initialise, process_groups
 from argonne.parallel.communication.collectives import barrier, gather_objects
 from argonne.parallel.sharding.check import check_pieces

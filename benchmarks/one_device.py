@@ -22,8 +22,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script
 
 from argonne.launch import guarded, parse
-from argonne.models import ArgonneConfig, Execution
-from argonne.models.config import preset
+from argonne.models import ArgonneConfig, Execution, preset
 from argonne.models.decoder import Block, RotaryTables
 from argonne.parallel import (
     ArgonneError,

@@ -41,8 +41,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script
 
 from argonne.launch import guarded, parse, world_size
-from argonne.models import ArgonneConfig
-from argonne.models.config import PRESETS, preset
+from argonne.models import ArgonneConfig, preset
+from argonne.models.config import PRESETS
 from argonne.parallel import ArgonneError, choose_device
 from argonne.training.metrics import peak_flops
 from benchmarks.kept import Kept, where

@@ -22,8 +22,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script, in this process and in its ranks
 
 from argonne.launch import LaunchFlags, drive, guarded, parse, world_size
-from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas
-from argonne.models.config import preset
+from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas, preset
 from argonne.parallel import ArgonneError, Layout, ProcessGroups, choose_device, process_groups
 from argonne.parallel.communication.collectives import barrier
 from argonne.parallel.communication.reduction import sum_over

@@ -20,7 +20,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script, in this process and in its ranks
 
 from argonne.launch import drive, guarded, parse, world_size
-from argonne.models.config import PRESETS, ArgonneConfig, preset
+from argonne.models import preset
+from argonne.models.config import PRESETS, ArgonneConfig
 from argonne.parallel import ArgonneError, Layout, ProcessGroups, choose_device, process_groups
 from argonne.parallel.communication.collectives import collectively, gather_objects
 from benchmarks.bandwidth_report import against_peak, plot_bandwidths, show, wrong_elements

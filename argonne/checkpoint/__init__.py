@@ -16,32 +16,3 @@ from argonne.checkpoint.load import load_pieces, load_tensors, load_trainer, ten
 from argonne.checkpoint.pieces import MOMENTS, MUON_MOMENT, Piece, moment_pieces, reset_moments, weight_pieces
 from argonne.checkpoint.retention import checkpoints, newest_valid, prune, resolve, trusted
 from argonne.checkpoint.save import save_checkpoint
-
-__all__ = [
-    "MANIFEST",
-    "MOMENTS",
-    "MUON_MOMENT",
-    "CheckpointError",
-    "Piece",
-    "checkpoints",
-    "faults",
-    "is_checkpoint",
-    "is_small",
-    "load_pieces",
-    "load_tensors",
-    "load_trainer",
-    "moment_pieces",
-    "newest_valid",
-    "prune",
-    "read_manifest",
-    "require_intact",
-    "reset_moments",
-    "resolve",
-    "save_checkpoint",
-    "step_directory",
-    "step_of",
-    "tensor_files",
-    "trusted",
-    "weight_pieces",
-    "weights_fingerprint",
-]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -27,13 +28,11 @@ def weights_fingerprint(directory: Path) -> str:
     """
     files, digest = tensor_files(directory), hashlib.sha256()
     with ExitStack() as stack:
-        opened: dict[str, Any] = {}
+        opened = functools.cache(lambda path: stack.enter_context(safe_open(path, framework="pt")))
         for name in sorted(each for each in files if not each.endswith((*MOMENTS, MUON_MOMENT))):
             path = directory / files[name]
             try:
-                if path.name not in opened:
-                    opened[path.name] = stack.enter_context(safe_open(path, framework="pt"))
-                stored = opened[path.name].get_slice(name)
+                stored = opened(path).get_slice(name)
                 digest.update(f"{name} {stored.get_dtype()} {stored.get_shape()}".encode())
                 for part in _samples(stored):
                     digest.update(part)

@@ -9,19 +9,17 @@ places at one blow, the one before is ``step_XXXXXXXX.replaced`` meanwhile: stil
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from argonne.files import TEMPORARY, exchange, read_object, set_aside, sync, write_json
+from argonne.files import TEMPORARY, exchange, read_object, seal, set_aside, sync, write_json
 from argonne.parallel.errors import ArgonneError
 
 MANIFEST = "manifest.json"
@@ -99,7 +97,7 @@ def commit(temporary: Path, final: Path, manifest: Manifest) -> None:
     At every moment of it, a step that had a valid checkpoint has one: killed, it leaves the one before or this one.
     """
     listed = asdict(manifest)
-    write_json(temporary / MANIFEST, {"format": 1, "sha256": _fingerprint(listed), **listed})
+    write_json(temporary / MANIFEST, {"format": 1, "sha256": seal(listed), **listed})
     # The names of the files: without them on the disk, what is in the files is lost with the power.
     for directory in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
         sync(directory)
@@ -118,19 +116,13 @@ def delete(directory: Path) -> bool:
 
     Returns whether it went: a file system that will not let go of it is no reason to end a run.
     """
-    doomed = directory
     try:
         if TEMPORARY not in directory.name:
-            doomed = set_aside(directory, TEMPORARY)
+            directory = set_aside(directory, TEMPORARY)
     except OSError:
         return False
-    shutil.rmtree(doomed, ignore_errors=True)
+    shutil.rmtree(directory, ignore_errors=True)
     return True
-
-
-def _fingerprint(listed: dict[str, Any]) -> str:
-    """SHA-256 of what a manifest says of a checkpoint."""
-    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -138,7 +130,7 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     try:
         found = read_object(path)
-        if found["sha256"] != _fingerprint({name: found[name] for name in ("step", "files", "tensors")}):
+        if found["sha256"] != seal({name: found[name] for name in ("step", "files", "tensors")}):
             raise ValueError("it has changed since it was written (SHA-256 differs)")
         return Manifest(
             step=found["step"],
@@ -182,10 +174,8 @@ def require_intact(directory: Path, wanted: Callable[[str], bool] = lambda name:
 
     A directory that is none, of a Hugging Face model say, has no manifest to go by and is left to its reader.
     """
-    if is_checkpoint(directory):
-        found = faults(directory, wanted=wanted)
-        if found:
-            raise CheckpointError(f"checkpoint {str(directory)!r} is damaged: {found[0]}")
+    if is_checkpoint(directory) and (found := faults(directory, wanted=wanted)):
+        raise CheckpointError(f"checkpoint {str(directory)!r} is damaged: {found[0]}")
 
 
 def is_small(name: str) -> bool:

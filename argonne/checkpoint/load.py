@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,7 +24,6 @@ def load_pieces(directory: Path, pieces: Iterable[Piece], verify: bool = True) -
 
     Args:
         directory: a checkpoint, or any Hugging Face directory of safetensors.
-        pieces: what this rank wants.
         verify: compare the files of a checkpoint with its manifest first. Without, the ranks have done so
             together (``newest_valid``), which spares each of them the reading of what the others want.
 
@@ -35,16 +35,14 @@ def load_pieces(directory: Path, pieces: Iterable[Piece], verify: bool = True) -
         read = {files.get(_stored_name(piece.name, files)) for piece in pieces}
         require_intact(directory, lambda name: name in read)
     with ExitStack() as stack:
-        opened: dict[str, Any] = {}
+        opened = functools.cache(lambda file: stack.enter_context(safe_open(directory / file, framework="pt")))
         for piece in pieces:
             name = _stored_name(piece.name, files)
             if name not in files:
                 raise CheckpointError(f"checkpoint {str(directory)!r} has no tensor {piece.name!r}")
             file = files[name]
             try:
-                if file not in opened:
-                    opened[file] = stack.enter_context(safe_open(directory / file, framework="pt"))
-                stored = opened[file].get_slice(name)
+                stored = opened(file).get_slice(name)
                 _require_shape(piece, tuple(stored.get_shape()), repr(str(directory)))
                 _require_dtype(piece, stored.get_dtype(), directory)
                 piece.part.copy_(stored[piece.region.whole_index])
@@ -54,11 +52,7 @@ def load_pieces(directory: Path, pieces: Iterable[Piece], verify: bool = True) -
 
 @torch.no_grad()
 def load_tensors(tensors: Mapping[str, Tensor], pieces: Iterable[Piece]) -> None:
-    """As ``load_pieces``, from whole tensors in memory: a ``state_dict``, say. What no piece asks for is left alone.
-
-    Raises:
-        CheckpointError: a tensor is missing, or has another shape.
-    """
+    """As ``load_pieces``, from whole tensors in memory: a ``state_dict``, say. What no piece asks for is left alone."""
     for piece in pieces:
         if piece.name not in tensors:
             raise CheckpointError(f"the tensors in memory have no {piece.name!r}")

@@ -37,7 +37,6 @@ class KeepsMoments(Protocol):
     @property
     def state(self) -> MutableMapping[Tensor, Any]:
         """What it keeps of each parameter, by name."""
-        ...
 
 
 def moment_pieces(
@@ -47,7 +46,6 @@ def moment_pieces(
 
     Args:
         optimizer: any that keeps tensors of a parameter's shape in ``optimizer.state[parameter]``.
-        parameters: those that it updates.
         moments: what it calls these tensors.
 
     Raises:

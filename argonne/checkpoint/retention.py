@@ -15,7 +15,6 @@ from argonne.checkpoint.format import (
     faults,
     is_checkpoint,
     read_manifest,
-    step_directory,
     step_of,
 )
 from argonne.files import TEMPORARY
@@ -88,13 +87,7 @@ def trusted(path: Path, groups: ProcessGroups) -> tuple[Path, list[str]]:
 def prune(root: Path, keep: int, saved: Path | None = None) -> list[Path]:
     """Delete all but the newest ``keep`` steps, and what interrupted saves left; at least one valid checkpoint stays.
 
-    Args:
-        root: the run's output directory.
-        keep: how many steps stay (1 at least).
-        saved: the checkpoint that has just been written, which need not be read again to be trusted.
-
-    Returns:
-        The checkpoints that went.
+    ``saved`` has just been written, and need not be read again to be trusted. Returns the checkpoints that went.
     """
     for path in root.glob(f"step_*{TEMPORARY}*"):
         delete(path)
@@ -104,9 +97,7 @@ def prune(root: Path, keep: int, saved: Path | None = None) -> list[Path]:
 
     for path in checkpoints(root):
         if REPLACED in path.name:  # of a save that was killed
-            step = step_of(path)
-            assert step is not None
-            final = step_directory(root, step)
+            final = path.with_name(path.name.partition(REPLACED)[0])
             if not final.exists():
                 with contextlib.suppress(OSError):
                     os.replace(path, final)

@@ -60,14 +60,9 @@ def save_checkpoint(
 ) -> Path:
     """Write ``root/step_XXXXXXXX`` and return it (collective).
 
-    Args:
-        root: the run's output directory.
-        step: optimizer steps taken.
-        model: this rank's parts of the weights.
-        optimizer: this rank's parts of the optimizer's moments.
-        write_rest: writes the small files (configuration, tokenizer, trainer state) into the directory
-            that it is given; called on the first rank only.
-        groups: the processes.
+    ``model`` and ``optimizer`` are this rank's parts of the weights and of the optimizer's moments. ``write_rest``
+    writes the small files (configuration, tokenizer, trainer state) into the directory that it is given; it is called
+    on the first rank only.
 
     Raises:
         LayoutError: on every rank, if their pieces do not make up whole tensors (``check_declarations``).
@@ -124,7 +119,10 @@ def _write_tensors(directory: Path, kind: str, pieces: Sequence[Piece], groups: 
     """Gather and write every tensor of ``kind``; returns what this rank wrote."""
     mine = [p for p in pieces if p.region.is_owner(groups)]
     parts = {(p.name, p.region.start): p.part for p in mine}
-    wholes = _wholes(gather_objects([(p.name, p.region, p.part.dtype) for p in mine], groups.world))
+    wholes: dict[str, _Whole] = {}
+    for rank, held in enumerate(gather_objects([(p.name, p.region, p.part.dtype) for p in mine], groups.world)):
+        for name, region, dtype in held:
+            wholes.setdefault(name, _Whole(region.whole_shape, dtype)).sources.append((rank, region))
     writers = sorted({rank for whole in wholes.values() for rank, _ in whole.sources})
     files = list(file_groups({name: whole.bytes for name, whole in wholes.items()}))
     written = _Written()
@@ -143,14 +141,6 @@ def _write_tensors(directory: Path, kind: str, pieces: Sequence[Piece], groups: 
             written.problems.append(f"{file}: {error}")
         written.tensors |= {name: record_tensor(tensor, file) for name, tensor in whole_tensors.items()}
     return written
-
-
-def _wholes(held: list[list[tuple[str, Region, torch.dtype]]]) -> dict[str, _Whole]:
-    wholes: dict[str, _Whole] = {}
-    for rank, entries in enumerate(held):
-        for name, region, dtype in entries:
-            wholes.setdefault(name, _Whole(region.whole_shape, dtype)).sources.append((rank, region))
-    return wholes
 
 
 def file_groups(sizes: Mapping[str, int]) -> Iterable[list[str]]:

@@ -38,16 +38,10 @@ class Batch:
 
 
 class BatchStream:
-    """One batch per optimizer step for one data-parallel rank.
-
-    Args:
-        sequences: of all lanes that ``assignment.served_lanes`` names, at least.
-        assignment: which samples the rank has, and in which micro-batches.
-        replica: the data-parallel rank.
-        start_sample: the number of the first sample.
+    """One batch per optimizer step for one data-parallel rank, from the sample of number ``start_sample`` on.
 
     Raises:
-        DataError: there is no such rank, or ``sequences`` does not serve its lanes.
+        DataError: there is no such rank, or ``sequences`` does not serve its lanes (``assignment.served_lanes``).
     """
 
     def __init__(
@@ -56,8 +50,7 @@ class BatchStream:
         mixture = sequences if isinstance(sequences, Mixture) else Mixture([sequences])
         self.assignment = assignment
         self._lanes = frozenset(assignment.served_lanes(replica, mixture.lanes))
-        missing = self._lanes - set(mixture.served)
-        if missing:
+        if missing := self._lanes - set(mixture.served):
             raise DataError(f"data-parallel rank {replica} needs lanes {sorted(missing)}; they are not served here")
         self._mixture = mixture
         self._replica = replica

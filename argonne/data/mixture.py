@@ -87,10 +87,6 @@ class Mixture:
     Sample k is the next sequence of lane k % lanes of one of the streams; which one depends on k and the weights
     alone, and among any run of samples the shares are as near to the weights as a few samples allow.
 
-    Args:
-        streams: as many as there are weights; all with the same lanes, of which the same are served.
-        weights: positive.
-
     Raises:
         DataError: the streams do not fit together.
     """
@@ -138,7 +134,6 @@ def states_of_source(states: Mapping[int, LaneState], source: int, lanes: int) -
     if not states:
         return None
     keys = range(source * lanes, (source + 1) * lanes)
-    missing = [key for key in keys if key not in states]
-    if missing:
+    if missing := [key for key in keys if key not in states]:
         raise DataError(f"the saved data position lacks lane {missing[0]}; legal: one for each of {lanes} lanes")
     return [states[key] for key in keys]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from types import TracebackType
+from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 from argonne.data.errors import DataError
@@ -29,56 +28,29 @@ class Prefetcher(Generic[T]):
         self.wait_seconds = 0.0
         """Seconds that `get` has waited so far."""
         self._source = source
-        self._depth = depth
-        self._ready: deque[T] = deque()
-        self._error: BaseException | None = None
-        self._closed = False
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="argonne-prefetch", daemon=True)
-        self._thread.start()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="argonne-prefetch")
+        self._ahead = deque(self._worker.submit(source) for _ in range(depth))
 
     def get(self) -> T:
         """The next result; once those made before it are taken, the very exception that `source` raised."""
+        if not self._ahead:
+            raise RuntimeError("the prefetcher is closed")
         started = time.perf_counter()
-        with self._changed:
-            self._changed.wait_for(lambda: self._ready or self._error or self._closed)
+        try:
+            result = self._ahead[0].result()  # what failed stays the next
+        finally:
             self.wait_seconds += time.perf_counter() - started
-            if self._closed:
-                raise RuntimeError("the prefetcher is closed")
-            if self._error is not None and not self._ready:
-                raise self._error
-            self._changed.notify_all()
-            return self._ready.popleft()
+        self._ahead.popleft()
+        self._ahead.append(self._worker.submit(self._source))
+        return result
 
     def close(self) -> None:
         """Stop the thread and wait for the call it is in, if any; results not taken are dropped."""
-        with self._changed:
-            self._closed = True
-            self._ready.clear()
-            self._changed.notify_all()
-        self._thread.join()
+        self._ahead.clear()
+        self._worker.shutdown(cancel_futures=True)
 
     def __enter__(self) -> Prefetcher[T]:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _run(self) -> None:
-        try:
-            while self._wait_for_room():
-                result = self._source()
-                with self._changed:
-                    self._ready.append(result)
-                    self._changed.notify_all()
-        except BaseException as error:  # whatever it is, the caller of get() must not wait for ever
-            with self._changed:
-                self._error = error
-                self._changed.notify_all()
-
-    def _wait_for_room(self) -> bool:
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or len(self._ready) < self._depth)
-            return not self._closed

@@ -10,18 +10,3 @@ from argonne.kernels.rms_norm import rms_norm
 from argonne.kernels.rope import apply_rope, apply_rope_packed
 from argonne.kernels.rotation import rope_tables
 from argonne.kernels.swiglu import swiglu
-
-__all__ = [
-    "Backend",
-    "KernelError",
-    "RMSNorm",
-    "RotaryEmbedding",
-    "SwiGLU",
-    "apply_rope",
-    "apply_rope_packed",
-    "cross_entropy",
-    "linear_cross_entropy",
-    "rms_norm",
-    "rope_tables",
-    "swiglu",
-]

@@ -27,10 +27,7 @@ def cross_entropy(
     Args:
         logits: ``[..., tokens of the vocabulary]``, all or this rank's part.
         targets: ``[...]`` token ids of the whole vocabulary, or ``objective.ignore_index``.
-        objective: label smoothing, z-loss and the target that is ignored.
         vocabulary: this rank's range, when the vocabulary is shared out.
-        axis: the ranks that share it.
-        backend: ``torch``, ``triton`` or ``auto``.
 
     Returns:
         ``[...]`` in float32 (float64 for float64 logits), the same on every rank.

@@ -31,8 +31,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """``[..., hidden]`` -> the same; with a residual the norm of ``x + residual``, and that sum."""
-        if residual is None:
-            return rms_norm(x, self.weights, self.eps, backend=self.backend)
         return rms_norm(x, self.weights, self.eps, residual=residual, backend=self.backend)
 
 

@@ -53,7 +53,6 @@ def rms_norm(
             of rows, of which each has its own gradient (``parallel/tensor_parallel/token_blocks.py``).
         eps: added to the mean square.
         residual: like ``x``; to be added first.
-        backend: ``torch``, ``triton`` or ``auto``.
 
     Returns:
         ``[..., hidden]`` in the dtype of ``x``; with a residual also ``s``.

@@ -19,7 +19,6 @@ def apply_rope(
         cos, sin: ``[positions, rotated / 2]``. Where ``rotated`` is less than ``head_dim``, the rest of each head
             passes through (partial rotary embedding).
         positions: ``[..., sequence]`` rows of the tables, integers; ``0, 1, 2, ...`` when left out.
-        backend: ``torch``, ``triton`` or ``auto``.
 
     Returns:
         The shape and dtype of ``x``: the tables' wider dtype is used inside and never leaks out, so that
@@ -47,7 +46,7 @@ def apply_rope_packed(
 
     Args:
         qkv: ``[..., sequence, query_heads + 2 * key_value_heads, head_dim]``: queries, then keys, then values.
-        cos, sin, positions, backend: as for ``apply_rope``.
+        cos, sin, positions: as for ``apply_rope``.
         key_value_heads: heads of the keys, and of the values.
 
     Returns:

@@ -24,7 +24,6 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, pinned: bool = False, back
         up: like ``gate``.
         pinned: give each element the same bits wherever it lies. PyTorch's sigmoid on a CPU has others for the last
             few of a run, where its length is no multiple of ``VECTOR``; this way takes longer there.
-        backend: ``torch``, ``triton`` or ``auto``.
 
     Returns:
         ``[..., columns]`` in the dtype of ``gate``.

@@ -7,15 +7,3 @@ A driver is ``guarded(lambda: drive(main, check, parse(Config, sys.argv[1:])))``
 from argonne.launch.drive import drive, guarded, world_size
 from argonne.launch.flags import Given, HomeText, LaunchFlags, RestartFlags
 from argonne.launch.parse import named_flags, parse
-
-__all__ = [
-    "Given",
-    "HomeText",
-    "LaunchFlags",
-    "RestartFlags",
-    "drive",
-    "guarded",
-    "named_flags",
-    "parse",
-    "world_size",
-]

@@ -37,7 +37,6 @@ class Launchable(Protocol):
     @property
     def launch(self) -> LaunchFlags:
         """The flags of launching."""
-        ...
 
 
 ConfigType = TypeVar("ConfigType", bound=Launchable)
@@ -51,16 +50,14 @@ def drive(
     """Run ``main(config)`` on every rank, starting the ranks unless a launcher has.
 
     ``check(config, world size)`` is what can be refused before any rank is started. A configuration that ``prints`` is
-    printed, and nothing else is done. The process ends with the status
-    that ``main`` returns, if it is not 0.
+    printed, and nothing else is done. The process ends with the status that ``main`` returns, if it is not 0.
 
     Raises:
         ArgonneError: the launcher's environment, or the flags of launching, are not usable.
     """
     environment.check()
     if getattr(config, "prints", False):
-        _print(config)
-        return
+        return _print(config)
     flags, launched = config.launch, environment.this_process().launched
     flags.check()
     if launched:

@@ -7,7 +7,7 @@ import dataclasses
 import io
 import re
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -31,7 +31,6 @@ def parse(
 
     Args:
         config_type: a dataclass; of its fields those that are dataclasses are groups of flags.
-        arguments: the words.
         default: what holds where no flag says otherwise, in place of the fields' own defaults.
         program: what ``--help`` calls the command, in place of the script's name.
 
@@ -48,20 +47,16 @@ def parse(
     rules = help_rules(getattr(config_type, "left_out", {}))
     # What turns a switch off is a flag where it may be on already, and so is what leaves it on.
     markers = _MARKERS if default is not None else (*_MARKERS, tyro.conf.FlagCreatePairsOff)
+    begin: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(report):
-            if default is None:
-                config = tyro.cli(config_type, prog=program, args=arguments, config=markers, registry=rules)
-            else:
-                config = tyro.cli(
-                    config_type, prog=program, args=arguments, default=default, config=markers, registry=rules
-                )
+            config = tyro.cli(config_type, prog=program, args=arguments, config=markers, registry=rules, **begin)
     except SystemExit as stop:
         if not stop.code:
             raise
         raise ArgonneError(_one_line(report.getvalue())) from None
     config = at_home(config)
-    return dataclasses.replace(config, given=given) if hasattr(config, "given") else config  # type: ignore[type-var]
+    return dataclasses.replace(config, given=given) if hasattr(config, "given") else config
 
 
 def named_flags(arguments: Sequence[str]) -> frozenset[str]:

@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import time
-from typing import NoReturn
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
 
@@ -19,6 +20,8 @@ from argonne.parallel.communication.environment import (
     under_torchrun,
 )
 from argonne.parallel.errors import ArgonneError, LauncherError
+
+T = TypeVar("T")
 
 USAGE, PEER_LOST, NOTHING_GAINED = 2, 3, 4
 """Exit statuses: refused input; another process of the job is gone; ``--wall-time`` was too short for one step."""
@@ -91,19 +94,13 @@ def refuse_alone(error: ArgonneError) -> NoReturn:
 
     The others, which wait for this one, end without a word.
     """
-    first = True
-    if dist.is_initialized():
-        with contextlib.suppress(RuntimeError):
-            first = dist.distributed_c10d._get_default_store().add(_TOLD, 1) == 1
-    if first:
+    if _in_store(lambda store: store.add(_TOLD, 1) == 1, otherwise=True):
         log(f"error: {error}")
     _leave_refused()
 
 
 def _leave_refused() -> NoReturn:
-    if dist.is_initialized():
-        with contextlib.suppress(RuntimeError):
-            dist.distributed_c10d._get_default_store().set(_REFUSED, "")
+    _in_store(lambda store: store.set(_REFUSED, ""), otherwise=None)
     leave_for_good(USAGE)
 
 
@@ -112,9 +109,7 @@ def was_refused() -> bool:
 
     Its agent would, and wait for the other node's, which has ended, for as long as a rendezvous may take.
     """
-    with contextlib.suppress(RuntimeError):  # the store may be gone with the agent that kept it
-        return dist.is_initialized() and dist.distributed_c10d._get_default_store().check([_REFUSED])
-    return False
+    return _in_store(lambda store: store.check([_REFUSED]), otherwise=False)
 
 
 def reports_loss() -> bool:
@@ -122,11 +117,16 @@ def reports_loss() -> bool:
 
     Without the store, which goes with the process that kept it, every rank reports for itself.
     """
+    own = str(_this_process().rank)
+    return _in_store(lambda store: store.compare_set(_LOST, "", own).decode() == own, otherwise=True)
+
+
+def _in_store(ask: Callable[[dist.Store], T], otherwise: T) -> T:
+    """What ``ask`` makes of the job's store; ``otherwise`` where there is none, or it is gone with who kept it."""
     with contextlib.suppress(RuntimeError):
         if dist.is_initialized():
-            own = str(dist.get_rank())
-            return bool(dist.distributed_c10d._get_default_store().compare_set(_LOST, "", own).decode() == own)
-    return True
+            return ask(dist.distributed_c10d._get_default_store())
+    return otherwise
 
 
 def _this_process() -> JobProcess:

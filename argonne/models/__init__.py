@@ -14,31 +14,3 @@ from argonne.models.families.argonne1_model import Argonne1Model
 from argonne.models.loss import CrossEntropyLoss
 from argonne.models.replicas import build_replicas, replicas_of
 from argonne.models.rope import RopeScaling
-
-__all__ = [
-    "PRESETS",
-    "Argonne1Config",
-    "Argonne1Model",
-    "ArgonneConfig",
-    "ArgonneModel",
-    "BaseModel",
-    "Batch",
-    "CachingModel",
-    "CrossEntropyLoss",
-    "Execution",
-    "Head",
-    "KeyValueCache",
-    "LanguageModel",
-    "LossFunction",
-    "ModelConfig",
-    "RopeScaling",
-    "Scores",
-    "build_model",
-    "build_replicas",
-    "end_tokens",
-    "from_huggingface",
-    "preset",
-    "replicas_of",
-    "require_contract",
-    "to_huggingface",
-]

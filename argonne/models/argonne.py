@@ -12,11 +12,11 @@ from argonne.models.activations import DecoderWidths
 from argonne.models.cache import CacheShape
 from argonne.models.config import ArgonneConfig
 from argonne.models.contract import SpecialTokens
-from argonne.models.decoder import Block, RMSNorm, RotaryTables, initial
+from argonne.models.decoder import Block, RMSNorm, RotaryTables
 from argonne.models.execution import Execution
 from argonne.models.families import family_of, to_huggingface
 from argonne.models.staged import StagedModel
-from argonne.models.stages import Span, Stage
+from argonne.models.stages import Span, Stage, of_vocabulary
 from argonne.parallel import VocabParallelEmbedding, VocabParallelHead
 
 
@@ -27,7 +27,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = self.norm = None
         if any(span.has_embedding(config.tie_word_embeddings) for span in spans):
-            self.embed_tokens = VocabParallelEmbedding(*_vocabulary(config, execution), **_weights(config, execution))
+            self.embed_tokens = of_vocabulary(VocabParallelEmbedding, config, execution)
         self.layers = nn.ModuleDict({str(n): Block(config, execution) for span in spans for n in span.layers})
         if any(span.is_last for span in spans):
             self.norm = RMSNorm(config, execution)
@@ -45,10 +45,6 @@ class ArgonneModel(StagedModel):
     Construct it under ``with torch.device(...)``: the parameters are empty there until ``initialise`` or a
     checkpoint fills them, and cost nothing on ``meta``.
 
-    Args:
-        config: the model's shape.
-        execution: processes, dtypes, kernels and the pipeline's plan.
-
     Raises:
         ArgonneError: the shape is none of its family's, which could not be saved.
         LayoutError: it cannot be shared out as the layout and the plan ask.
@@ -63,7 +59,7 @@ class ArgonneModel(StagedModel):
         self.model = Decoder(config, execution, spans)
         self.lm_head = None
         if any(span.is_last for span in spans) and not config.tie_word_embeddings:
-            self.lm_head = VocabParallelHead(*_vocabulary(config, execution), **_weights(config, execution))
+            self.lm_head = of_vocabulary(VocabParallelHead, config, execution)
         if self.model.embed_tokens is not None and config.tie_word_embeddings and self.groups.reproducible:
             self.model.embed_tokens.separate_lookup()
         self.rotary = RotaryTables(config, execution)
@@ -82,19 +78,13 @@ class ArgonneModel(StagedModel):
         )
 
     @property
-    def masks_documents(self) -> bool:
-        """It does."""
-        return True
-
-    @property
     def blocks(self) -> Sequence[nn.Module]:
-        """The transformer blocks of this rank."""
         return list(self.model.layers.values())
 
     @property
     def widths(self) -> DecoderWidths:
         """Of this rank's blocks, which are alike."""
-        config, block = self.config, self.model.block(next(iter(self.spans.values())).layers[0])
+        config, block = self.config, self.model.block(self.layers[0])
         attention = block.self_attn
         query, key, _ = attention.qkv_proj.splits
         copied = 0 if attention.is_grouped else query
@@ -115,18 +105,11 @@ class ArgonneModel(StagedModel):
 
     def cache_shape(self) -> CacheShape:
         """The key-value heads of this rank's blocks."""
-        layers = [number for stage in self._stages.values() for number in stage.span.layers]
-        heads = self.model.block(layers[0]).self_attn.key_value_heads
-        return CacheShape(layers, heads, self.config.head_dim, self.execution.precision.compute, self.groups.device)
+        heads = self.model.block(self.layers[0]).self_attn.key_value_heads
+        return CacheShape(
+            self.layers, heads, self.config.head_dim, self.execution.precision.compute, self.groups.device
+        )
 
     def config_json(self, longest_sequence: int, special_tokens: SpecialTokens, dtype: str) -> dict[str, Any]:
         """The ``config.json`` with which ``transformers`` opens the weights as their family's class."""
         return to_huggingface(replace(self.config, max_position_embeddings=longest_sequence), special_tokens, dtype)
-
-
-def _vocabulary(config: ArgonneConfig, execution: Execution) -> tuple[int, int, Any]:
-    return config.vocab_size, config.hidden_size, execution.groups
-
-
-def _weights(config: ArgonneConfig, execution: Execution) -> dict[str, Any]:
-    return {"initialiser": initial(config), "precision": execution.precision}

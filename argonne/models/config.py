@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from argonne.models.rope import RopeScaling
@@ -214,31 +214,13 @@ def feed_forward_size(hidden_size: int) -> int:
     return -(-int(8 * hidden_size / 3) // 256) * 256
 
 
-def _preset(hidden: int, layers: int, heads: int, kv: int, vocabulary: int, tied: bool = True) -> ArgonneConfig:
-    return ArgonneConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv,
-        vocab_size=vocabulary,
-        tie_word_embeddings=tied,
-    )
-
-
 PRESETS = {
     # A few minutes on a laptop; its vocabulary is that of the tokenizer trained on the data.
-    "demo": replace(_preset(256, 4, 8, 4, 12_000), max_position_embeddings=1024, initializer_range=0.02),
-    "argonne-2.0-4.9b": _preset(4080, 24, 24, 8, 151_665),
-    "argonne-2.0-2b": _preset(3072, 20, 24, 4, 151_665),
-    "argonne-2.5-1b": _preset(2048, 16, 16, 8, 151_936),
+    "demo": ArgonneConfig(256, 4, 8, 4, 12_000, max_position_embeddings=1024, initializer_range=0.02),
+    "argonne-2.0-4.9b": ArgonneConfig(4080, 24, 24, 8, 151_665),
+    "argonne-2.0-2b": ArgonneConfig(3072, 20, 24, 4, 151_665),
+    "argonne-2.5-1b": ArgonneConfig(2048, 16, 16, 8, 151_936),
     # Named 8B by its authors; these dimensions make 16,970,470,400 parameters.
-    "argonne-2.0-8b": _preset(5120, 56, 40, 8, 151_936, tied=False),
+    "argonne-2.0-8b": ArgonneConfig(5120, 56, 40, 8, 151_936, tie_word_embeddings=False),
 }
-"""Every named shape. Any other is a matter of overriding fields, or of a Hugging Face ``config.json``."""
-
-
-def preset(name: str) -> ArgonneConfig:
-    """The shape called ``name``. Raises ``ArgonneError`` listing the names when there is none."""
-    if name not in PRESETS:
-        raise ArgonneError(f"preset={name!r} is not known; legal: {', '.join(PRESETS)}")
-    return PRESETS[name]
+"""Those of ``models/build.py`` that are of this type."""

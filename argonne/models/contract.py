@@ -54,8 +54,7 @@ class Batch:
 
     def micro_batches(self) -> Iterator[Batch]:
         """Each micro-batch of a step."""
-        for number in range(len(self.ids)):
-            yield self.micro_batch(number)
+        return map(self.micro_batch, range(len(self.ids)))
 
     def micro_batch(self, number: int) -> Batch:
         """The micro-batch of that number of a step."""
@@ -82,10 +81,7 @@ class LossFunction(Protocol):
         Args:
             hidden: ``[rows, hidden]``, the model's last hidden values: under sequence parallelism a share of the
                 rows ``[batch * positions]`` of the micro-batch, otherwise all of them.
-            head: the output weight that belongs to them.
-            batch: this rank's positions of the micro-batch.
         """
-        ...
 
 
 class LanguageModel(Protocol):
@@ -98,86 +94,69 @@ class LanguageModel(Protocol):
     @property
     def groups(self) -> ProcessGroups:
         """The processes that share it."""
-        ...
 
     @property
     def shape(self) -> Mapping[str, Any]:
         """What makes it this model and no other, as JSON values: a run goes on only with the same."""
-        ...
 
     @property
     def longest_sequence(self) -> int:
         """The most positions that it can see at once."""
-        ...
 
     @property
     def parameter_count(self) -> int:
         """Parameters of the whole model, over all ranks; a tied weight counts once."""
-        ...
 
     @property
     def masks_documents(self) -> bool:
         """Whether attention keeps the documents of a batch apart (``--document-mask``)."""
-        ...
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
         """The modules whose parameters FSDP gathers together, just before each is used: those of this rank."""
-        ...
 
     @property
     def stages(self) -> Mapping[int, nn.Module]:
         """The pipeline stages that this rank holds, by their number; empty for a model that offers none."""
-        ...
 
     @property
     def defers_weight_gradients(self) -> bool:
         """Whether gradients come later than backward says: see ``DataParallel.begin``."""
-        ...
 
     def check_layout(self, layout: Layout) -> None:
         """Raise ``LayoutError`` unless the model can be shared out as ``layout`` asks."""
-        ...
 
     def sharded_parameters(self) -> list[ShardedParameter]:
         """Every parameter of this rank with the whole tensors that it holds regions of, in an order that is fixed."""
-        ...
 
     def forward_backward(self, batch: Batch, loss: LossFunction) -> Tensor:
         """Add to the gradients those of a step's summed and divided loss; returns that loss, detached.
 
         ``batch`` has a dimension of micro-batches. The loss is of this data- and context-parallel rank's positions.
         """
-        ...
 
     def evaluate(self, batch: Batch, loss: LossFunction) -> Tensor:
         """The summed loss of one micro-batch, of this data- and context-parallel rank's positions, without gradients.
 
         It is not divided.
         """
-        ...
 
     def next_token_logits(self, ids: Tensor) -> Tensor:
         """``[batch, sequence]`` ids -> the last position's logits ``[batch, vocabulary]``, the same on every rank."""
-        ...
 
     def flops_per_token(self, sequence: int) -> float:
         """Floating-point operations of a forward and a backward pass for one token of a sequence of that length."""
-        ...
 
     def facts(self, micro_batches: int, batch: int, sequence: int) -> list[str]:
         """What the line that a run begins with says of steps of this shape."""
-        ...
 
     def config_json(self, longest_sequence: int, special_tokens: SpecialTokens, dtype: str) -> dict[str, Any]:
         """What ``config.json`` says beside the saved weights.
 
         Args:
             longest_sequence: the positions that it was trained on.
-            special_tokens: of the tokenizer.
             dtype: of the saved weights, ``float32`` say.
         """
-        ...
 
 
 def require_contract(model: object) -> None:

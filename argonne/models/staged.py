@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,36 +34,18 @@ if TYPE_CHECKING:
     from argonne.parallel.pipeline_parallel.schedule import Pipeline
 
 
-class DecoderShape(Shape, Protocol):
-    """What a staged model asks of the shape that it is made of."""
-
-    @property
-    def max_position_embeddings(self) -> int: ...
-    @property
-    def tie_word_embeddings(self) -> bool: ...
-    @property
-    def parameter_count(self) -> int: ...
-    def as_json(self) -> dict[str, Any]: ...
-    def check_layout(self, layout: Layout) -> None: ...
-    def flops_per_token(self, sequence: int) -> float: ...
-
-
 class StagedModel(BaseModel):
     """A causal language model: the stages that this rank holds, and the plan by which they work.
 
     A subclass makes the modules, under the names that its files have, and the ``Stage`` of each of its ``spans``.
 
-    Args:
-        config: the model's shape.
-        execution: processes, dtypes, kernels and the pipeline's plan.
-
     Raises:
         LayoutError: the shape cannot be shared out as the layout and the plan ask.
     """
 
-    config: DecoderShape
+    config: Shape
 
-    def __init__(self, config: DecoderShape, execution: Execution) -> None:
+    def __init__(self, config: Shape, execution: Execution) -> None:
         super().__init__(execution)
         groups = execution.groups
         self.config, self.plan = config, execution.plan or PipelinePlan(groups.pipeline.size)
@@ -76,17 +58,23 @@ class StagedModel(BaseModel):
 
     @property
     def shape(self) -> Mapping[str, Any]:
-        """The fields of its configuration."""
         return self.config.as_json()
 
     @property
     def longest_sequence(self) -> int:
-        """As the configuration says."""
         return self.config.max_position_embeddings
 
     @property
+    def layers(self) -> list[int]:
+        """The numbers of this rank's blocks."""
+        return [number for span in self.spans.values() for number in span.layers]
+
+    @property
+    def masks_documents(self) -> bool:
+        return True
+
+    @property
     def parameter_count(self) -> int:
-        """Parameters of the whole model, a tied head counted once (closed form)."""
         return self.config.parameter_count
 
     @property
@@ -105,7 +93,6 @@ class StagedModel(BaseModel):
         return self.groups.pipeline.size > 1 and self.plan.schedule == "zb"
 
     def check_layout(self, layout: Layout) -> None:
-        """Raise ``LayoutError`` unless every part of the model can be shared out as ``layout`` asks."""
         self.config.check_layout(layout)
         self.plan.check_layers(self.config.num_hidden_layers)
 
@@ -200,7 +187,6 @@ class StagedModel(BaseModel):
 
     @torch.no_grad()
     def next_token_logits(self, ids: Tensor) -> Tensor:
-        """``[batch, sequence]`` ids -> the last position's logits ``[batch, vocabulary]``, on every rank."""
         padded = pad_to_share(ids, self.groups)
         hidden = self._through(padded, sequence=padded.shape[1], whole=True)
         logits = None
@@ -228,13 +214,11 @@ class StagedModel(BaseModel):
         return Scores.of(logits_of(hidden, self.head, self.groups, place), self.head.range, self.groups.tensor)
 
     def flops_per_token(self, sequence: int) -> float:
-        """Of a forward and a backward pass, with causal attention (closed form)."""
         return self.config.flops_per_token(sequence)
 
     def facts(self, micro_batches: int, batch: int, sequence: int) -> list[str]:
         """What its blocks keep for backward; and of a pipeline, its schedule and how long its ranks wait."""
-        layers = [number for span in self.spans.values() for number in span.layers]
-        found = [told(self.widths, self.execution, (batch, sequence), layers)] if self.widths else []
+        found = [told(self.widths, self.execution, (batch, sequence), self.layers)] if self.widths else []
         if self.groups.pipeline.size == 1:
             return found
         waiting = self.pipeline(micro_batches, batch, sequence).bubble(self.costs)

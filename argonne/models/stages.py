@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from argonne.models.cache import CachePass
 from argonne.models.compilation import compile_block
 from argonne.models.contract import Head
 from argonne.models.execution import Execution
-from argonne.parallel import VocabParallelEmbedding, VocabParallelHead, balance
+from argonne.parallel import Layout, Normal, VocabParallelEmbedding, VocabParallelHead, balance
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,9 @@ class Places(Protocol):
 
     def inputs(self, sequence: int) -> Any:
         """What each block is given besides hidden values, for sequences of that length; further words are its own."""
-        ...
 
     def inputs_at(self, positions: Tensor) -> Any:
         """The same for one position of each of several sequences, as of ``CachePass.positions``."""
-        ...
 
 
 class Stage(nn.Module):
@@ -116,7 +114,7 @@ class Stage(nn.Module):
 
 
 class Shape(Protocol):
-    """What says how much there is to share out."""
+    """What a model of stages asks of the shape that it is made of."""
 
     @property
     def hidden_size(self) -> int: ...
@@ -125,7 +123,27 @@ class Shape(Protocol):
     @property
     def vocab_size(self) -> int: ...
     @property
+    def max_position_embeddings(self) -> int: ...
+    @property
+    def tie_word_embeddings(self) -> bool: ...
+    @property
+    def initializer_range(self) -> float: ...
+    @property
+    def parameter_count(self) -> int: ...
+    @property
     def block_parameter_count(self) -> int: ...
+    def as_json(self) -> dict[str, Any]: ...
+    def check_layout(self, layout: Layout) -> None: ...
+    def flops_per_token(self, sequence: int) -> float: ...
+
+
+Holder = TypeVar("Holder", VocabParallelEmbedding, VocabParallelHead)
+
+
+def of_vocabulary(kind: type[Holder], config: Shape, execution: Execution) -> Holder:
+    """The embedding or the head of a model of that shape."""
+    initialiser, precision = Normal(config.initializer_range), execution.precision
+    return kind(config.vocab_size, config.hidden_size, execution.groups, initialiser=initialiser, precision=precision)
 
 
 def cut(config: Shape, stages: int) -> tuple[list[float], list[Span]]:

@@ -23,9 +23,9 @@ def require_whole(name: str, value: Any, least: int, most: int = MOST) -> None:
         raise ArgonneError(f"{name}={value} is not legal; legal: {least} to {most}")
 
 
-def require_number(name: str, value: Any, zero: bool = False, legal: str = "") -> None:
+def require_number(name: str, value: Any, zero: bool = False) -> None:
     """Raise ``ArgonneError`` unless ``value`` is a finite number (no ``bool``) above 0, or 0 itself if ``zero``."""
-    legal = legal or ("0 or more" if zero else "more than 0")
+    legal = "0 or more" if zero else "more than 0"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ArgonneError(f"{name}={value!r} is not legal; legal: a number, {legal}")
     if not (value > 0 or (zero and value == 0)):  # nan too

@@ -153,25 +153,12 @@ class RunConfig:
         """Raise ``ArgonneError`` for the first value that no run could use; needs neither data nor peers."""
         d, r = self.data, self.run
         self.training.check()
-        counts = {
-            "block_size": (d.block_size, 1),
-            "num_proc": (d.num_proc, 1),
-            "prefetch_batches": (d.prefetch_batches, 1),
-            "validation_sequences": (d.validation_sequences, 1),
-            "sample_tokens": (r.sample_tokens, 0),
-            "data_lanes": (d.data_lanes, 1),
-        }
-        for name, (value, minimum) in counts.items():
-            if value is not None:
-                require_whole(name, value, minimum)
-        steps = {
-            "save_interval": r.save_interval,
-            "keep_checkpoints": r.keep_checkpoints,
-            "log_interval": r.log_interval,
-            "stop_at_step": r.stop_at_step,
-        }
-        for name, count in steps.items():
-            if count is not None:
+        for name in ("block_size", "num_proc", "prefetch_batches", "validation_sequences", "data_lanes"):
+            if (count := getattr(d, name)) is not None:
+                require_whole(name, count, 1)
+        require_whole("sample_tokens", r.sample_tokens, 0)
+        for name in ("save_interval", "keep_checkpoints", "log_interval", "stop_at_step"):
+            if (count := getattr(r, name)) is not None:
                 require_whole(name, count, 1, MOST_STEPS)
         _ = d.document_filters  # refuses what is no threshold
         _ = self.recompute  # refuses what is no choice

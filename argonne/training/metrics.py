@@ -118,6 +118,7 @@ class Progress:
     def _line(self, record: dict[str, Any]) -> str:
         step = record["step"]
         seconds = (time.monotonic() - self.began) / max(1, step - self.first) * (self.last - step)
+        left = tqdm.format_interval(seconds)
         at = record["data_position"]
         if record["validation_loss"] is not None:
             self.held_out = f" (held-out {record['validation_loss']:.4f})"
@@ -129,11 +130,5 @@ class Progress:
             f"step {step:,}/{self.last:,} | loss {record['loss']:.4f}{self.held_out} | {record['tokens']:,} tokens | "
             f"lr {record['learning_rate']:.2e} | {record['tokens_per_second']:,.0f} tokens/s{data}{mfu} | "
             f"{record['memory_gib']:.1f} GiB | "
-            f"sample {at['sample']:,}, {at['shard']} row {at['row']} token {at['token']} | ETA {_duration(seconds)}"
+            f"sample {at['sample']:,}, {at['shard']} row {at['row']} token {at['token']} | ETA {left}"
         )
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

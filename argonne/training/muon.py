@@ -55,7 +55,6 @@ class Muon:
     Args:
         matrices: those that it orthogonalises: every part of each whole tensor, over the ranks of a stage together.
         adamw: what updates all others; its state has the momentum too.
-        groups: the processes.
         weight_decay: of the matrices.
         momentum: how much of the sum of gradients a step keeps.
         dtype: of the iterations.

@@ -70,7 +70,6 @@ def build_muon(
 
     Args:
         parameters: those of a model's replicas (``replicas_of``), which know which are matrices of blocks.
-        groups: the processes.
         weight_decay: of matrices.
         betas: of AdamW.
         epsilon: of AdamW.

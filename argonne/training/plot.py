@@ -51,14 +51,7 @@ def _outline(points: list[Point]) -> list[Point]:
 
 
 def plot_loss(training: Sequence[Point], held_out: Sequence[Point], path: Path, title: str) -> bool:
-    """Draw training and held-out loss against tokens; False when matplotlib is not installed.
-
-    Args:
-        training: (tokens, loss) in their order.
-        held_out: the same for the held-out text; may be empty.
-        path: the PNG to write.
-        title: what the run is.
-    """
+    """Draw training and held-out loss (there may be none) against tokens as a PNG; False without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -58,7 +58,8 @@ class Reports:
     ) -> None:
         """Bring all reports up to the state's step. ``lanes`` are all lanes of the run, ``text`` the model's."""
         model, layout = state.model, state.model.groups.layout
-        section = f"## Step {state.step} ({state.tokens:,} tokens, loss {self._loss:.3f})\n\n{_quote(text)}\n\n"
+        quoted = "\n".join(f"> {line}" for line in text.splitlines() or [""])
+        section = f"## Step {state.step} ({state.tokens:,} tokens, loss {self._loss:.3f})\n\n{quoted}\n\n"
         title = f"{model.parameter_count / 1e6:,.1f}M parameters, {layout}, {state.tokens / 1e6:.2f}M tokens"
 
         def write_stats() -> None:
@@ -182,7 +183,3 @@ def _stats(
         "fused_adamw": any(group.get("fused") for group in state.optimizer.param_groups),
         "parallelism": str(layout),
     }
-
-
-def _quote(text: str) -> str:
-    return "\n".join(f"> {line}" for line in text.splitlines() or [""])

@@ -139,23 +139,31 @@ class TrainingState(Learner):
             groups,
         )
 
-    def _scale(self) -> dict[str, Any]:
-        scale = self.loss_scale
-        if not scale.is_dynamic:
-            return {}
-        return {"loss_scale": {"scale": scale.scale, "steps_since_change": scale.steps_since_change}}
+    def of_run(self, config: RunConfig, workload: Workload, global_batch: int) -> dict[str, Any]:
+        """What the run is, and in which layout and by which versions it is computed: JSON values."""
+        return {
+            "global_batch": global_batch,
+            "layout": dataclasses.asdict(self.model.groups.layout),
+            "identity": workload.identity.to_json(),
+            "conditions": workload.conditions,
+            "changes": self.changes,
+            "search": None if self.search is None else dataclasses.asdict(self.search),
+            "flags": flags_to_json(config),
+            "versions": versions(),
+        }
 
     def _trainer(
         self, config: RunConfig, workload: Workload, lanes: dict[int, LaneState], global_batch: int
     ) -> dict[str, Any]:
-        first = self.optimizer.state[self.parameters[0].parameter]["step"]
+        first, scale = self.optimizer.state[self.parameters[0].parameter]["step"], self.loss_scale
+        kept_scale = {"scale": scale.scale, "steps_since_change": scale.steps_since_change}
         assert workload.tokenizer is not None
         return {
             "step": self.step,
             "tokens": self.tokens,
             "optimizer_step": int(first.item()),
             "schedule": dataclasses.asdict(self.schedule),
-            **self._scale(),
+            **({"loss_scale": kept_scale} if scale.is_dynamic else {}),
             "data": {
                 "next_sample": self.next_sample,
                 "shards": [shard.path.name for shard in workload.data.shards],
@@ -163,16 +171,9 @@ class TrainingState(Learner):
             },
             # Nothing random is carried from step to step: initial weights and samples are drawn by seed and step.
             "rng": {"seed": config.training.seed},
-            "global_batch": global_batch,
-            "layout": dataclasses.asdict(self.model.groups.layout),
-            "identity": workload.identity.to_json(),
-            "conditions": workload.conditions,
-            "changes": self.changes,
-            **({} if self.search is None else {"search": dataclasses.asdict(self.search)}),
+            **self.of_run(config, workload, global_batch),
             # The directory's tokenizer names the run's boundary tokens instead.
             "special_tokens": special_tokens(workload.tokenizer),
-            "flags": flags_to_json(config),
-            "versions": versions(),
         }
 
 

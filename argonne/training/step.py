@@ -78,13 +78,8 @@ def train_step(
 ) -> StepResult:
     """Take one optimizer step (collective over all ranks).
 
-    Args:
-        learner: what is trained.
-        batch: this rank's micro-batches; its divisor is the number of target tokens of the global batch.
-        loss: what is minimised.
-        learning_rate: of this step.
-        gradient_clip: the largest global gradient norm.
-        observer: is shown gradients and weights.
+    ``batch`` has this rank's micro-batches; its divisor is the number of target tokens of the global batch.
+    ``gradient_clip`` is the largest global gradient norm.
 
     Raises:
         NotFinite: on every rank alike, a loss or norm that is not finite; the weights are as before.

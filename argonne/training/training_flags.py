@@ -142,8 +142,7 @@ class TrainingFlags:
                 raise ArgonneError(f"{name}=1 is not legal, as no gradient would count; legal: 0 up to less than 1")
         if self.memory_limit is not None:
             require_number("memory_limit", self.memory_limit)
-        require_share("label_smoothing", self.label_smoothing)
-        require_number("z_loss", self.z_loss, zero=True)
+        _ = self.objective  # refuses what is no weight
         if not 0 <= self.min_learning_rate <= self.learning_rate:
             raise ArgonneError(
                 f"min_learning_rate={self.min_learning_rate} is not legal; legal: 0 to "

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from argonne.models.config import preset
+from argonne.models import preset
 from argonne.parallel import ArgonneError, Layout, ProcessGroups
 from benchmarks.lockstep import in_lockstep
 from benchmarks.one_device import Computed, Flags, check, differences, program_of, run

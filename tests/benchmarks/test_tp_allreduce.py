@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from argonne.models.config import preset
+from argonne.models import preset
 from argonne.parallel import ArgonneError
 from benchmarks.collective_timing import OPERATIONS
 from benchmarks.memory import Need, parse_size, require_memory, size_text

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from argonne.checkpoint.format import MANIFEST, TRAINER, _fingerprint, read_manifest, record_file
+from argonne.checkpoint.format import MANIFEST, TRAINER, read_manifest, record_file
 from argonne.data import load_tokenizer, train_tokenizer
-from argonne.files import write_json
+from argonne.files import seal, write_json
 from argonne.launch import parse
 from argonne.parallel import ArgonneError
 from argonne.training.config import RunConfig
@@ -70,7 +70,7 @@ def as_an_older_version_left_it(directory: Path) -> None:
         if path.name == TRAINER:
             listed = dataclasses.asdict(read_manifest(path.parent))
             listed["files"][TRAINER] = dataclasses.asdict(record_file(path))
-            write_json(path.parent / MANIFEST, {"format": 1, "sha256": _fingerprint(listed), **listed})
+            write_json(path.parent / MANIFEST, {"format": 1, "sha256": seal(listed), **listed})
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from argonne.kernels import linear_cross_entropy
-from argonne.models.config import preset
+from argonne.models import preset
 from argonne.parallel import Precision, ProcessGroups, VocabParallelHead
 
 CONFIG = preset("argonne-2.0-2b")

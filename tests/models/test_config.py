@@ -14,8 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from argonne.models import ArgonneConfig, ArgonneModel, Execution, RopeScaling
-from argonne.models.config import PRESETS, feed_forward_size, preset
+from argonne.models import ArgonneConfig, ArgonneModel, Execution, RopeScaling, build, preset
+from argonne.models.config import PRESETS, feed_forward_size
 from argonne.models.families import decoder_family
 from argonne.parallel import ArgonneError, Layout, LayoutError, ProcessGroups
 
@@ -300,7 +300,7 @@ def test_legal_tensor_sizes_divide_the_heads_and_the_feed_forward_whatever_the_v
 def test_an_unknown_preset_is_refused_with_the_names() -> None:
     with pytest.raises(ArgonneError) as refusal:
         preset("argonne-3")
-    assert str(refusal.value) == f"preset='argonne-3' is not known; legal: {', '.join(PRESETS)}"
+    assert str(refusal.value) == f"preset='argonne-3' is not known; legal: {', '.join(build.PRESETS)}"
 
 
 def test_uneven_shards_allow_any_number_of_ranks_up_to_the_heads() -> None:

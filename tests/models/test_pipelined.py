@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from argonne.models.config import preset
+from argonne.models import preset
 from argonne.models.stages import cut
 
 

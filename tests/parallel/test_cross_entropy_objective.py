@@ -128,9 +128,9 @@ def test_a_single_position_has_a_scalar_loss(ranks: RankPool, size: int) -> None
 
 
 REFUSED = [
-    ({"label_smoothing": -0.1}, "label_smoothing=-0.1 is not legal; legal: 0 to 1"),
-    ({"label_smoothing": 1.5}, "label_smoothing=1.5 is not legal; legal: 0 to 1"),
-    ({"label_smoothing": float("nan")}, "label_smoothing=nan is not legal; legal: 0 to 1"),
+    ({"label_smoothing": -0.1}, "label_smoothing=-0.1 is not legal; legal: a number, 0 to 1"),
+    ({"label_smoothing": 1.5}, "label_smoothing=1.5 is not legal; legal: a number, 0 to 1"),
+    ({"label_smoothing": float("nan")}, "label_smoothing=nan is not legal; legal: a number, 0 to 1"),
     ({"z_loss": -1e-4}, "z_loss=-0.0001 is not legal; legal: 0 or more"),
     ({"z_loss": float("nan")}, "z_loss=nan is not legal; legal: 0 or more"),
 ]

@@ -158,7 +158,7 @@ def test_closing_ends_the_reading() -> None:
     feed.next()
     feed.close()
     assert feed.prefetcher is not None
-    assert not feed.prefetcher._thread.is_alive()
+    assert not any(thread.is_alive() for thread in feed.prefetcher._worker._threads)
     fed(None, ProcessGroups.single()).close()  # a rank that reads nothing has nothing to end
 
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from argonne.models.config import preset
+from argonne.models import preset
 from argonne.parallel import ArgonneError, Precision
 from argonne.training.config import RunConfig, RunFlags, TrainingFlags
 from argonne.training.layout_flags import ParallelFlags
@@ -41,7 +41,8 @@ def whole(precision: Precision = FP32, **training: Any) -> RunIdentity:
     """The identity of a run whose tokenizer is known."""
     config = RunConfig(training=TrainingFlags(**training))
     tokenizer = {"fingerprint": "t", "size": 300, "boundary": [0, 2]}
-    return RunIdentity.of(config, DATA, precision).with_model(asdict(preset("demo")), tokenizer)
+    settled = RunIdentity.of(config, DATA, precision)
+    return dataclasses.replace(settled, model=asdict(preset("demo")), tokenizer=tokenizer)
 
 
 def schedule_of(config: RunConfig) -> dict[str, Any]:

@@ -15,8 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from argonne.models import ArgonneConfig, ArgonneModel, Execution
-from argonne.models.config import preset
+from argonne.models import ArgonneConfig, ArgonneModel, Execution, preset
 from argonne.parallel import ProcessGroups
 from argonne.training.metrics import MetricsLog, Progress, memory_gib, peak_flops
 
@@ -174,6 +173,6 @@ def test_a_log_line_is_printed_at_the_first_step_every_interval_and_the_end(caps
     assert ["(held-out 2.5000)" in line for line in lines] == [False, True, True, True]
     assert "MFU" not in lines[0]
     assert "MFU 42.1%" in lines[3]
-    assert lines[3].endswith("ETA 0:00")
+    assert lines[3].endswith("ETA 00:00")
     # Waiting for data is said where it is worth a word.
     assert ["waited 15% for data" in line for line in lines] == [False, False, True, False]

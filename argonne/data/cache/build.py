@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +27,7 @@ from argonne.data.cache.units import Kept, Tally, UnitMaker, in_processes, in_th
 from argonne.data.corpus.shards import OnBad, Shard
 from argonne.data.errors import DataError
 from argonne.data.tokens.filters import FILTERS, Filters
-from argonne.files import TEMPORARY, sync
+from argonne.files import TEMPORARY, lock, sync
 
 TICK_SECONDS = 1.0
 LINE_SECONDS = 30.0
@@ -69,15 +68,13 @@ def build_cache(
         raise DataError(f"processes={processes} is not a positive number")
     recipe = made_from(shards, tokenizer, boundary, filters)
     path = directory / cache_key(recipe)
-    cache = _finished(path, on_bad)
-    if cache is not None:
+    if (cache := _finished(path, on_bad)) is not None:
         return cache
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
     beat = _Beat(tick)
     with _alone(path, beat):
-        cache = _finished(path, on_bad)  # by the process that was waited for
-        if cache is not None:
+        if (cache := _finished(path, on_bad)) is not None:  # by the process that was waited for
             return cache
         with writing(path):
             (path / INDEX).unlink(missing_ok=True)
@@ -144,19 +141,11 @@ def _alone(path: Path, beat: _Beat) -> Iterator[None]:
     with writing(path):
         file = (path / ".lock").open("a", encoding="utf-8")
     with file:
-        told = False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not told:
-                    print(f"token cache {path} is being built by another process; waiting for it", flush=True)
-                    told = True
+        if not lock(file):
+            print(f"token cache {path} is being built by another process; waiting for it", flush=True)
+            while not lock(file):
                 time.sleep(0.2)
                 beat()
-            except OSError:  # a file system without locks
-                break
         yield
 
 

@@ -12,8 +12,6 @@ and for each document its row, counted from the unit's first (int64).
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import zlib
 from bisect import bisect_right
 from collections import Counter
@@ -34,7 +32,7 @@ from argonne.data.errors import DataError, one_line
 from argonne.data.lanes.packing import Packed
 from argonne.data.tokens.filters import FILTERS, Filters
 from argonne.data.tokens.tokenizer import tokenizer_fingerprint
-from argonne.files import read_object, write_json
+from argonne.files import read_object, seal, write_json
 
 FORMAT = 1
 """Raised whenever the same corpus and tokenizer would give other files."""
@@ -111,7 +109,7 @@ class TokenCache:
     @property
     def fingerprint(self) -> str:
         """A SHA-256 (hex) of the content: equal for equal tokens, whoever built it and however often."""
-        return _seal([[unit.tokens, unit.documents, unit.crc32] for unit in self.units])
+        return seal([[unit.tokens, unit.documents, unit.crc32] for unit in self.units])
 
     def read(self, start: int, count: int) -> tuple[Packed, int]:
         """The `count` tokens from `start` on, and how many documents end with one of them.
@@ -216,7 +214,7 @@ def made_from(
 
 def cache_key(made_from: Mapping[str, Any]) -> str:
     """The name of a cache's directory: 16 hexadecimal digits."""
-    return _seal(made_from)[:16]
+    return seal(made_from)[:16]
 
 
 def cut_spans(shards: Sequence[Shard]) -> tuple[UnitRange, ...]:
@@ -255,14 +253,14 @@ def padded(size: int) -> int:
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object with its own SHA-256, through to the disk; the old file or the new one is there."""
-    write_json(path, {"sha256": _seal(content), **content})
+    write_json(path, {"sha256": seal(content), **content})
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
     """What `write_sealed` wrote; None where there is no such file, or anything else in it."""
     try:
         content = read_object(path)
-        return content if content.pop("sha256") == _seal(content) else None
+        return content if content.pop("sha256") == seal(content) else None
     except (OSError, ValueError, KeyError):
         return None
 
@@ -287,7 +285,3 @@ def _checksum(file: Path) -> int:
         while block := opened.read(_READ):
             crc = zlib.crc32(block, crc)
     return crc
-
-
-def _seal(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

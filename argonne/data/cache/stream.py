@@ -35,7 +35,6 @@ class CachedStream:
     Args:
         lanes: lanes of the whole run; fixed for its life.
         served: the lanes that are read here.
-        seed: of the order.
         states: the states of all lanes, in lane order, to go on from; None starts at the beginning.
 
     Raises:

@@ -82,8 +82,7 @@ class UnitMaker:
         Raises:
             DataError: a row group cannot be read (unless these are skipped), or the cache not be written.
         """
-        kept = self._kept(span)
-        if kept is not None:
+        if (kept := self._kept(span)) is not None:
             yield Kept(kept)
             return
         final = self.path / f"{span.name}.bin"

@@ -25,7 +25,6 @@ def adopt(
     Args:
         states: of all lanes, in lane order, as they were saved.
         saved: the listing of the shards then, as of ``describe``.
-        shards: the shards now.
         same_tokens: whether documents still have the tokens that they had; if not, a lane begins anew with the
             document it was in.
     """
@@ -46,7 +45,7 @@ def adopt(
             plan.find(lane, position)
             kept += 1
         except DataError:
-            position = plan.position(plan.enter(lane, position.epoch), token=0)
+            position = plan.position(plan.enter(lane, position.epoch))
         adopted.append(replace(state, position=position, unreadable=unreadable))
     return adopted, kept
 

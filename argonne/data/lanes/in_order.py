@@ -41,9 +41,9 @@ def lanes_from(
         if unit == place.unit:
             position = plan.position(place, token)
         elif unit < len(plan.units):
-            position = plan.position(replace(place, unit=unit, row=plan.units[unit].first), token=0)
+            position = plan.position(replace(place, unit=unit, row=plan.units[unit].first))
         else:
-            position = plan.position(plan.enter(lane, epoch + 1), token=0)
+            position = plan.position(plan.enter(lane, epoch + 1))
         states.append(LaneState(position))
     return states
 

@@ -43,8 +43,6 @@ class SequenceStream:
         states: the states of all lanes, in lane order, to go on from; None starts at the beginning.
         on_bad: what a row group that cannot be read does: "raise", or "skip" it (see `DocumentReader`).
         report: is given one line for each row group that is skipped, once.
-        fast: tokenise by the fast path where there is one (see `Encoder`); the ids are the same.
-        filters: which rows become documents.
 
     Raises:
         DataError: an argument is out of range, or a state does not belong to this corpus.
@@ -70,9 +68,8 @@ class SequenceStream:
         self.lanes = lanes
         self.served = tuple(served)
         reader = DocumentReader(shards, plan, tokenizer, boundary, on_bad, report, fast, filters)
-        self._served = {
-            lane: _Lane(lane, reader, states[lane] if states else _beginning(plan, lane)) for lane in served
-        }
+        states = states or [LaneState(plan.position(plan.enter(lane, epoch=0))) for lane in range(lanes)]
+        self._served = {lane: _Lane(lane, reader, states[lane]) for lane in served}
 
     def next_sequence(self, lane: int) -> Packed:
         """The lane's next sequence of block_size + 1 tokens."""
@@ -131,8 +128,7 @@ class _Lane:
                 f"data position {self.state.position.to_dict()} of lane {self._lane} is in no document; "
                 "the data and the tokenizer must be those it was saved with"
             )
-        if document.dropped:
-            self._dropped.update(document.dropped)
+        self._dropped.update(document.dropped)
         self._place = document.place
         self._open = document
         return document
@@ -154,7 +150,3 @@ def check_lanes(block_size: int, lanes: int, served: Sequence[int], states: Sequ
         raise DataError(f"served={list(served)} names lanes outside 0 to {lanes - 1}")
     if states is not None and len(states) != lanes:
         raise DataError(f"{len(states)} lane states were saved, and lanes={lanes}; the two must be equal")
-
-
-def _beginning(plan: LanePlan, lane: int) -> LaneState:
-    return LaneState(plan.position(plan.enter(lane, epoch=0), token=0))

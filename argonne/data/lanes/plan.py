@@ -85,7 +85,7 @@ class LanePlan:
             return Place(place.epoch, place.unit, row)
         return self.next_unit(lane, place)
 
-    def position(self, place: Place, token: int) -> DataPosition:
+    def position(self, place: Place, token: int = 0) -> DataPosition:
         """What a checkpoint keeps of a place."""
         unit = self.units[place.unit]
         return DataPosition(place.epoch, unit.shard, unit.row_group, place.row, token)

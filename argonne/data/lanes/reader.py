@@ -58,7 +58,6 @@ class DocumentReader:
             "unreadable" and goes on. Each lane decides from the files alone, so that no layout changes a sample.
         report: is given one line for each row group that is passed over, once; from any thread.
         fast: tokenise by the fast path where there is one (see `Encoder`); the ids are the same.
-        filters: which rows become documents.
     """
 
     def __init__(

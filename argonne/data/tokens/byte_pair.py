@@ -12,8 +12,8 @@ import functools
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer, normalizers
@@ -21,6 +21,8 @@ from tokenizers import Tokenizer, normalizers
 from argonne.data.tokens.character_classes import CLASS, NEVER, suspects
 from argonne.data.tokens.filters import TokenIds
 from argonne.data.tokens.merges import Declined, ranked_tokens, token_bytes
+
+T = TypeVar("T")
 
 # What ByteLevel cuts with when it is not given the pieces: the expression of GPT-2.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -105,11 +107,8 @@ class BytePair:
         if self._prefix_space and text[0] != " ":
             text = " " + text
             size += 1
-        try:
-            ranks = self._encoding.encode_to_numpy(text, disallowed_special=())
-        except BaseException as error:
-            if not contained(error):
-                raise
+        ranks = unless_refused(lambda: self._encoding.encode_to_numpy(text, disallowed_special=()))
+        if ranks is None:
             return None  # its regular expressions have a stack of limited depth
         if self._lengths[ranks].sum() != size:
             return None  # a character that no alternative of the expression takes was left out
@@ -119,17 +118,14 @@ class BytePair:
         return any(first in text for first in self._first) and any(content in text for content in self._added)
 
 
-def byte_pair(backend: Tokenizer, sample: Sequence[str] = ()) -> BytePair:
+def byte_pair(backend: Tokenizer) -> BytePair:
     """The fast encoder that equals `backend`, where special tokens in a text are ordinary text.
-
-    Args:
-        sample: texts on which the ids are compared, besides `AWKWARD`.
 
     Raises:
         Declined: there is none, or none that is proven to be equal.
     """
     found = _built(backend.to_str())
-    for text in (*AWKWARD, *sample):
+    for text in AWKWARD:
         ids = found(text)
         if ids is not None and ids.tolist() != backend.encode(text, add_special_tokens=False).ids:
             raise Declined(f"its ids differ from those of tiktoken for {text[:40]!r}")
@@ -139,6 +135,16 @@ def byte_pair(backend: Tokenizer, sample: Sequence[str] = ()) -> BytePair:
 def contained(error: BaseException) -> bool:
     """Whether an exception concerns one text: a panic in Rust is raised as no `Exception`."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def unless_refused(encode: Callable[[], T]) -> T | None:
+    """What `encode` makes of a text; None where the library cannot take it."""
+    try:
+        return encode()
+    except BaseException as error:
+        if not contained(error):
+            raise
+        return None
 
 
 @functools.lru_cache(maxsize=2)  # the proof takes seconds, and some encoders are not shared

@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
-from argonne.data.tokens.byte_pair import BytePair, Declined, byte_pair, contained
+from argonne.data.tokens.byte_pair import BytePair, Declined, byte_pair, unless_refused
 from argonne.data.tokens.filters import TokenIds
 from argonne.data.tokens.tokenizer import plain_backend
 from argonne.data.tokens.windows import Windows
@@ -31,7 +31,6 @@ class Encoder:
     itself stays as it is and may be used by another thread meanwhile.
 
     Args:
-        sample: texts of the kind to come, on which the fast path is compared with the tokenizer.
         fast: use the fast path where there is one; the ids are the same.
         workers: threads that share a batch; 1 for an encoder that is called from several threads.
 
@@ -43,7 +42,6 @@ class Encoder:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerFast,
-        sample: Sequence[str] = (),
         fast: bool = True,
         workers: int | None = None,
     ) -> None:
@@ -55,7 +53,7 @@ class Encoder:
         self.reason: str | None = None if fast else "it was not asked for"
         if fast:
             try:
-                self._byte_pair = byte_pair(self._backend, sample)
+                self._byte_pair = byte_pair(self._backend)
             except Declined as reason:
                 self.reason = str(reason)
         self.fast = self._byte_pair is not None
@@ -92,21 +90,12 @@ class Encoder:
         return outcomes
 
     def _ordinary(self, texts: list[str]) -> list[TokenIds | None]:
-        try:
-            return [_ids(each) for each in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
-        except BaseException as error:
-            if not contained(error):
-                raise
-            # One bad text fails its whole batch.
-            return [self._alone(text) for text in texts]
-
-    def _alone(self, text: str) -> TokenIds | None:
-        try:
-            return _ids(self._backend.encode(text, add_special_tokens=False))
-        except BaseException as error:
-            if not contained(error):
-                raise
-            return None
+        found: Sequence[Encoding | None] | None
+        found = unless_refused(lambda: self._backend.encode_batch_fast(texts, add_special_tokens=False))
+        if found is None:  # one bad text fails its whole batch
+            alone = functools.partial(self._backend.encode, add_special_tokens=False)
+            found = [unless_refused(functools.partial(alone, text)) for text in texts]
+        return [None if each is None else np.array(each.ids, dtype=np.int32) for each in found]
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[TokenIds | None]:
@@ -152,10 +141,6 @@ def _processors() -> int:
     """Of this machine, this rank's share."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, here // this_process().local_world_size)
-
-
-def _ids(encoding: Encoding) -> TokenIds:
-    return np.array(encoding.ids, dtype=np.int32)
 
 
 def _from_environment(variable: str, least: int) -> int | None:

@@ -48,8 +48,7 @@ def ranked_tokens(model: dict[str, Any]) -> dict[str, int]:
         if model.get(option):
             raise Declined(f"its model has {option}={model[option]}")
     vocabulary: dict[str, int] = model["vocab"]
-    missing = [byte for byte in ALPHABET if byte not in vocabulary]
-    if missing:
+    if missing := [byte for byte in ALPHABET if byte not in vocabulary]:
         raise Declined(f"its vocabulary lacks {len(missing)} of the 256 bytes")
     ranks = {byte: rank for rank, byte in enumerate(ALPHABET)}
     merges = _Merges(len(ranks))

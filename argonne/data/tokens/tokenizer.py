@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from argonne.data.errors import DataError, one_line
-from argonne.data.tokens.byte_pair import AWKWARD, contained
+from argonne.data.tokens.byte_pair import AWKWARD, unless_refused
 from argonne.files import read_object
 
 # With a configuration alone, transformers would make a tokenizer that has no vocabulary.
@@ -40,8 +40,6 @@ def load_tokenizer(
     """The fast tokenizer kept in a local directory; without a pad token of its own it pads with EOS.
 
     Args:
-        path: the directory.
-        trust_remote_code: whether a tokenizer may run code of its own.
         special_tokens: what counts instead of the directory's ``bos_token``, ``eos_token`` or ``pad_token``.
         compare: refuse a tokenizer that gives other ids than ``tokenizer.json``. Not needed where its fingerprint is
             compared, with that of a run that began before this was looked at.
@@ -55,18 +53,12 @@ def load_tokenizer(
     if not holds_tokenizer(directory):
         raise DataError(f"tokenizer path {path} holds no tokenizer: none of {', '.join(VOCABULARY_FILES)}")
     try:
+        options = {"local_files_only": True, **(special_tokens or {})}
         if _is_as_it_is(directory):
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(
-                directory, local_files_only=True, **(special_tokens or {})
-            )
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, **options)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(
-                directory,
-                local_files_only=True,
-                use_fast=True,
-                trust_remote_code=trust_remote_code,
-                **(special_tokens or {}),
-            )
+            options |= {"use_fast": True, "trust_remote_code": trust_remote_code}
+            tokenizer = AutoTokenizer.from_pretrained(directory, **options)
     except Exception as error:  # a broken file surfaces as whatever the parser in question raises
         raise DataError(f"tokenizer path {path} cannot be loaded: {one_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -193,12 +185,8 @@ def _own_words(backend: Tokenizer) -> list[str]:
 
 
 def _ids(backend: Tokenizer, text: str) -> list[int] | None:
-    try:
-        return backend.encode(text, add_special_tokens=False).ids
-    except BaseException as error:
-        if not contained(error):
-            raise
-        return None  # some vocabularies have nothing for some texts
+    """None where a vocabulary has nothing for the text."""
+    return unless_refused(lambda: backend.encode(text, add_special_tokens=False).ids)
 
 
 def _first_id(tokenizer: PreTrainedTokenizerFast, own: str | None, names: tuple[str, ...]) -> int | None:

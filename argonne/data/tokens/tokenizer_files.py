@@ -25,13 +25,10 @@ def write_tokenizer(
     """Write ``tokenizer.json``, ``tokenizer_config.json`` and chat templates; the tokenizer itself stays as it is.
 
     Args:
-        tokenizer: what text was turned into ids with.
-        directory: where to.
         boundary: the BOS and EOS that were put around documents; the tokenizer's own where none were.
         max_length: tokens of the longest sequence that the model was trained on, if there is a model.
 
-    Returns:
-        ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``, as the files have them.
+    Returns ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``, as the files have them.
     """
     tokenizer.save_pretrained(directory)
     path = directory / TOKENIZER_CONFIG

@@ -53,7 +53,6 @@ def differentiable(
     host four times as much as the ``autograd.Function`` which is used there.
 
     Args:
-        op: the registered op.
         forward: what the op computes, launched without it.
         setup: ``setup(ctx, inputs, output)`` keeps what backward needs.
         backward: ``backward(launch, ctx, *gradients)``; ``launch`` is one of the next two.

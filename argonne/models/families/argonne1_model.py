@@ -14,14 +14,8 @@ from argonne.models.execution import Execution
 from argonne.models.families.argonne1 import ARGONNE1, DROPOUTS, Argonne1Config, require_not_reproducible
 from argonne.models.families.argonne1_layers import Block, BlockInputs, LayerNorm, Places, PositionEmbedding
 from argonne.models.staged import StagedModel
-from argonne.models.stages import Span, Stage
-from argonne.parallel import (
-    ArgonneError,
-    Dropout,
-    Normal,
-    VocabParallelEmbedding,
-    VocabParallelHead,
-)
+from argonne.models.stages import Span, Stage, of_vocabulary
+from argonne.parallel import ArgonneError, Dropout, VocabParallelEmbedding, VocabParallelHead
 
 
 class Transformer(nn.Module):
@@ -31,13 +25,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.wte = self.wpe = self.ln_f = None
         if any(span.has_embedding(config.tie_word_embeddings) for span in spans):
-            self.wte = VocabParallelEmbedding(
-                config.vocab_size,
-                config.hidden_size,
-                execution.groups,
-                initialiser=Normal(config.initializer_range),
-                precision=execution.precision,
-            )
+            self.wte = of_vocabulary(VocabParallelEmbedding, config, execution)
         if any(span.is_first for span in spans):
             self.wpe = PositionEmbedding(config, execution)
         held = [number for span in spans for number in span.layers]
@@ -66,10 +54,6 @@ class Argonne1Model(StagedModel):
     In training it drops what ``Batch.draws`` decide; where nothing is trained, nothing. Construct it as
     ``ArgonneModel``.
 
-    Args:
-        config: the model's shape.
-        execution: processes, dtypes and the pipeline's plan.
-
     Raises:
         LayoutError: the shape cannot be shared out as the layout and the plan ask.
         ArgonneError: the execution is reproducible, which needs layers that this model does not have.
@@ -85,13 +69,7 @@ class Argonne1Model(StagedModel):
         self.transformer = Transformer(config, execution, spans)
         self.lm_head = None
         if any(span.is_last for span in spans) and not config.tie_word_embeddings:
-            self.lm_head = VocabParallelHead(
-                config.vocab_size,
-                config.hidden_size,
-                self.groups,
-                initialiser=Normal(config.initializer_range),
-                precision=execution.precision,
-            )
+            self.lm_head = of_vocabulary(VocabParallelHead, config, execution)
         self._stages = {number: self._stage(span) for number, span in self.spans.items()}
 
     def _stage(self, span: Span) -> Stage:
@@ -122,21 +100,13 @@ class Argonne1Model(StagedModel):
 
     def cache_shape(self) -> CacheShape:
         """The heads of this rank's blocks."""
-        layers = [number for span in self.spans.values() for number in span.layers]
-        block = self.transformer.h[str(layers[0])]
+        block = self.transformer.h[str(self.layers[0])]
         assert isinstance(block, Block)
-        return CacheShape(
-            layers, len(block.attn.heads), self.config.head_dim, self.execution.precision.compute, self.groups.device
-        )
-
-    @property
-    def masks_documents(self) -> bool:
-        """It does."""
-        return True
+        heads, compute = len(block.attn.heads), self.execution.precision.compute
+        return CacheShape(self.layers, heads, self.config.head_dim, compute, self.groups.device)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """The transformer blocks of this rank."""
         return list(self.transformer.h.values())
 
     def given(self, batch: Batch) -> dict[str, Any]:

@@ -20,19 +20,15 @@ class Family(Protocol):
     @property
     def model_type(self) -> str:
         """The name in ``config.json``."""
-        ...
 
     def read(self, file: ConfigFile) -> Any:
         """The configuration that a file describes. Raises ``ArgonneError`` for what the family here does not have."""
-        ...
 
     def write(self, config: Any, special_tokens: SpecialTokens, dtype: str) -> dict[str, Any]:
         """The ``config.json`` with which ``transformers`` (4.57 and 5) opens the weights."""
-        ...
 
     def check(self, config: Any) -> None:
         """Raise ``ArgonneError`` if ``config`` has what no model of the family has, or lacks what all have."""
-        ...
 
 
 SHARED = (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from argonne.files import read_json
+from argonne.files import read_object
 from argonne.parallel.errors import ArgonneError
 
 
@@ -27,12 +27,9 @@ class ConfigFile:
         """
         file = path / "config.json" if path.is_dir() else path
         try:
-            found = read_json(file)
-            if not isinstance(found, dict):
-                raise ValueError("it is not a JSON object")
+            return cls(file, read_object(file))
         except (OSError, ValueError) as error:
             raise ArgonneError(f"model config {str(file)!r} cannot be read: {error}") from error
-        return cls(file, found)
 
     def refusal(self, field: str, value: Any, legal: str) -> ArgonneError:
         """Of a value that asks for what there is not."""

@@ -13,6 +13,7 @@ from contextlib import suppress
 
 import torch.distributed as dist
 
+from argonne.parallel.communication.layout import ranks_of
 from argonne.parallel.errors import CollectiveMismatch
 
 _OUTSIDE = "not yet in the block"
@@ -42,7 +43,7 @@ class Agreement:
         self.counts = Counter({self.everyone: -1})  # the start is number 0
 
     def __enter__(self) -> Agreement:
-        self._agree(self.everyone, _START, max(self.patience, _EDGE_PATIENCE))
+        self.check(self.everyone, _START, max(self.patience, _EDGE_PATIENCE))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -51,7 +52,7 @@ class Agreement:
             with suppress(RuntimeError):  # the store may be gone with the rank that hosts it
                 self.store.set(f"at/{self.rank}", f"{_GONE} with {reason}")
             return
-        self._agree(self.everyone, _END, max(self.patience, _EDGE_PATIENCE))
+        self.check(self.everyone, _END, max(self.patience, _EDGE_PATIENCE))
         last = self.counts.pop(self.everyone)
         for ranks, number in self.counts.items():
             self._forget(ranks, number)
@@ -62,22 +63,19 @@ class Agreement:
             self.store.delete_key(f"verdict/{self.everyone}/{last}")
             self.store.delete_key("left")
 
-    def check(self, ranks: tuple[int, ...], text: str) -> None:
+    def check(self, ranks: tuple[int, ...], text: str, patience: float | None = None) -> None:
         """Return when every one of ``ranks`` is about to issue what ``text`` describes; otherwise raise the report."""
-        self._agree(ranks, text, self.patience)
-
-    def _agree(self, ranks: tuple[int, ...], text: str, patience: float) -> None:
         self.counts[ranks] += 1
         number = self.counts[ranks]
         keys = {rank: f"message/{ranks}/{number}/{rank}" for rank in ranks}
         self.store.set(keys[self.rank], text)
         self.store.set(f"at/{self.rank}", text)
-        problem = self._wait(keys, patience)
+        problem = self._wait(keys, self.patience if patience is None else patience)
         if not problem:
             messages = dict(zip(ranks, map(bytes.decode, self.store.multi_get(list(keys.values()))), strict=True))
             problem = _by_message(messages) if len(set(messages.values())) > 1 else None
         # One verdict for all: a rank may give up at the very moment at which the last one comes.
-        name = f"collective {number} of rank{_listed(ranks)}"
+        name = f"collective {number} of {ranks_of(ranks)}"
         verdict = self._first_message(f"verdict/{ranks}/{number}", f"{name}: {problem}" if problem else _AGREED)
         if verdict != _AGREED:
             raise CollectiveMismatch(self._first_message("report", f"the ranks are out of step at {verdict}"))
@@ -97,9 +95,9 @@ class Agreement:
             missing = [rank for rank, key in keys.items() if not self.store.check([key])]
             gone = [rank for rank in missing if places[rank].startswith((_END, _GONE))]
             if gone:
-                return f"rank{_listed(gone)} will not come: {_by_message(places)}"
+                return f"{ranks_of(gone)} will not come: {_by_message(places)}"
             if missing and now - began > patience:
-                return f"rank{_listed(missing)} did not come within {patience:g} s: {_by_message(places)}"
+                return f"{ranks_of(missing)} did not come within {patience:g} s: {_by_message(places)}"
         return None
 
     def _places(self) -> dict[int, str]:
@@ -123,9 +121,4 @@ def _by_message(messages: dict[int, str]) -> str:
     groups: dict[str, list[int]] = {}
     for rank, text in messages.items():
         groups.setdefault(text, []).append(rank)
-    return "; ".join(f"rank{_listed(ranks)}: {text}" for text, ranks in groups.items())
-
-
-def _listed(ranks: tuple[int, ...] | list[int]) -> str:
-    """`` 1`` or ``s 0, 2``."""
-    return ("s " if len(ranks) > 1 else " ") + ", ".join(map(str, ranks))
+    return "; ".join(f"{ranks_of(ranks)}: {text}" for text, ranks in groups.items())

@@ -160,11 +160,11 @@ def start_reduce_scatter(tensor: Tensor, axis: Axis, site: str | None = None, *,
     return Pending(result, work, entry)
 
 
-def require_equal_parts(tensor: Tensor, axis: Axis) -> None:
-    """Raise ``ArgonneError`` unless dimension 0 of ``tensor`` can be cut into a part for each rank of ``axis``."""
-    if tensor.shape[0] % axis.size:
+def require_equal_parts(tensor: Tensor, axis: Axis, dim: int = 0) -> None:
+    """Raise ``ArgonneError`` unless a dimension of ``tensor`` can be cut into a part for each rank of ``axis``."""
+    if tensor.shape[dim] % axis.size:
         raise ArgonneError(
-            f"dimension 0 of {list(tensor.shape)} cannot be shared out over {axis.name} in equal parts; "
+            f"dimension {dim} of {list(tensor.shape)} cannot be shared out over {axis.name} in equal parts; "
             f"legal: a multiple of {axis.size}"
         )
 
@@ -257,3 +257,10 @@ def collectively(action: Callable[[], T], axis: Axis) -> T:
         if found is not None:
             raise ArgonneError(found)
     return result
+
+
+def from_first(action: Callable[[], T], axis: Axis) -> T:
+    """What ``action`` makes on the first rank alone, on every rank; or ``collectively``, why it cannot."""
+    made = collectively(lambda: action() if axis.rank == 0 else None, axis)
+    first: T = gather_objects(made, axis)[0]  # type: ignore[assignment]
+    return first

@@ -158,8 +158,7 @@ def restarts_left() -> int:
 
 def seconds_since_start() -> float:
     """How long this command has been running, its launcher and what was before a restart included."""
-    started = _started_at()
-    if started is not None:
+    if (started := _started_at()) is not None:
         return time.time() - started
     if under_torchrun():
         with contextlib.suppress(OSError, ValueError, IndexError):  # no /proc: this rank's own time must do

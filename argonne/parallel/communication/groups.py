@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,19 +26,15 @@ class SmallExchanges(Protocol):
 
     def fits(self, tensor: Tensor) -> bool:
         """Whether it is for this one."""
-        ...
 
     def sum(self, tensor: Tensor) -> None:
         """Overwrite ``tensor`` with the sum over the ranks, the same on all of them."""
-        ...
 
     def gather(self, tensor: Tensor, into: Tensor) -> None:
         """Fill ``into`` with every rank's ``tensor``, in rank order."""
-        ...
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Overwrite ``tensor`` with that of rank ``source``."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -109,10 +106,8 @@ class ProcessGroups:
         place = dict(zip(AXES, layout.coordinates(rank), strict=True))
         sizes = dict(zip(AXES, layout.sizes, strict=True))
         for name, parts in (("world", AXES), *JOINT_AXES.items()):
-            sizes[name] = math.prod(sizes[part] for part in parts)
-            place[name] = 0
-            for part in parts:
-                place[name] = place[name] * sizes[part] + place[part]
+            extents = [sizes[part] for part in parts]
+            sizes[name], place[name] = math.prod(extents), int(np.ravel_multi_index([place[p] for p in parts], extents))
         axes: dict[str, Any] = {name: Axis(name, sizes[name], place[name]) for name in sizes}
         return cls(layout, torch.device(device), **axes)
 
@@ -131,7 +126,7 @@ class ProcessGroups:
             return cls.single(device, layout)
         world = Axis("world", world_size, rank, dist.group.WORLD, tuple(range(world_size)))
         mesh = init_device_mesh(device.type, layout.sizes, mesh_dim_names=AXES)
-        axes: dict[str, Any] = {axis: _axis(mesh, axis) for axis in AXES}
+        axes: dict[str, Any] = {axis: _axis(axis, mesh[axis]) for axis in AXES}
         for name, parts in JOINT_AXES.items():
             axes[name] = _joint(mesh, name, [axes[part] for part in parts], world)
         return cls(layout, device, world, mesh=mesh, **axes)
@@ -184,8 +179,7 @@ class ProcessGroups:
             dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
-def _axis(mesh: DeviceMesh, name: str, line: DeviceMesh | None = None) -> Axis:
-    line = mesh[name] if line is None else line
+def _axis(name: str, line: DeviceMesh) -> Axis:
     if line.size() == 1:
         return Axis(name, ranks=(dist.get_rank(),))
     group = line.get_group()
@@ -200,4 +194,4 @@ def _joint(mesh: DeviceMesh, name: str, parts: list[Axis], world: Axis) -> Axis:
         return replace(longest, name=name)
     if size == world.size:
         return replace(world, name=name)
-    return _axis(mesh, name, mesh[tuple(part.name for part in parts)]._flatten(name))
+    return _axis(name, mesh[tuple(part.name for part in parts)]._flatten(name))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
+
+import numpy as np
 
 from argonne.parallel.errors import LayoutError
 
@@ -58,11 +60,7 @@ class Layout:
 
     def coordinates(self, rank: int) -> tuple[int, ...]:
         """The place of global ``rank`` on each of ``AXES``; tensor parallelism varies fastest."""
-        place = []
-        for size in reversed(self.sizes):
-            place.append(rank % size)
-            rank //= size
-        return tuple(reversed(place))
+        return tuple(map(int, np.unravel_index(rank, self.sizes)))
 
     def __str__(self) -> str:
         shared = [f"{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True) if size > 1]
@@ -79,7 +77,8 @@ def divisors(number: int) -> list[int]:
 def require_divisible(field: str, value: int, by: str, size: int) -> None:
     """Raise ``LayoutError`` naming both fields and the legal sizes unless ``size`` divides ``value``."""
     if value % size:
-        raise LayoutError(f"{field}={value} is not divisible by {by}={size}; legal sizes: {_listed(divisors(value))}")
+        legal = ", ".join(map(str, divisors(value)))
+        raise LayoutError(f"{field}={value} is not divisible by {by}={size}; legal sizes: {legal}")
 
 
 def require_blocks(blocks: int, tensor: int) -> None:
@@ -93,9 +92,12 @@ def require_blocks(blocks: int, tensor: int) -> None:
     if tensor not in legal:
         raise LayoutError(
             f"tensor_parallel={tensor} does not share out {blocks} canonical blocks in subtrees of one size; "
-            f"legal sizes: {_listed(legal)}"
+            f"legal sizes: {', '.join(map(str, legal))}"
         )
 
 
-def _listed(values: Iterable[int]) -> str:
-    return ", ".join(str(value) for value in values)
+def ranks_of(ranks: Collection[int]) -> str:
+    """``rank 1`` or ``ranks 0, 2``; of many the first ones."""
+    ranks = sorted(set(ranks))
+    shown = ", ".join(map(str, ranks[:8])) + (" ..." if len(ranks) > 8 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"

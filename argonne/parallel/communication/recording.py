@@ -129,9 +129,8 @@ def announce(
     running = _recorder.running
     module = site if site is not None else running[-1] if running else ""
     phase = "backward" if site is not None else "forward" if running else "outside"
-    shape = tuple(tensor.shape) if tensor is not None else ()
-    size = tensor.nbytes * (axis.size if op == "all_gather" else 1) if tensor is not None else 0
-    dtype = tensor.dtype if tensor is not None else None
+    shape, dtype, size = ((), None, 0) if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.nbytes)
+    size *= axis.size if op == "all_gather" else 1
     entry = Collective(
         op, axis.name, axis.ranks, shape, dtype, size, module, phase, is_async, started=time.perf_counter()
     )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from argonne.parallel.communication.collectives import all_gather
+from argonne.parallel.communication.collectives import all_gather, require_equal_parts
 from argonne.parallel.communication.groups import Axis
 from argonne.parallel.communication.recording import site
 from argonne.parallel.communication.reduction import sum_and_scatter, sum_over
@@ -109,9 +109,6 @@ def gather_from_region(tensor: Tensor, axis: Axis, dim: int = -1, sizes: Sequenc
     For results that every rank goes on to use in the same way.
 
     Args:
-        tensor: this rank's part.
-        axis: the ranks that have the parts, in their order.
-        dim: the dimension of which they are parts.
         sizes: of every rank's part, where they are unequal; what is sent is then as large as the largest from each.
 
     Raises:
@@ -183,9 +180,5 @@ def _require_dimension(tensor: Tensor, dim: int) -> None:
 
 def _own_part(tensor: Tensor, axis: Axis, dim: int) -> Tensor:
     _require_dimension(tensor, dim)
-    if tensor.shape[dim] % axis.size:
-        raise ArgonneError(
-            f"dimension {dim} of {list(tensor.shape)} cannot be shared out over {axis.name} in equal parts; "
-            f"legal: a multiple of {axis.size}"
-        )
+    require_equal_parts(tensor, axis, dim)
     return tensor.chunk(axis.size, dim=dim)[axis.rank].contiguous()

@@ -68,7 +68,6 @@ def variable_length_attention(query: Tensor, key: Tensor, value: Tensor, bounds:
         query: ``[batch, heads, sequence, dim]``, bfloat16 or float16, on a GPU.
         key: ``[batch, kv_heads, sequence, dim]``.
         value: ``[batch, kv_heads, sequence, dim]``.
-        bounds: of the batch.
 
     Returns:
         ``[batch, heads, sequence, dim]``

@@ -57,11 +57,7 @@ class OverlappedReduction:
     """Starts the reduction of each bucket once backward has made its last gradient.
 
     Only the last micro-batch communicates. Bucket k is started after bucket k - 1 on every rank, whatever the
-    order in which their gradients come, so that the replicas' collectives match.
-
-    Args:
-        buckets: the parameters of each, as ``plan_buckets`` gives them.
-        start: begins the reduction of the bucket of that number.
+    order in which their gradients come, so that the replicas' collectives match. ``start`` begins that of a bucket.
     """
 
     def __init__(self, buckets: Sequence[Sequence[nn.Parameter]], start: Callable[[int], Pending]) -> None:

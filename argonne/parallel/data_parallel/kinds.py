@@ -41,11 +41,9 @@ def data_parallel(
     Args:
         model: this rank's part of it, on its device. Afterwards use ``.parameters`` of what is returned in place
             of the model's own.
-        groups: the processes.
         kind: what the replicas share out. ``replicate``: nothing but the batch. ``zero1``: the optimizer's state
             (arXiv 1910.02054). ``fsdp``: parameters, gradients and the optimizer's state, by PyTorch's FSDP2.
             Without replicas all are the same.
-        precision: that of the model.
         parameters: those of the model, where ``sharded_parameters(model, groups)`` is not what they are.
         blocks: for ``fsdp``: the modules whose parameters are gathered together, just before each is used.
         forward_methods: for ``fsdp``: the model's methods that compute, besides ``forward``.
@@ -68,24 +66,17 @@ def data_parallel(
         from argonne.parallel.data_parallel.fully_shard import FullyShard  # importing FSDP takes a moment
 
         return FullyShard(model, groups, precision, parameters, blocks, forward_methods, stages, shard, bucket_bytes)
-    strategy = _of_whole_parameters(kind, parameters, groups, precision, bucket_bytes)
+    # In all other kinds each replica computes with parameters of its own.
+    if groups.replicas.size == 1:
+        strategy = DataParallel(parameters, groups)
+    else:
+        if precision.accumulate_in_product:
+            # The products would widen a gradient only if there were none; a bucket has its place ready.
+            for sharded in parameters:
+                sharded.parameter.grad_dtype = torch.promote_types(sharded.parameter.dtype, torch.float32)
+        strategy = (ShardedOptimizer if kind == "zero1" else Replicate)(parameters, groups, bucket_bytes)
     strategy.copies = [module for module in model.modules() if isinstance(module, KeepsWorkingCopy)]
     return strategy
-
-
-def _of_whole_parameters(
-    kind: Kind, parameters: Sequence[ShardedParameter], groups: ProcessGroups, precision: Precision, bucket_bytes: int
-) -> DataParallel:
-    """A kind in which each replica computes with its own parameters."""
-    if groups.replicas.size == 1:
-        return DataParallel(parameters, groups)
-    if precision.accumulate_in_product:
-        # The products would widen a gradient only if there were none; a bucket has its place ready.
-        for sharded in parameters:
-            sharded.parameter.grad_dtype = torch.promote_types(sharded.parameter.dtype, torch.float32)
-    if kind == "zero1":
-        return ShardedOptimizer(parameters, groups, bucket_bytes)
-    return Replicate(parameters, groups, bucket_bytes)
 
 
 def _check_reproducible(groups: ProcessGroups, precision: Precision, shard: int | None) -> None:

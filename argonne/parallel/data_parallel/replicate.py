@@ -38,12 +38,11 @@ class Replicate(DataParallel):
         self._reduction.begin(micro_batches, deferred)
         if not self._buffers:
             for bucket in self._buckets:
-                count = sum(parameter.numel() for parameter in bucket)
-                buffer = torch.empty(count, dtype=gradient_dtype(bucket[0]), device=bucket[0].device)
-                pieces = buffer.split([parameter.numel() for parameter in bucket])
+                sizes = [parameter.numel() for parameter in bucket]
+                buffer = torch.empty(sum(sizes), dtype=gradient_dtype(bucket[0]), device=bucket[0].device)
                 self._buffers.append(buffer)
                 self._sent.append(0)
-                self._views.append([piece.view(p.shape) for p, piece in zip(bucket, pieces, strict=True)])
+                self._views.append([part.view(p.shape) for p, part in zip(bucket, buffer.split(sizes), strict=True)])
         for bucket, buffer, views in zip(self._buckets, self._buffers, self._views, strict=True):
             buffer.zero_()
             for parameter, view in zip(bucket, views, strict=True):

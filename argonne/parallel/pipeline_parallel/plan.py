@@ -106,7 +106,6 @@ def balance(costs: Sequence[float], stages: int, first: float = 0.0, last: float
     """Cut a chain of blocks into ``stages`` runs so that the dearest stage is as cheap as can be.
 
     Args:
-        costs: of each block.
         stages: how many runs; each has at least one block.
         first: what the first stage has besides its blocks (the embedding).
         last: what the last stage has besides (the head and the loss).
@@ -146,7 +145,6 @@ def bubble_fraction(orders: Mapping[int, Sequence[Work]], costs: Sequence[float]
     """The share of the ranks' time, from 0 to 1, in which they wait for each other.
 
     Args:
-        orders: what each rank does, in order.
         costs: of a forward of each stage; a backward costs twice as much, and each of its parts once.
 
     Communication takes no time here. With equal stages this is (p - 1) / (m + p - 1) for ``1f1b`` and ``gpipe``.

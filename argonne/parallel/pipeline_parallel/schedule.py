@@ -80,12 +80,8 @@ class Pipeline:
 
     Args:
         stages: the modules of this rank by stage; each maps one tensor to one tensor.
-        plan: which stages there are, and where.
-        axis: the pipeline axis.
         first_input: what the first stage is given for one micro-batch.
         activation: what every other is given, and what every one returns.
-        micro_batches: of a training step.
-        device: of all of it.
     """
 
     def __init__(

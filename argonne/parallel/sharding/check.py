@@ -17,8 +17,9 @@ from torch import Tensor
 from argonne.parallel.communication.collectives import gather_objects
 from argonne.parallel.communication.groups import ProcessGroups
 from argonne.parallel.communication.isolation import is_isolated
+from argonne.parallel.communication.layout import ranks_of
 from argonne.parallel.errors import LayoutError
-from argonne.parallel.sharding.coverage import Claim, Ranks, fault_of_tensor, indices, overlapping, ranks_of
+from argonne.parallel.sharding.coverage import Claim, Ranks, fault_of_tensor, indices, overlapping
 from argonne.parallel.sharding.region import Region, holding_axes
 from argonne.parallel.sharding.spec import ShardedParameter
 
@@ -40,8 +41,6 @@ def check_declarations(
     beyond the whole tensor or the parameter. ``save_checkpoint``, ``data_parallel`` and the trainer ask this.
 
     Args:
-        parameters: those of this rank.
-        groups: the processes.
         values: whether the copies of a region must have equal values; some elements of each are compared. None: of
             parameters without an initialiser only, as others may wait for ``initialise`` or a checkpoint.
 
@@ -104,8 +103,7 @@ def check_gradients(parameters: Sequence[ShardedParameter], groups: ProcessGroup
             nothing = torch.full((), torch.nan).expand(sharded.parameter.shape)
             copies |= _copies(sharded, nothing, groups)
     told = gather_objects(_digests(copies, lambda part: part), groups.world)
-    faults = _differences(copies, told, groups, 0.0, whole=True)
-    if faults:
+    if faults := _differences(copies, told, groups, 0.0, whole=True):
         raise LayoutError(
             f"the gradient of {_and_more(faults)}; legal: equal on all holders: a declaration that says where the "
             "parameter is used, and copy_to_region where what is computed with it enters a parallel region"

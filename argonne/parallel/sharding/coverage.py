@@ -9,6 +9,7 @@ from itertools import combinations, islice, product
 import numpy as np
 
 from argonne.parallel.communication.groups import Axis
+from argonne.parallel.communication.layout import ranks_of
 from argonne.parallel.sharding.region import Region
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -219,10 +220,3 @@ def overlapping(boxes: Sequence[Box]) -> tuple[int, int] | None:
 def indices(start: Sequence[int], shape: Sequence[int]) -> str:
     """``[8:16, 0:4]``."""
     return "[" + ", ".join(f"{first}:{first + extent}" for first, extent in zip(start, shape, strict=False)) + "]"
-
-
-def ranks_of(ranks: Collection[int]) -> str:
-    """``rank 1`` or ``ranks 0, 2``; of many the first ones."""
-    ranks = sorted(set(ranks))
-    shown = ", ".join(map(str, ranks[:8])) + (" ..." if len(ranks) > 8 else "")
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"

@@ -34,9 +34,6 @@ def replicated(
     """The spec of a parameter that every tensor-parallel rank holds whole.
 
     Args:
-        name: the whole tensor.
-        shape: its shape.
-        groups: the processes.
         initialiser: how it begins; None: the module has initialised it.
         partial_gradient: whether each rank has only a part of the gradient, where ``used`` does not say it.
         used: where it is used, from which follows whether the gradient is partial: ``inside`` always, ``between`` under
@@ -77,9 +74,8 @@ def sharded(
     dim %= len(whole)
     require_divisible(f"dimension {dim} of {name}", whole[dim], "tensor_parallel", ranks)
     extent = whole[dim] // ranks
-    zeros = (0,) * len(whole)
-    start, shape = (*zeros[:dim], rank * extent, *zeros[dim + 1 :]), (*whole[:dim], extent, *whole[dim + 1 :])
-    return ShardSpec((Region(name, whole, start, shape, zeros, (rank,)),), initialiser)
+    held = range(rank * extent, (rank + 1) * extent)
+    return ShardSpec((Region.slab(name, whole, dim, held, (rank,)),), initialiser)
 
 
 def transposed(spec: ShardSpec) -> ShardSpec:

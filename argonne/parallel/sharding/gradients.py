@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -38,8 +39,7 @@ def complete_gradients(parameters: Sequence[ShardedParameter], groups: ProcessGr
         if any(len(ranks) != axis.size for ranks in holders):
             raise LayoutError(f"{sharded.name} is held by replicas {sorted(holders)[0]}; legal: by all of them, or one")
         for parameter in (sharded.parameter, *sharded.aliases):
-            gradient = _gradient(parameter)
-            if gradient is not None:
+            if (gradient := _gradient(parameter)) is not None:
                 sum_over(gradient, axis)
     sum_partial_gradients(parameters, groups)
 
@@ -91,10 +91,9 @@ def _sum_over_holders(parameters: Sequence[ShardedParameter], groups: ProcessGro
     # In the gradients' own dtype: that of a bfloat16 parameter may be float32.
     dtypes = {s.parameter.dtype if s.parameter.grad is None else s.parameter.grad.dtype for s, _ in shared}
     dtype = functools.reduce(torch.promote_types, dtypes)
-    count = sum(torch.Size(shape).numel() for shape in shapes.values())
-    buffer = torch.zeros(count, dtype=dtype, device=groups.device)
-    pieces = buffer.split([torch.Size(shape).numel() for shape in shapes.values()])
-    wholes = {name: piece.view(shapes[name]) for name, piece in zip(shapes, pieces, strict=True)}
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    buffer = torch.zeros(sum(sizes), dtype=dtype, device=groups.device)
+    wholes = {name: piece.view(shapes[name]) for name, piece in zip(shapes, buffer.split(sizes), strict=True)}
     for sharded, region in shared:
         gradient = gradients[id(sharded)]
         # Replicas that hold the same rows have the same sum over all replicas already: one of them adds it.
@@ -102,8 +101,7 @@ def _sum_over_holders(parameters: Sequence[ShardedParameter], groups: ProcessGro
             wholes[region.name][region.whole_index] = region.part_of(gradient)
     sum_over(buffer, axis)
     for sharded, region in shared:
-        gradient = gradients[id(sharded)]
-        if gradient is not None:
+        if (gradient := gradients[id(sharded)]) is not None:
             region.part_of(gradient).copy_(wholes[region.name][region.whole_index])
 
 
@@ -147,8 +145,7 @@ def clip_gradients(parameters: Sequence[ShardedParameter], norm: Tensor, limit: 
     """
     factor = (limit / (norm + 1e-6)).clamp(max=1.0) / loss_scale
     for sharded in parameters:
-        gradient = sharded.parameter.grad
-        if gradient is not None:
+        if (gradient := sharded.parameter.grad) is not None:
             # A dimension makes its dtype count: it is the product that is rounded to a narrow one, not the factor.
             accurate = factor.to(torch.promote_types(gradient.dtype, torch.float32))
             gradient.mul_(accurate.reshape((1,) * gradient.ndim))

@@ -60,6 +60,11 @@ class Partition:
         """Whether every rank has the same number of features, and none is shared."""
         return len({len(held) for held in self.held}) == 1 and not self.is_shared
 
+    @property
+    def is_in_order(self) -> bool:
+        """Whether the ranks' features, one rank after the other, are the whole's."""
+        return [block for held in self.held for block in held] == list(range(self.features // self.block))
+
     def local_features(self, rank: int) -> int:
         return self.block * len(self.held[rank])
 
@@ -90,8 +95,7 @@ def check_partition(partition: Partition, ranks: int) -> None:
     name = partition.name or "features"
     if len(partition.held) != ranks:
         raise LayoutError(f"{name} is a partition for {len(partition.held)} ranks; legal: tensor_parallel={ranks}")
-    missing = set(range(max(held.stop for held in partition.held))).difference(*partition.held)
-    if missing:
+    if missing := set(range(max(held.stop for held in partition.held))).difference(*partition.held):
         raise LayoutError(f"no rank holds blocks {sorted(missing)} of {name}; legal: every block has a holder")
     if partition.is_shared and not all(partition.held):
         raise LayoutError(f"{name} has shared blocks and a rank without any; legal: at least one for each rank")

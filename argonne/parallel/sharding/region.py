@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -63,6 +64,22 @@ class Region:
     """The parameter has the dimensions of the whole tensor in reverse order (the ``Conv1D`` of GPT-2 saves its weights
     as ``[in, out]``). ``local_start`` is in the parameter's order, ``start`` and both shapes are in the whole tensor's.
     """
+
+    @classmethod
+    def slab(
+        cls,
+        name: str,
+        whole_shape: Sequence[int],
+        dim: int,
+        held: range,
+        holders: tuple[int, ...],
+        local_start: int = 0,
+        partial_gradient: bool = False,
+    ) -> Region:
+        """The indices ``held`` of dimension ``dim``, and all of the others."""
+        begin, end, zeros = tuple(whole_shape[:dim]), tuple(whole_shape[dim + 1 :]), [0] * len(whole_shape)
+        start, local = ((*zeros[:dim], first, *zeros[dim + 1 :]) for first in (held.start, local_start))
+        return cls(name, tuple(whole_shape), start, (*begin, len(held), *end), local, holders, partial_gradient)
 
     def holders_over(self, axis: Axis) -> Holders:
         """Who holds the region along ``axis``, which is ``groups.tensor``, ``.pipeline`` or ``.replicas``."""

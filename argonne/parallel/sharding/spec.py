@@ -83,13 +83,15 @@ def sharded_parameters(model: nn.Module, groups: ProcessGroups) -> list[ShardedP
                 continue
             seen.add(id(parameter))
             qualified = f"{prefix}.{name}" if prefix else name
-            spec_or_none = declared.get(id(parameter))
-            if spec_or_none is None and groups.sequence_parallel and parameter.requires_grad and not _is_norm(module):
-                unknown_use.append(f"{qualified} of {type(module).__name__}")
-            spec = spec_or_none or _undeclared(qualified, module, parameter, groups)
+            own = declared.get(id(parameter))
+            if own is None:
+                if groups.sequence_parallel and parameter.requires_grad and not _is_norm(module):
+                    unknown_use.append(f"{qualified} of {type(module).__name__}")
+                everywhere = replicated(qualified, parameter.shape, groups, used="between")
+                own = replace(everywhere, is_table=isinstance(module, nn.Embedding | nn.EmbeddingBag))
             uses = module.uses_apart().get(name) if isinstance(module, UsedApart) else None
             aliases = () if uses is None else uses.aliases(parameter)
-            found.append(ShardedParameter(qualified, parameter, spec, spec_or_none is not None, aliases))
+            found.append(ShardedParameter(qualified, parameter, own, id(parameter) in declared, aliases))
     if unknown_use:
         rest = f" and {len(unknown_use) - 4} more" if len(unknown_use) > 4 else ""
         raise LayoutError(
@@ -157,11 +159,6 @@ def initialise(parameters: Sequence[ShardedParameter], seed: int) -> None:
         sharded.parameter.zero_()
         for region, part in regions_of([sharded]):
             sharded.spec.initialiser.fill(part, seed, region.name, region.whole_shape, region.start)
-
-
-def _undeclared(name: str, module: nn.Module, parameter: nn.Parameter, groups: ProcessGroups) -> ShardSpec:
-    spec = replicated(name, parameter.shape, groups, used="between")
-    return replace(spec, is_table=isinstance(module, nn.Embedding | nn.EmbeddingBag))
 
 
 def _is_norm(module: nn.Module) -> bool:

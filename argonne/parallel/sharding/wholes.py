@@ -115,7 +115,6 @@ class WholeTensors:
 
     Args:
         parameters: on all ranks of a stage together, every part of each tensor.
-        groups: the processes.
         cost: what a whole tensor of a shape takes its owner.
         dtype: in which parts are sent, and whole tensors made.
         elements: of one owner's tensors in a round.

@@ -48,8 +48,7 @@ def cut_parts(parts: Sequence[Partition], axis: Axis) -> tuple[Block, ...]:
 def _runs(part: Partition, axis: Axis) -> Iterator[range]:
     """The features of each canonical block, counted from the rank's first."""
     assert axis.blocks is not None
-    order = [block for held in part.held for block in held]
-    if part.features % axis.blocks or not part.is_even or order != list(range(part.features // part.block)):
+    if part.features % axis.blocks or not (part.is_even and part.is_in_order):
         raise LayoutError(
             f"{part.name or 'features'} of {part.features} over {axis.size} ranks is not shared out in "
             f"{axis.blocks} equal blocks, as a reproducible run asks; legal: a multiple, in the order of the ranks"

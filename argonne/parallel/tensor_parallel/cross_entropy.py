@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from argonne.parallel.communication.collectives import all_gather
 from argonne.parallel.communication.groups import Axis
 from argonne.parallel.errors import ArgonneError
+from argonne.parallel.legal import require_number, require_share
 from argonne.parallel.tensor_parallel.embedding import VocabularyRange
 from argonne.parallel.tensor_parallel.gemm import as_matrix
 
@@ -48,10 +49,8 @@ class Objective:
         return ("cross_entropy", *added) if added else ()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing <= 1:
-            raise ArgonneError(f"label_smoothing={self.label_smoothing} is not legal; legal: 0 to 1")
-        if not self.z_loss >= 0:
-            raise ArgonneError(f"z_loss={self.z_loss} is not legal; legal: 0 or more")
+        require_share("label_smoothing", self.label_smoothing)
+        require_number("z_loss", self.z_loss, zero=True)
 
 
 @dataclass(frozen=True)
@@ -232,9 +231,6 @@ def vocab_parallel_cross_entropy(
     Args:
         logits: ``[..., vocabulary.tokens]``, this rank's part.
         targets: ``[...]`` token ids of the whole vocabulary, or ``objective.ignore_index``.
-        vocabulary: this rank's range.
-        axis: the ranks that share the vocabulary.
-        objective: label smoothing, z-loss and the target that is ignored.
         arithmetic: how a rank's logits are computed with.
 
     Returns:

@@ -77,18 +77,9 @@ class VocabularyRange:
 
     def spec(self, name: str, tail: tuple[int, ...], rank: int, initialiser: Initialiser) -> ShardSpec:
         """The spec of a parameter ``[rows, *tail]`` that is cut like the vocabulary."""
-        if self.tokens == 0:
-            return ShardSpec((), initialiser, is_table=True)
-        zeros = (0,) * len(tail)
-        region = Region(
-            name,
-            whole_shape=(self.vocabulary, *tail),
-            start=(self.start, *zeros),
-            shape=(self.tokens, *tail),
-            local_start=(0, *zeros),
-            holders=(rank,),
-        )
-        return ShardSpec((region,), initialiser, is_table=True)
+        held = range(self.start, self.stop)
+        regions = (Region.slab(name, (self.vocabulary, *tail), 0, held, (rank,)),) if held else ()
+        return ShardSpec(regions, initialiser, is_table=True)
 
 
 class _VocabParallel(nn.Module):
@@ -129,10 +120,8 @@ class VocabParallelEmbedding(_VocabParallel):
 
     Args:
         vocabulary: number of tokens; it need not be divisible by anything.
-        hidden: width of the vectors.
         groups: the processes; the weight is cut over ``groups.tensor``.
         initialiser: how the whole weight begins; default normal with std ``hidden ** -0.5``.
-        precision: the dtypes.
     """
 
     multiplies = False
@@ -167,14 +156,12 @@ class VocabParallelHead(_VocabParallel):
 
     Args:
         vocabulary: number of tokens; it need not be divisible by anything.
-        hidden: width of the vectors.
         groups: the processes; weight and bias are cut over ``groups.tensor``.
         bias: add a bias, cut like the vocabulary.
         gather_output: ``forward`` returns the logits of all tokens on every rank instead of this rank's; the losses
             of a vocabulary that is shared out take the latter.
         initialiser: how the whole weight begins; default normal with std ``hidden ** -0.5``.
         bias_initialiser: how the whole bias begins; default zero.
-        precision: the dtypes.
 
     Raises:
         ArgonneError: ``bias_initialiser`` is given without ``bias``.

@@ -37,14 +37,12 @@ class ColumnParallelLinear(nn.Module):
     Under sequence parallelism (``groups.layout``) the input is this rank's share of the tokens.
 
     Args:
-        in_features: width of the input.
         out_features: those of the one whole tensor, or the partitions of those that are fused, in their order.
         groups: the processes; the weight is cut over ``groups.tensor``.
         bias: add a bias, cut like the output.
         gather_output: return the whole output on every rank instead of this rank's part.
         initialiser: how each whole weight begins; default normal with std ``in_features ** -0.5``.
         bias_initialiser: how each whole bias begins; default zero.
-        precision: the dtypes.
 
     Raises:
         LayoutError: the output features are not divisible by the number of ranks, or ``gather_output``
@@ -73,7 +71,7 @@ class ColumnParallelLinear(nn.Module):
         self.parts = tuple(out_features)
         for part in self.parts:
             check_partition(part, self.axis.size)
-        if gather_output and not (len(self.parts) == 1 and _is_in_rank_order(self.parts[0])):
+        if gather_output and not (len(self.parts) == 1 and self.parts[0].is_in_order):
             raise LayoutError(
                 "gather_output=True is not defined for fused or shared parts, or parts that are not in the order of "
                 "the ranks; legal: False"
@@ -116,23 +114,11 @@ class ColumnParallelLinear(nn.Module):
         return specs
 
     def _regions(self, kind: str, tail: tuple[int, ...]) -> tuple[Region, ...]:
-        regions = []
-        local = 0
-        zeros = (0,) * len(tail)
+        regions, local = [], 0
         for part in self.parts:
-            name = f"../{part.name}.{kind}" if part.name else kind
-            for holders, whole, own in part.runs(self.axis.rank):
-                regions.append(
-                    Region(
-                        name,
-                        whole_shape=(part.features, *tail),
-                        start=(whole.start, *zeros),
-                        shape=(len(whole), *tail),
-                        local_start=(local + own.start, *zeros),
-                        holders=holders,
-                        partial_gradient=part.is_shared,
-                    )
-                )
+            name, whole = f"../{part.name}.{kind}" if part.name else kind, (part.features, *tail)
+            for holders, held, own in part.runs(self.axis.rank):
+                regions.append(Region.slab(name, whole, 0, held, holders, local + own.start, part.is_shared))
             local += part.local_features(self.axis.rank)
         return tuple(regions)
 
@@ -148,13 +134,11 @@ class RowParallelLinear(nn.Module):
 
     Args:
         in_features: width of the whole input, or the partition by which the ranks have it.
-        out_features: width of the output.
         groups: the processes; the weight is cut over ``groups.tensor``.
         bias: add a bias, once, after the sum; it is replicated.
         input_is_parallel: the input is this rank's part already; otherwise every rank has the whole of it.
         initialiser: how the whole weight begins; default normal with std ``in_features ** -0.5``.
         bias_initialiser: how the bias begins; default zero.
-        precision: the dtypes.
 
     Raises:
         LayoutError: the input features are not divisible by the number of ranks, are shared, or are
@@ -226,17 +210,8 @@ class RowParallelLinear(nn.Module):
         return {} if self._uses is None else {"bias": self._uses}
 
     def shard_specs(self) -> dict[str, ShardSpec]:
-        regions = tuple(
-            Region(
-                "weight",
-                whole_shape=(self.out_features, self.in_features),
-                start=(0, whole.start),
-                shape=(self.out_features, len(whole)),
-                local_start=(0, own.start),
-                holders=holders,
-            )
-            for holders, whole, own in self.part.runs(self.axis.rank)
-        )
+        whole, runs = (self.out_features, self.in_features), self.part.runs(self.axis.rank)
+        regions = tuple(Region.slab("weight", whole, 1, held, holders, own.start) for holders, held, own in runs)
         specs = {"weight": ShardSpec(regions, self.initialiser)}
         if self.bias is not None:
             specs["bias"] = replicated("bias", (self.out_features,), self.groups, self.bias_initialiser, used="between")
@@ -250,11 +225,6 @@ class RowParallelLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, rank {self.axis.rank} of {self.axis.size}"
-
-
-def _is_in_rank_order(part: Partition) -> bool:
-    """Whether the ranks' features, one rank after the other, are the whole's."""
-    return [block for held in part.held for block in held] == list(range(part.features // part.block))
 
 
 def bias_initialiser_of(bias: bool, initialiser: Initialiser | None) -> Initialiser:

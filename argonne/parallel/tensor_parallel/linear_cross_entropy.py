@@ -168,7 +168,6 @@ def vocab_parallel_linear_cross_entropy(
         holder: of the output weight: the head (its bias, if it has one, is counted), or the embedding when the two
             are tied.
         targets: ``[tokens]`` token ids, or ``objective.ignore_index``; of all tokens in either case.
-        objective: label smoothing, z-loss and the target that is ignored.
         reduction: ``sum`` makes the gradients while it computes the loss (three matrix products in all);
             ``none`` lets every position have a weight of its own, for a fourth product in backward.
         arithmetic: how a rank's logits are computed with.

@@ -136,7 +136,6 @@ def column_parallel_linear(
             ``[tokens / ranks, ..., in]``.
         weight: ``[local_out, in]``.
         bias: ``[local_out]``, or None.
-        axis: the ranks that have the other rows.
         precision: the dtypes; weight and bias are in that of the parameters.
         sequence_parallel: dimension 0 of ``x`` is shared out over ``axis``.
         cut: this rank's canonical blocks of the rows, of an axis that has such (``Axis.blocks``).

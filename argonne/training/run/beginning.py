@@ -13,7 +13,7 @@ from argonne.data.tokens.tokenizer import holds_tokenizer
 from argonne.inference.opening import is_plain, locate
 from argonne.models import end_tokens
 from argonne.parallel import ProcessGroups
-from argonne.parallel.communication.collectives import collectively, gather_objects
+from argonne.parallel.communication.collectives import collectively, from_first, gather_objects
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import RunConfig
 from argonne.training.run.conflicts import without_effect
@@ -55,14 +55,10 @@ def beginning(config: RunConfig, saved: RunIdentity | None, groups: ProcessGroup
     directory, reports = locate(collectively(lambda: origin_path(path), groups.world), groups)
     log(groups, *reports)
 
-    def read() -> tuple[str, ResumeState | None] | None:
-        if not groups.is_first:
-            return None
+    def read() -> tuple[str, ResumeState | None]:
         return weights_fingerprint(directory), ResumeState.read(directory) if config.model.resume_state else None
 
-    found = gather_objects(collectively(read, groups.world), groups.world)[0]
-    assert found is not None
-    fingerprint, state = found
+    fingerprint, state = from_first(read, groups.world)
     return Beginning(fingerprint, directory, state, None if state is None else state.identity)
 
 
@@ -70,9 +66,6 @@ def check_beginning(config: RunConfig) -> ResumeState | None:
     """Refuse a directory that a run cannot begin with, as far as its small files show. Needs no peers.
 
     Returns where the run is to begin with it, if that is not step 0.
-
-    Raises:
-        ArgonneError: in one line, what is wrong.
     """
     path = config.model.init_from
     if path is None and "resume_state" in config.given:

@@ -31,9 +31,6 @@ def check(config: RunConfig, world_size: int, model: ModelBuilder | None = None)
     """Refuse what can be refused without peers: flags, layout, shape, data files, tokenizer path.
 
     ``model`` is as of ``pretrain``; what it is is seen once there are processes.
-
-    Raises:
-        ArgonneError: in one line, what is wrong.
     """
     config.check()
     saved = read_run(config.run.output_dir)
@@ -57,12 +54,11 @@ def check(config: RunConfig, world_size: int, model: ModelBuilder | None = None)
     if saved is None:  # a run that is continued keeps its global batch
         plan.check_micro_batches(config.training.gradient_accumulation_steps)
     check_sequence(config.data.block_size, layout)
-    path = config.data.tokenizer_path
-    if path is not None and not path.is_dir():
-        raise DataError(
-            f"tokenizer_path={str(path)!r} does not exist; legal: the directory of a Hugging Face tokenizer"
-        )
-    if path is not None:
+    if (path := config.data.tokenizer_path) is not None:
+        if not path.is_dir():
+            raise DataError(
+                f"tokenizer_path={str(path)!r} does not exist; legal: the directory of a Hugging Face tokenizer"
+            )
         require_intact(path, is_small)
     data = Corpora.open(config.data, config.training.seed, saved.identity if saved else None)
     if elsewhere is not None:

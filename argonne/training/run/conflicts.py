@@ -39,6 +39,7 @@ def check_meaning(config: RunConfig, saved: RunIdentity | None = None) -> None:
         (parallel, "pipeline_interleave", parallel.pipeline_schedule == "interleaved", schedule),
         (parallel, "fsdp", replicated, replicas),
         (parallel, "zero1", replicated, replicas),
+        (parallel, "reproducible_blocks", parallel.reproducible, "--reproducible"),
     )
     for flags, name, has_effect, what in needs:
         if name in given and not has_effect:

@@ -72,7 +72,6 @@ class Corpora:
         """Find the shards and read their footers.
 
         Args:
-            flags: of the data.
             seed: of the order of ``--no-streaming``.
             saved: the identity of the run that is continued, if one is. With ``on_bad_shard="skip"`` what it
                 had to do without stays away, and what can be opened no more keeps its place.

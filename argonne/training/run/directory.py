@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import time
 from collections.abc import Collection
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from argonne.checkpoint import checkpoints
-from argonne.files import make_directory
+from argonne.files import lock, make_directory
 from argonne.parallel.errors import ArgonneError
 from argonne.training.run.file import RUN, StoredRun, run_of_checkpoints, stored_run
 from argonne.training.run.identity import DATA, PRECISION_FLAGS, RunIdentity
@@ -25,8 +24,7 @@ def read_run(directory: Path) -> StoredRun | None:
         return stored_run(directory)
     except (OSError, ValueError) as error:
         problem = error
-    found = run_of_checkpoints(directory)
-    if found is not None:
+    if (found := run_of_checkpoints(directory)) is not None:
         return found[0]
     if os.path.lexists(path):
         raise ArgonneError(
@@ -72,18 +70,14 @@ def claim(directory: Path, patience: float = 10.0) -> Claim:
     while True:
         make_directory(directory)
         file = path.open("a", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise ArgonneError(f"output_dir={str(directory)!r} is in use by another job") from None
-            time.sleep(0.1)
-        except OSError:
-            return Claim(file, made)  # a file system without locks
-        else:
+        if lock(file):
             # Another job that was refused may have taken the file away just before.
             if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 return Claim(file, made)
+        elif time.monotonic() > deadline:
+            raise ArgonneError(f"output_dir={str(directory)!r} is in use by another job")
+        else:
+            time.sleep(0.1)
         file.close()
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 from argonne.checkpoint.resume_state import RESUME_STATE, ResumeState, RowsRead
 from argonne.data import DataError, Shard
 from argonne.data.lanes.in_order import document_length, lanes_from
-from argonne.parallel.communication.collectives import collectively, gather_objects
+from argonne.parallel.communication.collectives import from_first
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import RunConfig
 from argonne.training.run.corpora import Corpora
@@ -15,11 +17,7 @@ from argonne.training.state import TrainingState
 
 
 def check_elsewhere(config: RunConfig, began: ResumeState, data: Corpora) -> None:
-    """Refuse a step or a place that this run cannot go on from. Needs no peers.
-
-    Raises:
-        ArgonneError: in one line, what is wrong.
-    """
+    """Refuse a step or a place that this run cannot go on from. Needs no peers."""
     step, total, stop = began.step, config.training.total_steps, config.run.stop_at_step
     if total <= step:
         raise ArgonneError(f"total_steps={total} is not past step {step}, of {RESUME_STATE}; legal: more than {step}")
@@ -73,11 +71,7 @@ def go_on(state: TrainingState, config: RunConfig, workload: Workload, began: Re
     if place is None:
         lines.append(f"data: from the first row on, as {RESUME_STATE} has no place in it")
     else:
-
-        def read() -> tuple[int, str]:
-            return _token(place, workload) if groups.is_first else (0, "")
-
-        token, line = gather_objects(collectively(read, groups.world), groups.world)[0]
+        token, line = from_first(functools.partial(_token, place, workload), groups.world)
         shards, lanes = workload.data.parts[0].shards, workload.data.lanes
         states = lanes_from(shards, lanes, place.epoch, place.shard, place.row, token)
         state.lanes = dict(enumerate(states))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -11,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from argonne.checkpoint import CheckpointError, checkpoints, load_trainer
-from argonne.files import read_object, set_aside, write_json
-from argonne.training.run.identity import RunIdentity
+from argonne.files import read_object, seal, set_aside, write_json
+from argonne.training.run.identity import RunIdentity, is_count
 
 RUN = "run.json"
 
@@ -31,7 +29,7 @@ class Search:
         """What ``dataclasses.asdict`` made; None for None. Raises ``ValueError`` for anything else."""
         if saved is None:
             return None
-        if not isinstance(saved, dict) or not all(_is_count(saved.get(each.name)) for each in fields(cls)):
+        if not isinstance(saved, dict) or not all(is_count(saved.get(each.name)) for each in fields(cls)):
             raise ValueError("its search is of another kind")
         return cls(saved["initial"], saved["micro_batch"])
 
@@ -51,13 +49,12 @@ class StoredRun:
     @classmethod
     def from_json(cls, run: Mapping[str, Any]) -> StoredRun:
         """What ``run.json`` says. Raises ``ValueError`` naming what is missing or of another kind."""
-        missing = {each.name for each in fields(cls) if each.name != "search"} - set(run)
-        if missing:
+        if missing := {each.name for each in fields(cls) if each.name != "search"} - set(run):
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         identity, first = RunIdentity.of_saved(run), run["first_layout"]
         wrong = {
-            "global_batch": not _is_count(run["global_batch"]),
-            "first_layout": not isinstance(first, dict) or not _is_count(first.get("data", 1)),
+            "global_batch": not is_count(run["global_batch"]),
+            "first_layout": not isinstance(first, dict) or not is_count(first.get("data", 1)),
         }
         for name, is_wrong in wrong.items():
             if is_wrong:
@@ -75,14 +72,14 @@ def write_run(directory: Path, run: Mapping[str, Any]) -> None:
     path = directory / RUN
     if path.is_dir():
         set_aside(path)
-    write_json(path, {"sha256": _seal(run), **run})
+    write_json(path, {"sha256": seal(run), **run})
 
 
 def stored_run(directory: Path) -> StoredRun:
     """What ``run.json`` says. Raises ``OSError`` or ``ValueError``: why it is not what a run wrote there."""
     run = read_object(directory / RUN)
     seal = run.pop("sha256", None)  # a run of an earlier version has none
-    if seal is not None and seal != _seal(run):
+    if seal is not None and seal != seal(run):
         raise ValueError("it has changed since it was written (SHA-256 differs)")
     return StoredRun.from_json(run)
 
@@ -116,11 +113,3 @@ def mended_run(directory: Path) -> list[str]:
         source = found[1].name if found else "its checkpoints"
         wrong = f"is damaged ({error})" if os.path.lexists(directory / RUN) else "is missing"
         return [f"{RUN} {wrong} and was made again from {source}"]
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 1
-
-
-def _seal(run: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()

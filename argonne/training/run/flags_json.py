@@ -10,11 +10,9 @@ from typing import Any, TypeVar, get_type_hints
 
 from argonne.checkpoint import CheckpointError, load_trainer
 from argonne.data import is_url, matching_default
-from argonne.launch.flags import RestartFlags
 from argonne.launch.values import as_now, typed
 from argonne.parallel.errors import ArgonneError
-from argonne.training.config import DataFlags, ModelFlags, RunConfig, RunFlags, TrainingFlags
-from argonne.training.layout_flags import ParallelFlags
+from argonne.training.config import RunConfig
 
 Flags = TypeVar("Flags")
 
@@ -44,15 +42,10 @@ def flags_from_json(saved: Mapping[str, Any]) -> RunConfig:
     Raises:
         ArgonneError: a value is of another type than its flag.
     """
-    return RunConfig(
-        model=_group(ModelFlags, saved.get("model", {})),
-        data=_group(DataFlags, saved.get("data", {})),
-        training=_group(TrainingFlags, saved.get("training", {})),
-        parallel=_group(ParallelFlags, saved.get("parallel", {})),
-        # Earlier versions kept the flags of launching with those of the layout.
-        launch=_group(RestartFlags, saved.get("launch", saved.get("parallel", {}))),
-        run=_group(RunFlags, saved.get("run", {})),
-    )
+    kinds = get_type_hints(RunConfig)
+    # Earlier versions kept the flags of launching with those of the layout.
+    saved = {"launch": saved.get("parallel", {}), **saved}
+    return RunConfig(**{name: _group(kinds[name], saved.get(name, {})) for name in GROUPS})
 
 
 def saved_flags(checkpoint: Path) -> RunConfig:

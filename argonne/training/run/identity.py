@@ -16,23 +16,10 @@ from argonne.training.config import DataFlags, RunConfig, TrainingFlags
 from argonne.training.run.reproducible import reproducible_identity
 from argonne.training.schedule import Schedule
 
-_OPTIMIZER = ("optimizer", "muon_momentum", "muon_precision")
-# Layout, device, and where and when to save may change freely.
-_SCHEDULE = (
-    "total_steps",
-    "learning_rate",
-    "min_learning_rate",
-    "warmup_steps",
-    "weight_decay",
-    "gradient_clip",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "label_smoothing",
-    "z_loss",
-    "schedule",
-    *_OPTIMIZER,
-)
+# Of the schedule. Those of the first line have always been flags.
+_ALWAYS = ["total_steps", "learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "gradient_clip"]
+_LATER = ["adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing", "z_loss", "schedule"]
+_LATER += ["optimizer", "muon_momentum", "muon_precision"]
 
 DATA = ("data.shards", "data.fingerprint", "data.weights", "data.text_column", "data.filters", "tokenizer.")
 """What --accept-data-change accepts: so begin the lines of ``differences`` about it."""
@@ -46,13 +33,7 @@ _NOT_ALWAYS_KNOWN = (("precision",), ("initial_loss_scale",), ("tokenizer", "bou
 
 _BEFORE_FLAGS: Mapping[str, dict[str, Any]] = {
     "data": {"text_column": DataFlags().text_column},
-    "schedule": {
-        name: getattr(TrainingFlags(), name)
-        for name in (
-            *("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing", "z_loss", "schedule"),
-            *_OPTIMIZER,
-        )
-    },
+    "schedule": {name: getattr(TrainingFlags(), name) for name in _LATER},
 }
 """What every run was before there were flags for it, by the group of the identity."""
 
@@ -91,15 +72,11 @@ class RunIdentity:
         return cls(
             data=data,
             seed=training.seed,
-            schedule={name: getattr(training, name) for name in _SCHEDULE} | _decay(training.learning_rates),
+            schedule={name: getattr(training, name) for name in (*_ALWAYS, *_LATER)} | _decay(training.learning_rates),
             precision={"state": dtype_name(precision.parameters)},
             initial_loss_scale=training.initial_loss_scale if precision.compute is torch.float16 else None,
             reproducible=reproducible_identity(config),
         )
-
-    def with_model(self, shape: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> RunIdentity:
-        """The whole identity."""
-        return dataclasses.replace(self, model=dict(shape), tokenizer=tokenizer)
 
     @classmethod
     def from_json(cls, saved: Any) -> RunIdentity:
@@ -114,7 +91,7 @@ class RunIdentity:
                 shards = data.get("shards") or []
                 listed = isinstance(shards, list) and all(isinstance(each, list) for each in shards)
                 wrong["identity.data.shards"] = not listed
-                wrong["identity.data.lanes"] = not _is_count(data.get("lanes") or 1)
+                wrong["identity.data.lanes"] = not is_count(data.get("lanes") or 1)
             wrong["identity.init_from"] = not isinstance(saved.get("init_from", ""), str)
         for name, is_wrong in wrong.items():
             if is_wrong:
@@ -246,7 +223,8 @@ def _changed_shards(saved: list[Any], wanted: list[Any]) -> list[str]:
     return [line if len(lines) == 1 else f"corpus {number}: {line}" for number, of in enumerate(lines) for line in of]
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether a JSON value is a number of things."""
     return type(value) is int and value >= 1
 
 

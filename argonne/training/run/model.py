@@ -91,7 +91,7 @@ def own_model(
         shape = json.loads(json.dumps(dict(model.shape), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ArgonneError(f"shape of model={name} is not made of JSON values: {error}; legal: JSON values") from None
-    return ModelOfRun(partial(_built, builder, tokenizer_size), shape, own=True)
+    return ModelOfRun(lambda execution: builder(execution, tokenizer_size), shape, own=True)
 
 
 def check_own_model(config: RunConfig) -> None:
@@ -101,10 +101,6 @@ def check_own_model(config: RunConfig) -> None:
             raise ArgonneError(
                 f"{name}={getattr(config.model, name)!r} has no effect on a model of one's own; legal: leave it out"
             )
-
-
-def _built(builder: ModelBuilder, tokenizer_size: int, execution: Execution) -> LanguageModel:
-    return builder(execution, tokenizer_size)
 
 
 def _shape(config: RunConfig, tokenizer_size: int) -> ModelConfig:

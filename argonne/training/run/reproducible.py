@@ -47,18 +47,9 @@ def reproducible_identity(config: RunConfig) -> dict[str, Any] | None:
 
 
 def check_reproducible(config: RunConfig, layout: Layout, shape: ModelConfig | None) -> None:
-    """Refuse what has not the same bits at every layout; ``shape`` is None for a model of one's own.
-
-    Raises:
-        ArgonneError: in one line, the flag and what is legal.
-    """
+    """Refuse what has not the same bits at every layout; ``shape`` is None for a model of one's own."""
     blocks = blocks_of(config)
     if blocks is None:
-        if "reproducible_blocks" in config.given:
-            raise ArgonneError(
-                f"reproducible_blocks={config.parallel.reproducible_blocks} has no effect without --reproducible; "
-                "legal: --reproducible too, or leave it out"
-            )
         return
     if isinstance(shape, Argonne1Config):
         require_not_reproducible()

@@ -177,8 +177,7 @@ def _newest_flags(path: Path) -> tuple[Path, RunConfig]:
 def _saved_run(checkpoint: Path) -> tuple[dict[str, Any], RunIdentity, int]:
     """What ``trainer.json`` says: all of it, the run's identity, and its global batch."""
     saved, path = load_trainer(checkpoint), str(checkpoint / TRAINER)
-    missing = {"identity", "global_batch"} - set(saved)
-    if missing:
+    if missing := {"identity", "global_batch"} - set(saved):
         raise CheckpointError(f"{path!r} lacks {', '.join(sorted(missing))}")
     try:
         return saved, RunIdentity.of_saved(saved), saved["global_batch"]

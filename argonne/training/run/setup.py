@@ -15,7 +15,7 @@ from argonne.checkpoint import load_trainer
 from argonne.checkpoint.format import TRAINER
 from argonne.data import boundary_tokens, load_tokenizer, tokenizer_fingerprint
 from argonne.parallel import Precision, ProcessGroups
-from argonne.parallel.communication.collectives import collectively, gather_objects
+from argonne.parallel.communication.collectives import collectively, from_first, gather_objects
 from argonne.parallel.tensor_parallel.precision import resolve_precision
 from argonne.training.config import RunConfig
 from argonne.training.evaluation import held_out_sequences
@@ -63,16 +63,11 @@ def prepare(
     """Settle the workload (collective), writing nothing: all that can be refused is refused here.
 
     Args:
-        config: the flags.
-        groups: the processes.
         saved: the identity of the run that is continued, if one is; anything else is refused.
         fixed: the parts of it in which anything else is refused; all of them when left out.
         kept_tokenizer: finds the tokenizer that trained weights depend on (collective), if there are such; asked for
             once the flags are known to mean the run, and only when they name none.
         model: makes the model that is trained in place of the flags'.
-
-    Raises:
-        ArgonneError: on every rank, what is wrong.
     """
     data = open_corpora(config, groups, saved)
     precision = resolve_precision(config.training.precision, groups.device)
@@ -84,10 +79,15 @@ def prepare(
     _require_run(config, saved, early, fixed)
 
     tokenizer = _tokenizer(config, groups, data, saved, lambda: kept_tokenizer() or began.directory)
-    boundary = _boundary(config, groups, tokenizer)
+    boundary = None
+    if config.data.add_document_boundary_tokens:
+        boundary = collectively(lambda: boundary_tokens(tokenizer) if tokenizer else None, groups.world)
     facts = _tokenizer_facts(tokenizer, boundary, groups)
-    of_run = _model_of(config, groups, precision, facts["size"], model)
-    identity = identity.with_model(of_run.shape, facts)
+    if model is None:
+        of_run = argonne_model(config, facts["size"])
+    else:
+        of_run = collectively(lambda: own_model(model, config, facts["size"], groups, precision), groups.world)
+    identity = replace(identity, model=dict(of_run.shape), tokenizer=facts)
     accepted = _require_run(config, saved, identity, fixed)
 
     require_facts(config, groups, precision, own_model=model is not None)
@@ -100,11 +100,7 @@ def prepare(
 
 
 def with_tokens(config: RunConfig, workload: Workload, groups: ProcessGroups) -> Workload:
-    """The workload with the tokens of ``--no-streaming`` made or found (collective).
-
-    Raises:
-        ArgonneError: on every rank, why they cannot be made.
-    """
+    """The workload with the tokens of ``--no-streaming`` made or found (collective)."""
     if config.data.streaming:
         return workload
     directory, tokenizer, boundary = config.run.output_dir / "token_cache", workload.tokenizer, workload.boundary
@@ -158,9 +154,9 @@ def _tokenizer(
         directory, kept = config.run.output_dir / "tokenizer", saved.fingerprint if saved else None
 
         def find() -> str:
-            return fallback_tokenizer(directory, kept, data.shards, config.data.on_bad_shard) if groups.is_first else ""
+            return fallback_tokenizer(directory, kept, data.shards, config.data.on_bad_shard)
 
-        text = gather_objects(collectively(find, groups.world), groups.world)[0]
+        text = from_first(find, groups.world)
 
     def load() -> PreTrainedTokenizerFast | None:
         if groups.model.rank != 0:
@@ -172,15 +168,6 @@ def _tokenizer(
         return load_tokenizer(path, config.data.trust_remote_code, own, saved is None)
 
     return collectively(load, groups.world)
-
-
-def _boundary(
-    config: RunConfig, groups: ProcessGroups, tokenizer: PreTrainedTokenizerFast | None
-) -> tuple[int, int] | None:
-    """The (BOS, EOS) ids to put around each document, if the flags ask for them (collective)."""
-    if not config.data.add_document_boundary_tokens:
-        return None
-    return collectively(lambda: boundary_tokens(tokenizer) if tokenizer else None, groups.world)
 
 
 def _tokenizer_facts(
@@ -197,15 +184,6 @@ def _tokenizer_facts(
     return gather_objects(facts, groups.world)[0]
 
 
-def _model_of(
-    config: RunConfig, groups: ProcessGroups, precision: Precision, tokenizer_size: int, own: ModelBuilder | None
-) -> ModelOfRun:
-    """The flags' model, or one's own (collective)."""
-    if own is None:
-        return argonne_model(config, tokenizer_size)
-    return collectively(lambda: own_model(own, config, tokenizer_size, groups, precision), groups.world)
-
-
 def _require_text(
     data: Corpora,
     tokenizer: PreTrainedTokenizerFast | None,
@@ -215,11 +193,10 @@ def _require_text(
     """Refuse data that does not fill a sequence (collective)."""
 
     def check() -> None:
-        if groups.is_first:
-            assert tokenizer is not None
-            data.check_block_size(tokenizer, boundary)
+        assert tokenizer is not None
+        data.check_block_size(tokenizer, boundary)
 
-    collectively(check, groups.world)
+    from_first(check, groups.world)
 
 
 def _held_out(

@@ -24,15 +24,8 @@ def token_caches(
 ) -> list[TokenCache]:
     """The cache of each corpus, on every rank (collective); built on the first rank where they are missing.
 
-    Args:
-        corpora: what is tokenised, and how.
-        tokenizer: on the first rank.
-        boundary: the (BOS, EOS) ids put around each document, or None; on the first rank.
-        directory: of the caches unless ``--cache-dir`` names another; on a disk that every rank sees.
-        groups: the processes.
-
-    Raises:
-        ArgonneError: on every rank, why a cache cannot be made or opened.
+    ``tokenizer`` and ``boundary``, the (BOS, EOS) ids put around each document, are read there alone. The caches are in
+    ``directory``, on a disk that every rank sees, unless ``--cache-dir`` names another.
     """
 
     def tell(status: int) -> int:

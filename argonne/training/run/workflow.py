@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,6 @@ from argonne.training.run.continuation import continue_at
 from argonne.training.run.directory import read_run
 from argonne.training.run.elsewhere import go_on
 from argonne.training.run.file import mended_run, write_run
-from argonne.training.run.flags_json import flags_to_json
 from argonne.training.run.identity import RunIdentity
 from argonne.training.run.job import joined, log
 from argonne.training.run.kept_files import KeptFiles
@@ -34,7 +32,7 @@ from argonne.training.run.model import ModelBuilder
 from argonne.training.run.search import in_vain as search_in_vain
 from argonne.training.run.search import search
 from argonne.training.run.setup import Workload, prepare, with_tokens
-from argonne.training.state import TrainingState, versions
+from argonne.training.state import TrainingState
 from argonne.training.trainer import Trainer
 
 
@@ -207,18 +205,8 @@ def _compile(config: RunConfig, workload: Workload, state: TrainingState, shape:
 def _begin(config: RunConfig, workload: Workload, state: TrainingState, shape: BatchShape, trainer: Trainer) -> None:
     """Write ``run.json``, keep the tokenizer, and tidy the run's directory, all on one rank."""
     groups, directory = state.model.groups, config.run.output_dir
-    before, layout = read_run(directory), dataclasses.asdict(groups.layout)
-    run = {
-        "identity": workload.identity.to_json(),
-        "conditions": workload.conditions,
-        "changes": state.changes,
-        "search": None if state.search is None else dataclasses.asdict(state.search),
-        "global_batch": shape.global_batch,
-        "layout": layout,
-        "first_layout": before.first_layout if before else layout,
-        "flags": flags_to_json(config),
-        "versions": versions(),
-    }
+    before, run = read_run(directory), state.of_run(config, workload, shape.global_batch)
+    run["first_layout"] = before.first_layout if before else run["layout"]
     if config.data.tokenizer_path is None and config.model.init_from is None:
         assert workload.tokenizer is not None
         if keep(workload.tokenizer, directory / "tokenizer") and before:
@@ -232,6 +220,7 @@ def _summary(workload: Workload, state: TrainingState, shape: BatchShape, checkp
     """The line that training begins with."""
     data, groups = workload.data, state.model.groups
     mixed = f" of {len(data.parts)} corpora" if len(data.parts) > 1 else ""
+    begins = f"from step {state.step:,}" if state.kept else "from scratch"
     facts = [
         f"{state.model.parameter_count:,} parameters",
         f"{groups.layout} on {groups.device.type}",
@@ -239,11 +228,7 @@ def _summary(workload: Workload, state: TrainingState, shape: BatchShape, checkp
         f"{len(data.shards)} shard{'s' if len(data.shards) > 1 else ''}{mixed}, {data.lanes} lanes",
         *state.model.facts(shape.accumulation, shape.micro_batch, shape.block_size),
         *state.replicas.facts(shape.accumulation),
-        f"continuing from {checkpoint}"
-        if checkpoint
-        else f"from step {state.step:,}"
-        if state.kept
-        else "from scratch",
+        f"continuing from {checkpoint}" if checkpoint else begins,
     ]
     return " | ".join(facts)
 
