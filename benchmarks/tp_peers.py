@@ -135,7 +135,8 @@ class Team:
         self.pipes: list[Connection] = []
         self.processes = []
         # OpenMP and MKL read it when the process starts.
-        os.environ["OMP_NUM_THREADS"] = str(contestant.threads)
+        variables = {"OMP_NUM_THREADS": str(contestant.threads), **contestant.variables}
+        os.environ.update(variables)
         spawn = multiprocessing.get_context("spawn")
         for rank in range(contestant.layout.world_size):
             ours, theirs = spawn.Pipe()
@@ -144,6 +145,8 @@ class Team:
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
+        for name in contestant.variables:
+            del os.environ[name]
 
     def ready(self) -> None:
         """Wait until every process has its model."""
