@@ -22,7 +22,9 @@ from argonne.parallel.communication.reduction import start_sum, start_sum_and_sc
 from argonne.parallel.communication.shared_sums import CHUNK, PLACES, SharedSums, share_sums, sharing_sums
 from tests.pool import RankPool
 
-LENGTHS = (1, 0, 5, CHUNK // 4, CHUNK // 4 + 3, (PLACES + 2) * CHUNK // 4 + 1, 7)
+SMALL = 4096
+"""Bytes of a chunk, here."""
+LENGTHS = (1, 0, 5, SMALL // 4, SMALL // 4 + 3, (PLACES + 2) * SMALL // 4 + 1, 7)
 """Elements of float32: in one chunk, in none, in more of them than there are places for."""
 
 
@@ -45,12 +47,17 @@ def test_what_is_begun_is_exact_in_whatever_order_it_is_waited_for(ranks: RankPo
 
 
 def check_exchanges(groups: ProcessGroups) -> None:
-    axis = sharing_sums(groups).tensor
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_sums, "CHUNK", SMALL)
+        exchange(sharing_sums(groups).tensor)
+
+
+def exchange(axis: Axis) -> None:
     assert axis.sums is not None
     rank, size = axis.rank, axis.size
     generator = torch.Generator().manual_seed(1)  # the same on all ranks
     pending: list[tuple[Pending, Tensor]] = []
-    for number in range(30):
+    for number in range(42):
         count = LENGTHS[number % len(LENGTHS)]
         mine = part(rank, number, count)
         if number % 7 == rank:

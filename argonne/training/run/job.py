@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from argonne.parallel import ProcessGroups, choose_device, process_groups
 from argonne.parallel.communication.collectives import collectively
 from argonne.parallel.communication.environment import this_process
+from argonne.parallel.communication.shared_sums import sharing_sums
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import RunConfig
 from argonne.training.machine import limit_gpu
@@ -25,6 +26,7 @@ def joined(config: RunConfig) -> Iterator[ProcessGroups]:
     with process_groups(layout, device) as groups:
         if config.training.memory_limit is not None and device.type == "cuda":
             limit_gpu(device, config.training.memory_limit)
+        groups = sharing_sums(groups)
         groups = groups if blocks is None else groups.in_blocks(blocks)
         directory = config.run.output_dir
         own = collectively(lambda: claim(directory) if groups.is_first else None, groups.world)
