@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from argonne.parallel import Layout, ProcessGroups
-from argonne.parallel.communication import recording, shared_sums
+from argonne.parallel.communication import recording, shared_memory, shared_sums
 from argonne.parallel.communication.collectives import Pending, start_all_gather
 from argonne.parallel.communication.groups import Axis
 from argonne.parallel.communication.isolation import isolated
@@ -116,6 +116,17 @@ def alone_once(groups: ProcessGroups) -> None:
         with isolated():
             assert torch.equal(sum_over(torch.ones(3), axis), torch.ones(3))
     assert torch.equal(sum_over(torch.ones(3), axis), torch.full((3,), 2.0))
+
+
+def test_where_one_cannot_share_none_does(ranks: RankPool) -> None:
+    assert ranks.run(Layout(tensor=2), without_memory) == [True, True]
+
+
+def without_memory(groups: ProcessGroups) -> bool:
+    with pytest.MonkeyPatch.context() as patch:
+        if groups.tensor.rank == 1:
+            patch.setattr(shared_memory.os, "pidfd_open", lambda process: int("none"))
+        return share_sums(groups.tensor) is None
 
 
 def lonely(process: int, spins: int = 10) -> SharedSums:

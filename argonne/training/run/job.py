@@ -28,6 +28,7 @@ def joined(config: RunConfig) -> Iterator[ProcessGroups]:
             limit_gpu(device, config.training.memory_limit)
         groups = sharing_sums(groups)
         groups = groups if blocks is None else groups.in_blocks(blocks)
+        log(groups, *_told_of_sums(groups))
         directory = config.run.output_dir
         own = collectively(lambda: claim(directory) if groups.is_first else None, groups.world)
         try:
@@ -38,6 +39,17 @@ def joined(config: RunConfig) -> Iterator[ProcessGroups]:
             raise
         if own is not None:
             own.release()
+
+
+def _told_of_sums(groups: ProcessGroups) -> list[str]:
+    """A line, where the last bits of sums are others than where memory can be shared."""
+    here = this_process().local_world_size == groups.world.size
+    if groups.device.type != "cpu" or groups.reproducible or groups.tensor.size < 3 or groups.tensor.sums or not here:
+        return []
+    return [
+        f"note: /dev/shm cannot be shared here. Gloo adds what the {groups.tensor.size} tensor-parallel ranks have, in "
+        "another order: the last bits of sums are others than with it."
+    ]
 
 
 def log(groups: ProcessGroups, *lines: str) -> None:
