@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.distributed.tensor.parallel import (
 
 from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution
 from argonne.parallel import Layout, ProcessGroups, complete_gradients, regions_of
+from argonne.parallel.communication.shared_sums import sharing_sums
 
 SEED = 1
 """Of the initial weights, which depend on it alone and not on the layout."""
@@ -40,11 +41,25 @@ class Contestant:
     layout: Layout
     threads: int = 1
     """In each process."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """Of each process's environment, besides."""
 
 
 def argonne_step(config: ArgonneConfig, layout: Layout) -> Step:
-    """Argonne in any layout."""
-    groups = ProcessGroups.single() if layout.world_size == 1 else ProcessGroups.from_world(layout, "cpu")
+    """Argonne in any layout, as its drivers run it: ranks of one machine exchange in shared memory."""
+    return _argonne_step(config, sharing_sums(_groups(layout)))
+
+
+def argonne_gloo_step(config: ArgonneConfig, layout: Layout) -> Step:
+    """Argonne in any layout, with Gloo's collectives."""
+    return _argonne_step(config, _groups(layout))
+
+
+def _groups(layout: Layout) -> ProcessGroups:
+    return ProcessGroups.single() if layout.world_size == 1 else ProcessGroups.from_world(layout, "cpu")
+
+
+def _argonne_step(config: ArgonneConfig, groups: ProcessGroups) -> Step:
     model = ArgonneModel(config, Execution(groups))
     model.initialise(SEED)
     parameters = model.sharded_parameters()

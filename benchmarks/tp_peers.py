@@ -14,13 +14,13 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -29,28 +29,58 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script, in this process and in its ranks
 
 from argonne.launch import guarded, parse
+from argonne.launch.allocation import KEEPING
 from argonne.models import ArgonneConfig
 from argonne.parallel import ArgonneError, Layout
 from benchmarks.peers_megatron import is_installed as megatron_is_installed
 from benchmarks.peers_megatron import megatron_step
-from benchmarks.peers_models import Contestant, argonne_step, dense_step, dtensor_step
+from benchmarks.peers_models import Contestant, argonne_gloo_step, argonne_step, dense_step, dtensor_step
 from benchmarks.report import environment, table, write_json
 
-CONTROL, DENSE = "DTensor TP 2", "dense, 2 threads"
-"""What the ratios compare with."""
-MEGATRON = "Megatron-Core TP 2"
-"""A contestant where it is installed."""
-
 _TWO = Layout(tensor=2)
-CONTESTANTS = (
-    Contestant("argonne TP 2", argonne_step, _TWO),
-    Contestant("argonne TP 2 + sequence", argonne_step, replace(_TWO, sequence_parallel=True)),
-    Contestant(CONTROL, dtensor_step, _TWO),
-    Contestant(DENSE, dense_step, Layout(), threads=2),
-    Contestant("dense, 1 thread", dense_step, Layout()),
-    Contestant("argonne TP 1", argonne_step, Layout()),
-    *([Contestant(MEGATRON, megatron_step, _TWO)] if megatron_is_installed() else []),
-)
+_DTENSOR, _DENSE = "DTensor TP 2", "dense, 2 threads"
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Who takes part, and whom the ratios compare with."""
+
+    contestants: tuple[Contestant, ...]
+    controls: Mapping[str, str]
+    """By a word for it, the name of a contestant."""
+    file: str
+    """Of the results."""
+
+
+CONTESTS = {
+    "peers": Contest(
+        (
+            Contestant("argonne TP 2", argonne_step, _TWO, variables=KEEPING),
+            Contestant(
+                "argonne TP 2 + sequence", argonne_step, replace(_TWO, sequence_parallel=True), variables=KEEPING
+            ),
+            Contestant(_DTENSOR, dtensor_step, _TWO),
+            Contestant(f"{_DTENSOR}, memory kept", dtensor_step, _TWO, variables=KEEPING),
+            Contestant(_DENSE, dense_step, Layout(), threads=2),
+            Contestant(f"{_DENSE}, memory kept", dense_step, Layout(), threads=2, variables=KEEPING),
+            *([Contestant("Megatron-Core TP 2", megatron_step, _TWO)] if megatron_is_installed() else []),
+        ),
+        {"dtensor": _DTENSOR, "dense": _DENSE},
+        "tp_peers_cpu.json",
+    ),
+    "options": Contest(
+        (
+            Contestant("argonne TP 2", argonne_step, _TWO, variables=KEEPING),
+            Contestant("memory not kept", argonne_step, _TWO),
+            Contestant("sums by Gloo", argonne_gloo_step, _TWO, variables=KEEPING),
+            Contestant("neither", argonne_gloo_step, _TWO),
+        ),
+        {"neither": "neither"},
+        "tp_options_cpu.json",
+    ),
+}
+"""``peers``: of others, as they come and with memory kept as Argonne's launcher has it. ``options``: what that and sums
+in shared memory are worth."""
 
 CHECKED_STEPS = 5
 """The first steps, whose losses must be equal; they warm every process up as well."""
@@ -62,6 +92,8 @@ TOLERANCE = 1e-4
 class Flags:
     """What to train, and how often."""
 
+    contest: Literal["peers", "options"] = "peers"
+    """Who takes part."""
     layers: int = 8
     """Transformer blocks."""
     hidden: int = 256
@@ -82,8 +114,8 @@ class Flags:
     """Turns of each contestant."""
     steps_per_round: int = 4
     """Timed steps in a turn; one more before them is not timed."""
-    output: Path = Path(__file__).parent / "results" / "tp_peers_cpu.json"
-    """The JSON to write."""
+    output: Path | None = None
+    """The JSON to write [benchmarks/results/tp_<contest>_cpu.json]."""
 
     def config(self) -> ArgonneConfig:
         """The model. Raises ``ArgonneError`` for what some contestant could not train."""
@@ -100,7 +132,7 @@ class Flags:
             max_position_embeddings=self.sequence,
             tie_word_embeddings=False,
         )
-        for contestant in CONTESTANTS:
+        for contestant in CONTESTS[self.contest].contestants:
             config.check_layout(contestant.layout)
         for field in ("kv_heads", "vocab"):  # Argonne shares these out unevenly too; DTensor's plan does not
             if getattr(self, field) % 2:
@@ -135,7 +167,8 @@ class Team:
         self.pipes: list[Connection] = []
         self.processes = []
         # OpenMP and MKL read it when the process starts.
-        os.environ["OMP_NUM_THREADS"] = str(contestant.threads)
+        variables = {"OMP_NUM_THREADS": str(contestant.threads), **contestant.variables}
+        os.environ.update(variables)
         spawn = multiprocessing.get_context("spawn")
         for rank in range(contestant.layout.world_size):
             ours, theirs = spawn.Pipe()
@@ -144,6 +177,8 @@ class Team:
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
+        for name in contestant.variables:
+            del os.environ[name]
 
     def ready(self) -> None:
         """Wait until every process has its model."""
@@ -204,7 +239,7 @@ def teams(flags: Flags) -> Iterator[list[Team]]:
     with tempfile.TemporaryDirectory() as folder:
         found: list[Team] = []
         try:
-            found += (Team(contestant, flags, Path(folder)) for contestant in CONTESTANTS)
+            found += (Team(each, flags, Path(folder)) for each in CONTESTS[flags.contest].contestants)
             for team in found:
                 team.ready()
             yield found
@@ -213,21 +248,21 @@ def teams(flags: Flags) -> Iterator[list[Team]]:
                 team.stop()
 
 
-def check_losses(losses: dict[str, list[float]]) -> float:
-    """The largest relative difference from the dense losses. Raises ``ArgonneError`` if it is not rounding."""
+def check_losses(losses: dict[str, list[float]], control: str) -> float:
+    """The largest relative difference from the losses of ``control``. Raises ``ArgonneError`` if it is not rounding."""
     worst = 0.0
     for name, own in losses.items():
-        for step, (loss, expected) in enumerate(zip(own, losses[DENSE], strict=True), start=1):
+        for step, (loss, expected) in enumerate(zip(own, losses[control], strict=True), start=1):
             difference = abs(loss - expected) / abs(expected)
             if not difference <= TOLERANCE:  # so that NaN is refused too
                 raise ArgonneError(
-                    f"the loss of step {step} is {loss:.6f} of {name!r}, but {expected:.6f} of {DENSE!r}"
+                    f"the loss of step {step} is {loss:.6f} of {name!r}, but {expected:.6f} of {control!r}"
                 )
             worst = max(worst, difference)
     return worst
 
 
-def summarise(turns: dict[str, list[Turn]]) -> dict[str, dict[str, Any]]:
+def summarise(turns: dict[str, list[Turn]], controls: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Medians over the rounds; a ratio is taken within each round first."""
     rates = {name: [turn.tokens_per_second for turn in own] for name, own in turns.items()}
 
@@ -236,8 +271,7 @@ def summarise(turns: dict[str, list[Turn]]) -> dict[str, dict[str, Any]]:
 
     return {
         name: {
-            "ratio_to_dtensor": ratio(own, rates[CONTROL]),
-            "ratio_to_dense": ratio(own, rates[DENSE]),
+            **{f"ratio_to_{word}": ratio(own, rates[control]) for word, control in controls.items()},
             "tokens_per_second": {"median": median(own), "best": max(own), "rounds": own},
             "cpu_seconds_per_step": median(turn.cpu_seconds for turn in turns[name]),
         }
@@ -245,37 +279,38 @@ def summarise(turns: dict[str, list[Turn]]) -> dict[str, dict[str, Any]]:
     }
 
 
-def show(found: dict[str, dict[str, Any]], machine: dict[str, Any], rounds: int) -> None:
+def show(found: dict[str, dict[str, Any]], controls: Mapping[str, str], machine: dict[str, Any], rounds: int) -> None:
     """The table."""
     print(f"\n{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}; medians of {rounds} rounds")
     rows = [
         (
             name,
-            f"{own['ratio_to_dtensor']:.2f}",
-            f"{own['ratio_to_dense']:.2f}",
+            *(f"{own[f'ratio_to_{word}']:.2f}" for word in controls),
             f"{own['tokens_per_second']['median']:,.0f}",
             f"{own['tokens_per_second']['best']:,.0f}",
             f"{own['cpu_seconds_per_step']:.2f}",
         )
         for name, own in found.items()
     ]
-    print(table(("", f"x {CONTROL}", f"x {DENSE}", "tokens/s", "best", "CPU s/step"), rows))
+    print(table(("", *(f"x {control}" for control in controls.values()), "tokens/s", "best", "CPU s/step"), rows))
 
 
 def main(flags: Flags) -> None:
     """Check, measure, print the table and write the JSON."""
-    config = flags.config()
+    config, contest = flags.config(), CONTESTS[flags.contest]
+    controls, output = contest.controls, flags.output or Path(__file__).parent / "results" / contest.file
+    *_, last = controls.values()
     try:
-        flags.output.parent.mkdir(parents=True, exist_ok=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ArgonneError(f"output={str(flags.output)!r} cannot be written: {error.strerror}") from None
+        raise ArgonneError(f"output={str(output)!r} cannot be written: {error.strerror}") from None
     machine = environment(torch.device("cpu"))
     if (machine["cores"] or 1) < 2:
         print("warning: one core for two ranks; the figures will say little of tensor parallelism", flush=True)
     with teams(flags) as all_teams:
         losses = {team.name: team.train(CHECKED_STEPS - 1, 1)[0] for team in all_teams}
-        worst = check_losses(losses)
-        way = f"{losses[DENSE][0]:.4f} -> {losses[DENSE][-1]:.4f}"
+        worst = check_losses(losses, last)
+        way = f"{losses[last][0]:.4f} -> {losses[last][-1]:.4f}"
         print(f"the first {CHECKED_STEPS} losses of all are equal: {way}, within {worst:.0e} relative", flush=True)
         turns: dict[str, list[Turn]] = {team.name: [] for team in all_teams}
         for number in range(flags.rounds):
@@ -284,8 +319,8 @@ def main(flags: Flags) -> None:
                 turns[team.name].append(team.train(1, flags.steps_per_round)[1])
             rates = ", ".join(f"{name} {own[-1].tokens_per_second:,.0f}" for name, own in turns.items())
             print(f"round {number + 1} of {flags.rounds}, tokens/s: {rates}", flush=True)
-    found = summarise(turns)
-    show(found, machine, flags.rounds)
+    found = summarise(turns, controls)
+    show(found, controls, machine, flags.rounds)
     report = {
         "benchmark": "tp_peers",
         "environment": machine,
@@ -297,8 +332,8 @@ def main(flags: Flags) -> None:
         "largest_relative_loss_difference": worst,
         "contestants": {name: {**own, "losses": losses[name]} for name, own in found.items()},
     }
-    write_json(flags.output, report)
-    print(f"\nwritten: {flags.output}")
+    write_json(output, report)
+    print(f"\nwritten: {output}")
 
 
 if __name__ == "__main__":

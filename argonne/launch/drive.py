@@ -67,7 +67,7 @@ def drive(
         processes = flags.processes()
     check(config, processes)
     if not launched and (processes > 1 or flags.restarts):
-        launch(processes, flags.restarts)
+        launch(processes, flags.restarts, on_gpus=flags.gpus > 0)
     elif status := main(config):
         leave_for_good(status)
 

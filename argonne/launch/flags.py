@@ -56,6 +56,11 @@ class LaunchFlags:
         """Times to start all processes again when one fails."""
         return 0
 
+    @property
+    def gpus(self) -> int:
+        """How many there are for the processes."""
+        return 0 if self.device == "cpu" else torch.cuda.device_count()
+
     def check(self) -> None:
         """Raise ``ArgonneError`` for a number that is not legal."""
         if self.nproc is not None:
@@ -64,7 +69,7 @@ class LaunchFlags:
 
     def processes(self) -> int:
         """How many processes to start on this machine. Raises ``ArgonneError`` when there are too few GPUs for them."""
-        gpus = 0 if self.device == "cpu" else torch.cuda.device_count()
+        gpus = self.gpus
         if gpus and self.nproc is not None and self.nproc > gpus:
             raise ArgonneError(
                 f"nproc={self.nproc} is more than this machine's GPUs; legal: 1 to {gpus}, or --device cpu"

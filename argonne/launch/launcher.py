@@ -11,6 +11,7 @@ import uuid
 from typing import NoReturn
 
 import argonne
+from argonne.launch.allocation import keep_freed_memory
 from argonne.launch.refusal import FINAL, leave, log
 from argonne.launch.signals import STOP, heeded
 from argonne.parallel.communication.environment import RESTARTS_LEFT, STARTED_AT
@@ -18,8 +19,8 @@ from argonne.parallel.errors import ArgonneError
 from argonne.parent import PARENT
 
 
-def launch(processes: int, max_restarts: int) -> None:
-    """Start this same command as ``processes`` ranks, and wait for them.
+def launch(processes: int, max_restarts: int, *, on_gpus: bool) -> None:
+    """Start this same command as ``processes`` ranks, on GPUs or on CPUs, and wait for them.
 
     When a rank fails, all are started again, at most ``max_restarts`` times. The loop is here and not in the
     agent because the agent would also repeat what was refused, and would not say what happened.
@@ -39,6 +40,8 @@ def launch(processes: int, max_restarts: int) -> None:
     # Ranks that share a CPU must not each start a thread for every core.
     if not os.environ.get("OMP_NUM_THREADS"):
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
+    if not on_gpus:
+        keep_freed_memory(os.environ)
     try:
         # The agent, which does the same once it has ranks to hand the signal to, comes too late for those at the start.
         for number in heeded():

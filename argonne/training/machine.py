@@ -13,7 +13,7 @@ import torch
 from argonne.parallel.errors import ArgonneError
 
 GIB = 2**30
-_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
 _PROC = Path("/proc")
 _GROUPS = Path("/sys/fs/cgroup")
 
@@ -44,10 +44,13 @@ def return_large_blocks() -> None:
     """Have memory of a megabyte and more go back to the system as soon as a tensor is freed, where glibc allocates it.
 
     As it comes, glibc keeps what it thinks will be wanted again, up to 32 MB at a time: a process may then have twice
-    what its tensors need.
+    what its tensors need. One that was started to keep more (``argonne/launch/allocation.py``) does not from here on.
     """
     with suppress(OSError, AttributeError):  # another library
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
+        library = ctypes.CDLL(None)
+        library.mallopt(_MMAP_THRESHOLD, 1 << 20)
+        library.mallopt(_TRIM_THRESHOLD, 1 << 20)
+        library.malloc_trim(0)
 
 
 def limit_gpu(device: torch.device, gib: float) -> None:

@@ -13,6 +13,7 @@ import torch
 
 import argonne.launch
 from argonne.launch import LaunchFlags, RestartFlags, drive
+from argonne.launch.allocation import KEEPING, keep_freed_memory
 from argonne.launch.refusal import reports_loss
 from argonne.parallel import ArgonneError, Layout, ProcessGroups
 from argonne.parallel.communication.environment import RESTARTS_LEFT
@@ -41,9 +42,12 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """The processes and the restarts of each launch, none of which is made."""
     calls: list[tuple[int, int]] = []
-    monkeypatch.setattr(
-        sys.modules[drive.__module__], "launch", lambda processes, restarts: calls.append((processes, restarts))
-    )
+
+    def launch(processes: int, restarts: int, *, on_gpus: bool) -> None:
+        assert on_gpus == (torch.cuda.device_count() > 0)
+        calls.append((processes, restarts))
+
+    monkeypatch.setattr(sys.modules[drive.__module__], "launch", launch)
     return calls
 
 
@@ -67,6 +71,16 @@ def test_one_process_that_is_to_be_started_again_is_started_too(started: list[tu
     assert started == [(1, 2)]
 
 
+def test_ranks_keep_what_they_free_unless_their_environment_says_how_they_allocate() -> None:
+    environment = {"PATH": "/bin"}
+    keep_freed_memory(environment)
+    assert environment == {"PATH": "/bin", **KEEPING}
+    for name in ("GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "LD_PRELOAD"):
+        own = {name: "of the user"}
+        keep_freed_memory(own)
+        assert own == {name: "of the user"}
+
+
 def test_every_gpu_has_a_process_unless_the_device_is_the_cpu(
     started: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,7 +88,6 @@ def test_every_gpu_has_a_process_unless_the_device_is_the_cpu(
     assert driven(LaunchFlags()) == [4]
     assert driven(TwoOnCpu()) == [4]
     assert driven(LaunchFlags(device="cpu")) == [1, Config(LaunchFlags(device="cpu"))]
-    assert driven(LaunchFlags(device="cpu", nproc=9)) == [9]
     with pytest.raises(ArgonneError, match="nproc=5 is more than this machine's GPUs; legal: 1 to 4, or --device cpu"):
         driven(LaunchFlags(nproc=5))
 

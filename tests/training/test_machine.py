@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
+
+from argonne.launch.allocation import KEEPING
 
 # Once a block of that size has been freed, glibc takes such blocks from the heap, where they cannot go back to the
 # system while anything lies behind them.
@@ -29,11 +32,16 @@ print(resident_bytes() - before >> 20)
 """
 
 
+def command(word: str) -> list[str]:
+    return [sys.executable, "-c", BLOCKS, word]
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another library allocates")
 def test_large_blocks_go_back_to_the_system_as_they_are_freed() -> None:
-    kept, returned = (
-        int(subprocess.run([sys.executable, "-c", BLOCKS, word], capture_output=True, check=True, text=True).stdout)
-        for word in ("kept", "returned")
+    kept, returned, told_last = (
+        int(subprocess.run(words, env={**os.environ, **variables}, capture_output=True, check=True, text=True).stdout)
+        for words, variables in ((command("kept"), {}), (command("returned"), {}), (command("returned"), KEEPING))
     )
     assert returned < 16, f"{returned} MiB are still there"
+    assert told_last < 16, f"{told_last} MiB are still there, as the launcher had said"
     assert kept > 64, f"only {kept} MiB were kept: this shows nothing"

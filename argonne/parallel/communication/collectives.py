@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from argonne.parallel.communication import recording
-from argonne.parallel.communication.groups import Axis
+from argonne.parallel.communication.groups import Axis, Exchanges
 from argonne.parallel.communication.isolation import is_isolated
 from argonne.parallel.errors import ArgonneError
 
@@ -63,6 +63,8 @@ def start_all_reduce(tensor: Tensor, axis: Axis, site: str | None = None, *, wai
     if wait and axis.shared is not None and axis.shared.fits(tensor):
         axis.shared.sum(tensor)
         return Pending(tensor, None, entry)
+    if (sums := _sums(axis)) is not None:
+        return Pending(tensor, sums.sum(tensor), entry)
     work = dist.all_reduce(tensor, group=axis.group, async_op=not wait)
     return Pending(tensor, work, entry)
 
@@ -85,10 +87,16 @@ def start_all_gather(
     if wait and axis.shared is not None and axis.shared.fits(tensor):
         axis.shared.gather(tensor, result)
         return Pending(result, None, entry)
+    if (sums := _sums(axis)) is not None:
+        return Pending(result, sums.gather(tensor, result), entry)
     if into is not None and tensor.device.type == "cpu":
         return Pending(result, _Sends(result, tensor, axis), entry)
     work = _all_gather_tensor(result, tensor, group=axis.group, async_op=not wait)
     return Pending(result, work, entry)
+
+
+def _sums(axis: Axis) -> Exchanges | None:
+    return None if is_isolated() else axis.sums
 
 
 class _Sends:
@@ -156,6 +164,8 @@ def start_reduce_scatter(tensor: Tensor, axis: Axis, site: str | None = None, *,
         return Pending(result, in_graph=True)
     result = tensor.new_empty((tensor.shape[0] // axis.size, *tensor.shape[1:]))
     entry = recording.announce("reduce_scatter", axis, tensor, site, is_async=not wait)
+    if (sums := _sums(axis)) is not None:
+        return Pending(result, sums.sum_and_scatter(tensor, result), entry)
     work = _reduce_scatter_tensor(result, tensor, group=axis.group, async_op=not wait)
     return Pending(result, work, entry)
 

@@ -37,6 +37,30 @@ class SmallExchanges(Protocol):
         """Overwrite ``tensor`` with that of rank ``source``."""
 
 
+class Waited(Protocol):
+    """What has been begun."""
+
+    def wait(self) -> object:
+        """Until it is done."""
+        ...
+
+
+class Exchanges(Protocol):
+    """What exchanges tensors of any length faster than a collective, and lets other work run beside."""
+
+    def sum(self, tensor: Tensor) -> Waited:
+        """Begin to overwrite ``tensor`` with the sum over the ranks, the same on all of them."""
+        ...
+
+    def sum_and_scatter(self, tensor: Tensor, into: Tensor) -> Waited:
+        """Begin to fill ``into`` with this rank's equal part of the sum of ``tensor`` over the ranks."""
+        ...
+
+    def gather(self, tensor: Tensor, into: Tensor) -> Waited:
+        """Begin to fill ``into`` with every rank's ``tensor``, in rank order."""
+        ...
+
+
 @dataclass(frozen=True)
 class Axis:
     """One process's view of the processes it works with along one axis of the layout."""
@@ -54,6 +78,8 @@ class Axis:
     """Canonical blocks of the whole axis, where its sums are trees; None: as many as ranks."""
     shared: SmallExchanges | None = None
     """How members that share memory exchange what is small (``shared_memory.py``); None: as all else."""
+    sums: Exchanges | None = None
+    """How members that share memory add and gather (``shared_sums.py``); None: in collectives."""
 
     @property
     def own_blocks(self) -> int:

@@ -5,7 +5,8 @@ generated token needs two for each layer: they would take as long as the layer's
 where all can read it, waits until the others have, and reads theirs. Sums are in the order of the ranks, so that all
 get the same.
 
-It waits in a loop, which is right where the others are about to come, as in generation; training does not use this.
+It waits in a loop, which is right where the others are about to come, as in generation; training has
+``shared_sums.py``.
 """
 
 from __future__ import annotations
@@ -109,13 +110,14 @@ class SharedMemory:
                 continue
             time.sleep(_LOOKS_EVERY)
             # In this order: a rank that has ended and has not written its part never will.
-            ended = _has_ended(self._processes[other])
+            ended = has_ended(self._processes[other])
             if (ended or waited > _PATIENCE) and written[other] < count:
                 how = "has ended" if ended else f"has not come within {_PATIENCE:g} s"
                 raise dist.DistError(f"rank {self._names[other]} {how}")
 
 
-def _has_ended(process: int) -> bool:
+def has_ended(process: int) -> bool:
+    """Whether the process of that descriptor has."""
     looks = select.poll()
     looks.register(process, select.POLLIN)
     return bool(looks.poll(0))
@@ -137,9 +139,17 @@ def sharing_memory(groups: ProcessGroups) -> ProcessGroups:
 
 def share_memory(axis: Axis) -> SharedMemory | None:
     """Memory for the exchanges of an axis, where its ranks can have it; else None on all of them (collective)."""
+    found = map_together(axis, SharedMemory.bytes(axis.size))
+    return None if found is None else SharedMemory(found[0], axis, found[1])
+
+
+def map_together(axis: Axis, size: int) -> tuple[mmap.mmap, list[int]] | None:
+    """``size`` bytes that the ranks of an axis share, zeros at first, and a descriptor of each of their processes.
+
+    None on all of them where one cannot have it (collective).
+    """
     if axis.group is None or "" in (found := set(gather_objects(_numbering(), axis))) or len(found) > 1:
         return None
-    size = SharedMemory.bytes(axis.size)
     name = None
     if axis.rank == 0:
         with contextlib.suppress(OSError):
@@ -156,7 +166,7 @@ def share_memory(axis: Axis) -> SharedMemory | None:
     all_have = all(gather_objects(memory is not None, axis))
     if axis.rank == 0 and name is not None:
         os.unlink(name)  # the memory stays as long as somebody has it
-    return SharedMemory(memory, axis, processes) if memory is not None and all_have else None
+    return (memory, processes) if memory is not None and all_have else None
 
 
 def _numbering() -> str:
