@@ -68,6 +68,7 @@ class Corpora:
         flags: DataFlags,
         seed: int,
         saved: RunIdentity | None = None,
+        whole: bool = True,
     ) -> Corpora:
         """Find the shards and read their footers.
 
@@ -76,6 +77,7 @@ class Corpora:
             seed: of the order of ``--no-streaming``.
             saved: the identity of the run that is continued, if one is. With ``on_bad_shard="skip"`` what it
                 had to do without stays away, and what can be opened no more keeps its place.
+            whole: False does not read through what has no footer: for a look at what can be refused.
 
         Raises:
             DataError: a glob matches nothing, or a shard cannot be read.
@@ -90,14 +92,14 @@ class Corpora:
                 paths = find_shards(each.globs)
                 on_bad, column = flags.on_bad_shard, flags.text_column
                 if restored:
-                    shards = restore(listings[number], paths, "skip", column)
+                    shards = restore(listings[number], paths, "skip", column, whole)
                 else:
-                    shards = open_shards(paths, on_bad, column)
+                    shards = open_shards(paths, on_bad, column, whole)
             parts.append(Corpus(each.weight, shards, each.globs))
         validation: tuple[Shard, ...] = ()
         if flags.validation_glob:
             with naming("validation_glob", flags.validation_glob):
-                validation = open_shards(find_shards(flags.validation_glob), column=flags.text_column)
+                validation = open_shards(find_shards(flags.validation_glob), "raise", flags.text_column, whole)
         return cls(tuple(parts), validation, flags, seed, saved.lanes, restored)
 
     @functools.cached_property

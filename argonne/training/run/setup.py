@@ -27,6 +27,7 @@ from argonne.training.run.directory import require_same
 from argonne.training.run.identity import RunIdentity
 from argonne.training.run.job import log
 from argonne.training.run.kept_tokenizer import fallback_tokenizer, from_json
+from argonne.training.run.line_counts import share_counts
 from argonne.training.run.model import ModelBuilder, ModelOfRun, argonne_model, own_model
 from argonne.training.run.probe import require_facts
 from argonne.training.run.shape import shape_of
@@ -115,6 +116,7 @@ def with_tokens(config: RunConfig, workload: Workload, groups: ProcessGroups) ->
 
 def open_corpora(config: RunConfig, groups: ProcessGroups, saved: RunIdentity | None) -> Corpora:
     """The data of a run, the same on every rank (collective): what one cannot open, none reads."""
+    share_counts(config.data, groups)
     data = collectively(lambda: Corpora.open(config.data, config.training.seed, saved), groups.world)
     found = gather_objects(data.quarantined, groups.world)
     # The first rank's reason stands where several have one.
