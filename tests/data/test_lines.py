@@ -17,7 +17,7 @@ from argonne.data import DataError, SequenceStream, Shard, find_shards, open_sha
 from argonne.data.corpus import line_files, lines
 from argonne.data.corpus.documents import read_documents
 from argonne.data.corpus.line_files import Streams
-from argonne.data.corpus.lines import BROKEN
+from argonne.data.errors import BROKEN
 from argonne.data.tokens.filters import rejection
 
 SUFFIXES = ["jsonl", "jsonl.gz", "jsonl.zst"]

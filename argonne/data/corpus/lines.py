@@ -7,13 +7,14 @@ be read is ``BROKEN``, and shifts no row behind it.
 
 from __future__ import annotations
 
-import enum
 import json
 from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+
+from argonne.data.errors import BROKEN
 
 GROUP_BYTES = 1 << 20
 """Small enough for each lane to hold a row group of its own."""
@@ -25,16 +26,6 @@ _SPACE = b" \t\r\n"
 
 Column = str | tuple[str, ...]
 """The column whose texts are the rows; or several of any type, of which each row is a ``dict``."""
-
-
-class Unusable(enum.Enum):
-    """What stands in place of a row that cannot be had."""
-
-    BROKEN = "broken"
-    """No JSON, no object, or no valid Unicode."""
-
-
-BROKEN = Unusable.BROKEN
 
 
 class Lines:

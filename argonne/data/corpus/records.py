@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from argonne.data.corpus.lines import BROKEN
+from argonne.data.errors import BROKEN
 
 # Columns that hold text, and the same bytes without the promise that they are UTF-8. Some writers leave the
 # promise out: their columns are binary, and read as text too.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from argonne.data.corpus.lines import BROKEN
+from argonne.data.errors import BROKEN
 from argonne.parallel.legal import require_share, require_whole
 
 TokenIds = npt.NDArray[np.int32]
