@@ -19,6 +19,8 @@ from argonne.data.corpus.documents import read_documents
 from argonne.data.corpus.line_files import Streams
 from argonne.data.errors import BROKEN
 from argonne.data.tokens.filters import rejection
+from tests.data.files import build
+from tests.data.files import content as content_of
 
 SUFFIXES = ["jsonl", "jsonl.gz", "jsonl.zst"]
 
@@ -45,7 +47,6 @@ LINES: list[tuple[bytes, object]] = [
     (b'"text"', BROKEN),
     (b"text", BROKEN),
     (b"[" * 100_000, BROKEN),
-    (b'{"n": ' + b"1" * 10_000 + b"}", BROKEN),
     (b"\0", BROKEN),
 ]
 BLANK = [b"", b"\r", b" \t ", b"\r\r"]
@@ -208,14 +209,19 @@ def test_a_nested_text_that_is_no_unicode_makes_its_row_unusable(tmp_path: Path)
 def test_a_compressed_file_is_decoded_about_once_by_lanes_that_are_apart(
     tmp_path: Path, small, tokenizer, corpus_of, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where lanes are many row groups apart; and what they deliver is that of the plain file."""
+    """Also where lanes are many row groups apart; and what they deliver is that of the plain file, and of Parquet."""
     monkeypatch.setattr(lines, "GROUP_BYTES", 2000)
     ((texts,),) = corpus_of([[400]], seed=5, rejected=0.1)
+    columns = tmp_path / "a.parquet"
     content = b"\n".join(json.dumps({"text": text}).encode() for text in texts)
     plain = open_shards([write(tmp_path / "a.jsonl", content)])
     packed = open_shards([write(tmp_path / "a.jsonl.gz", content)])
     count = len(plain[0].rows)
     assert count > 30
+    with pq.ParquetWriter(columns, pa.schema([("text", pa.string())])) as file:
+        for rows in plain[0].rows:
+            file.write_table(pa.table({"text": texts[:rows]}))
+            texts = texts[rows:]
     decoded, made = 0, line_files.groups
 
     def counted(*args):
@@ -225,15 +231,39 @@ def test_a_compressed_file_is_decoded_about_once_by_lanes_that_are_apart(
             yield data
 
     monkeypatch.setattr(line_files, "groups", counted)
-    here, there = (SequenceStream(shards, tokenizer, 30, 8, None, range(8)) for shards in (plain, packed))
+    kinds = (open_shards([columns]), plain, packed)
+    streams = [SequenceStream(shards, tokenizer, 30, 8, None, range(8)) for shards in kinds]
     for number in range(150):
         lane = number % 8 if number % 3 else 2  # one is ahead
-        assert here.next_sequence(lane).tokens.tolist() == there.next_sequence(lane).tokens.tolist()
-    passes = max(there.state(lane).position.epoch for lane in range(8)) + 1
+        one, *others = [stream.next_sequence(lane).tokens.tolist() for stream in streams]
+        assert others == [one, one]
+    passes = max(streams[-1].state(lane).position.epoch for lane in range(8)) + 1
     assert decoded <= 2 * count * passes
     decoded = 0
     assert list(read_documents([str(tmp_path / "a.jsonl.gz")])) == list(read_documents([str(tmp_path / "a.jsonl")]))
     assert decoded <= 2 * count + 2
+
+
+def test_tokens_made_beforehand_are_those_of_the_same_rows_in_parquet(tmp_path: Path, small, tokenizer) -> None:
+    texts = [f"a text of some length, which is number {number} of all of them" for number in range(40)]
+    content = b"broken\n".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+    pq.write_table(pa.table({"text": [each for text in texts for each in (text, None)][:-1]}), tmp_path / "a.parquet")
+    made = [write(tmp_path / f"a.{suffix}", content) for suffix in SUFFIXES]
+    caches = [build(open_shards([path]), tokenizer, tmp_path / path.suffix) for path in (tmp_path / "a.parquet", *made)]
+    tokens = [
+        b"".join(files[name] for name in sorted(files) if name.endswith(".bin"))
+        for files in (content_of(c.path) for c in caches)
+    ]
+    assert len(set(tokens)) == 1
+    assert [dict(cache.dropped) for cache in caches] == [{"not_text": 39}] + [{"broken": 39}] * 3
+
+
+def test_a_file_that_grows_keeps_its_row_groups_but_the_last(tmp_path: Path, small) -> None:
+    content = b"".join(json.dumps({"text": "x" * (number % 50)}).encode() + b"\n" for number in range(60))
+    before = open_shard(write(tmp_path / "a.jsonl", content)).rows
+    after = open_shard(write(tmp_path / "a.jsonl", content + content)).rows
+    assert after[: len(before) - 1] == before[:-1]
+    assert sum(after) == 2 * sum(before)
 
 
 def test_directories_stand_for_json_lines_where_nothing_else_is_in_them(tmp_path: Path) -> None:

@@ -152,7 +152,9 @@ def read_lines(
 def opened(location: Location, compression: str | None) -> Any:
     """The lines of a file, decompressed."""
     source = open_source(location)
-    return source if compression is None else pa.CompressedInputStream(source, compression)
+    if compression is None:
+        return source
+    return pa.CompressedInputStream(pa.BufferedInputStream(source, 1 << 20), compression)
 
 
 def _key(location: Location, size: int) -> Key:

@@ -14,6 +14,7 @@ from argonne.launch.flags import RestartFlags
 from argonne.launch.values import as_now, typed
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import DataFlags, ModelFlags, RunConfig, RunFlags, TrainingFlags
+from argonne.training.eval_globs import absolute
 from argonne.training.layout_flags import ParallelFlags
 
 Flags = TypeVar("Flags")
@@ -35,6 +36,8 @@ def flags_to_json(config: RunConfig) -> dict[str, Any]:
         if flags["data"][name] is not None:
             globs = flags["data"][name]
             flags["data"][name] = [glob if is_url(glob) else os.path.abspath(glob) for glob in globs]
+    if flags["data"]["eval"] is not None:
+        flags["data"]["eval"] = absolute(flags["data"]["eval"])
     return flags
 
 

@@ -35,7 +35,7 @@ def _local_lines(flags: DataFlags) -> list[Location]:
     """The shards that may be JSON lines."""
     globs = [glob for each in parse_globs(flags.data_glob or ()) for glob in each.globs]
     paths: list[Location] = []
-    for glob in [*globs, *(flags.validation_glob or ())]:
+    for glob in [*globs, *(flags.validation_glob or ()), *flags.named_globs.values()]:
         try:
             paths += find_shards([glob])
         except DataError:
