@@ -1,4 +1,4 @@
-"""Five ways from Parquet shards to batches of token ids, for ``benchmarks/data_pipeline.py``.
+"""Several ways from text in Parquet or JSON lines to batches of token ids, for ``benchmarks/data_pipeline.py``.
 
 Each is told to `prepare` for the same documents, and then takes turns: one pass over them each time. Rows that the
 pipeline drops are dropped by all, by the same functions.
@@ -7,6 +7,7 @@ pipeline drops are dropped by all, by the same functions.
 from __future__ import annotations
 
 import itertools
+import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from argonne.data import (
@@ -79,11 +81,14 @@ class Contestant:
     """Opens files, starts threads, and warms up."""
 
 
-def pipeline(fast: bool) -> Callable[[Job], Ready]:
-    """Argonne, as a training run uses it: sequences of every lane, in batches that a thread prepares."""
+def pipeline(fast: bool, lines: str = "") -> Callable[[Job], Ready]:
+    """Argonne, as a training run uses it: sequences of every lane, in batches that a thread prepares.
+
+    ``lines`` is the suffix of JSON lines that are read in place of Parquet.
+    """
 
     def prepare(job: Job) -> Ready:
-        shards = open_shards(job.shards)
+        shards = open_shards(as_lines(job, lines) if lines else job.shards)
         rows = sum(sum(shard.rows) for shard in shards)
         lanes = default_lanes(rows)
         tokenizer = load_tokenizer(job.tokenizer)
@@ -105,6 +110,21 @@ def pipeline(fast: bool) -> Callable[[Job], Ready]:
         return Ready(turn, shared_encoder(tokenizer).reason if fast else None, prefetcher.close)
 
     return prepare
+
+
+def as_lines(job: Job, suffix: str) -> list[Path]:
+    """The shards as JSON lines, written beside the tokenizer."""
+    folder = job.tokenizer / suffix
+    folder.mkdir()
+    written = []
+    for path in job.shards:
+        written.append(folder / f"{path.stem}.{suffix}")
+        compression = {"jsonl": None, "jsonl.gz": "gzip", "jsonl.zst": "zstd"}[suffix]
+        with pa.output_stream(written[-1], compression=compression) as file:
+            for texts in _row_lists([path]):
+                rows = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+                file.write("".join(rows).encode())
+    return written
 
 
 def tokenizer_alone(fast: bool) -> Callable[[Job], Ready]:
@@ -179,10 +199,14 @@ def plain_loop(job: Job) -> Ready:
 
 FAST, SLOW = "argonne, fast path", "argonne"
 FAST_ALONE, SLOW_ALONE = "tokenizer alone, fast path", "tokenizer alone"
+LINES, GZIP, ZSTD = (f"{FAST}, {suffix}" for suffix in ("jsonl", "jsonl.gz", "jsonl.zst"))
 DATASETS, LOOP = "datasets, streaming map", "tokenizer(list) loop"
 CONTESTANTS = (
     Contestant(FAST, pipeline(fast=True)),
     Contestant(SLOW, pipeline(fast=False)),
+    Contestant(LINES, pipeline(fast=True, lines="jsonl")),
+    Contestant(GZIP, pipeline(fast=True, lines="jsonl.gz")),
+    Contestant(ZSTD, pipeline(fast=True, lines="jsonl.zst")),
     Contestant(FAST_ALONE, tokenizer_alone(fast=True)),
     Contestant(SLOW_ALONE, tokenizer_alone(fast=False)),
     Contestant(DATASETS, datasets_map),

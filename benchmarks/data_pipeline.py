@@ -3,7 +3,7 @@
 ``python benchmarks/data_pipeline.py`` builds the corpus (``benchmarks/data_corpus.py``, once) and takes about twenty
 minutes on two cores. Every contestant has a process of its own that delivers the same documents; they take turns, one
 at a time, a pass over the corpus each, and each ratio is of one round, so that a slow minute of the machine falls on
-all of them. The two fast ones take several turns in a round, alternately. Memory is what the system says of the
+all of them. The fast ones take several turns in a round, alternately. Memory is what the system says of the
 process, ten times a second of its turns.
 """
 
@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script, i
 from argonne.data import find_shards, open_shard, open_shards, read_texts, tokenizer_fingerprint
 from argonne.launch import HomeText, guarded, parse
 from argonne.parallel import ArgonneError
-from benchmarks.data_contestants import CONTESTANTS, DATASETS, FAST, FAST_ALONE, Contestant, Job
+from benchmarks.data_contestants import CONTESTANTS, DATASETS, FAST, FAST_ALONE, LINES, Contestant, Job
 from benchmarks.data_corpus import DEFAULT_FOLDER, build
 from benchmarks.data_report import Record, show, summarise
 from benchmarks.data_tokenizer import choose_tokenizer
@@ -61,8 +61,15 @@ class Flags:
     """Rounds, in which each contestant has its turn."""
     pairs: int = 3
     """Turns in a round of the fast path and of its tokenizer alone."""
+    only: tuple[str, ...] | None = None
+    """Contestants, by their names or words in them [all]."""
     output: Path = Path(__file__).parent / "results" / "data_pipeline_cpu.json"
     """The JSON to write."""
+
+    @property
+    def chosen(self) -> tuple[Contestant, ...]:
+        """The contestants that ``only`` names."""
+        return tuple(c for c in CONTESTANTS if self.only is None or any(word in c.name for word in self.only))
 
     def check(self) -> None:
         """Raise ``ArgonneError`` for a value that is not legal."""
@@ -71,6 +78,9 @@ class Flags:
                 raise ArgonneError(f"{name}={getattr(self, name)} is not legal; legal: 1 or more")
         if self.megabytes is not None and not self.megabytes > 0:
             raise ArgonneError(f"megabytes={self.megabytes} is not legal; legal: more than 0")
+        if self.only is not None and not self.chosen:
+            names = ", ".join(contestant.name for contestant in CONTESTANTS)
+            raise ArgonneError(f"only={' '.join(self.only)!r} names no contestant; legal: words of {names}")
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -182,12 +192,12 @@ def run(flags: Flags) -> None:
         tokenizer = choose_tokenizer(flags.tokenizer, paths)
         tokenizer.save_pretrained(folder)
         job = Job(paths, Path(folder), flags.block_size, flags.sequences)
-        contestants = available()
+        contestants = tuple(each for each in available() if each in flags.chosen)
         records = {contestant.name: Record() for contestant in contestants}
         with runners(contestants, job) as ready:
             reasons = {runner.name: runner.reason for runner in ready}
             for number in range(flags.rounds):
-                quick = [runner for runner in ready if runner.name in (FAST, FAST_ALONE)]
+                quick = [runner for runner in ready if runner.name in (FAST, LINES, FAST_ALONE)]
                 for runner in [*quick * flags.pairs, *(each for each in ready if each not in quick)]:
                     record = records[runner.name]
                     runner.take_turn(record)

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from benchmarks.data_contestants import DATASETS, FAST, FAST_ALONE, LOOP, SLOW, SLOW_ALONE
+from benchmarks.data_contestants import DATASETS, FAST, FAST_ALONE, GZIP, LINES, LOOP, SLOW, SLOW_ALONE, ZSTD
 from benchmarks.report import table
 
-CONTROLS = {"tokenizer_alone": {FAST: FAST_ALONE, SLOW: SLOW_ALONE}, "datasets": DATASETS, "loop": LOOP}
+_ALONE = {**dict.fromkeys((FAST, LINES, GZIP, ZSTD), FAST_ALONE), SLOW: SLOW_ALONE}
+CONTROLS = {"tokenizer_alone": _ALONE, "datasets": DATASETS, "loop": LOOP}
 """What the ratios compare with: the pipeline with the tokenizer that is inside it, all with the others."""
 WARM_UP = 0.1
 """Part of the samples of memory, the first, that tell of its start."""

@@ -1,7 +1,8 @@
-"""The errors of the data pipeline."""
+"""The errors of the data pipeline, and what stands in place of a row that cannot be had."""
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -10,6 +11,16 @@ from argonne.parallel.errors import ArgonneError
 
 class DataError(ArgonneError):
     """A shard, tokenizer, position or batch that cannot be used, named in one line."""
+
+
+class Unusable(enum.Enum):
+    """What stands in place of a row that cannot be had."""
+
+    BROKEN = "broken"
+    """No JSON, no object, or no valid Unicode."""
+
+
+BROKEN = Unusable.BROKEN
 
 
 def one_line(error: BaseException) -> str:

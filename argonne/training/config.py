@@ -16,6 +16,7 @@ from argonne.launch.flags import Given, HomeText, RestartFlags, at_home
 from argonne.models.recompute import Recompute
 from argonne.parallel.errors import ArgonneError
 from argonne.parallel.legal import require_number, require_whole
+from argonne.training.eval_globs import named_globs
 from argonne.training.layout_flags import ParallelFlags
 from argonne.training.model_flags import ModelFlags
 from argonne.training.trace_file import NO_STEPS, TracedSteps
@@ -34,6 +35,11 @@ class DataFlags:
     """Globs of held-out shards, on which the loss is measured at every save [it is not measured]."""
     validation_sequences: int = 64
     """Sequences of the held-out text that are used, from its beginning."""
+    eval: tuple[HomeText, ...] | None = None
+    """Named held-out sets, NAME=GLOB each, of which loss and bits per byte are measured every --eval-interval steps
+    [none]."""
+    eval_sequences: int = 64
+    """Sequences of each named held-out set that are used, from its beginning."""
     tokenizer_path: Path | None = None
     """Directory of a Hugging Face tokenizer [a byte-level BPE of 12,000 is trained on the data]."""
     trust_remote_code: bool = False
@@ -77,6 +83,11 @@ class DataFlags:
     """What values of earlier versions are now."""
 
     @property
+    def named_globs(self) -> dict[str, str]:
+        """The globs of the named held-out sets. Raises ``ArgonneError`` for what is no NAME=GLOB."""
+        return {} if self.eval is None else named_globs(self.eval)
+
+    @property
     def document_filters(self) -> Filters:
         """Which rows become documents, of the held-out text too. Raises ``ArgonneError`` naming a bad threshold."""
         own = Filters(**{f.name: getattr(self, f"filter_{f.name}") for f in fields(Filters)})
@@ -91,6 +102,8 @@ class RunFlags:
     """Directory of the run. Starting again there continues it from its newest valid checkpoint."""
     save_interval: int = 350
     """Steps between checkpoints; each also generates text and measures the held-out loss."""
+    eval_interval: int | None = None
+    """Steps between measurements of the named held-out sets [--save-interval]."""
     sample_tokens: int = 100
     """Tokens of the text that is generated at each checkpoint."""
     keep_checkpoints: int = 50
@@ -104,6 +117,11 @@ class RunFlags:
     trace: str | None = None
     """Steps of which what every module makes, forward and backward, is hashed into trace/: 7, or 1-20, or 1-100:10
     (every tenth), or several of these with commas between [none]."""
+
+    @property
+    def evaluates(self) -> int:
+        """Steps between measurements of the named held-out sets."""
+        return self.save_interval if self.eval_interval is None else self.eval_interval
 
     @property
     def traced_steps(self) -> TracedSteps:
@@ -153,13 +171,21 @@ class RunConfig:
         """Raise ``ArgonneError`` for the first value that no run could use; needs neither data nor peers."""
         d, r = self.data, self.run
         self.training.check()
-        for name in ("block_size", "num_proc", "prefetch_batches", "validation_sequences", "data_lanes"):
+        for name in (
+            "block_size",
+            "num_proc",
+            "prefetch_batches",
+            "validation_sequences",
+            "eval_sequences",
+            "data_lanes",
+        ):
             if (count := getattr(d, name)) is not None:
                 require_whole(name, count, 1)
         require_whole("sample_tokens", r.sample_tokens, 0)
-        for name in ("save_interval", "keep_checkpoints", "log_interval", "stop_at_step"):
+        for name in ("save_interval", "keep_checkpoints", "log_interval", "eval_interval", "stop_at_step"):
             if (count := getattr(r, name)) is not None:
                 require_whole(name, count, 1, MOST_STEPS)
+        _ = d.named_globs  # refuses what is no name, or no glob
         _ = d.document_filters  # refuses what is no threshold
         _ = self.recompute  # refuses what is no choice
         if not d.text_column:

@@ -29,11 +29,12 @@ def held_out_sequences(
     groups: ProcessGroups,
     globs: Sequence[str] | None = None,
     filters: Filters = FILTERS,
+    flag: str = "validation_glob",
 ) -> Tensor:
     """The first sequences of the held-out text, ``[2, sequences, block_size + 1]`` on every rank (collective).
 
     First their ids, then the numbers of their documents. At most ``limit``, read once on the first rank, none twice.
-    ``globs`` are what ``--validation-glob`` said, for messages; ``filters`` say which rows become documents.
+    ``globs`` are what ``flag`` said, for messages; ``filters`` say which rows become documents.
 
     Raises:
         DataError: the text is shorter than one sequence.
@@ -42,7 +43,7 @@ def held_out_sequences(
     def read() -> list[Tensor]:
         if not groups.is_first:
             return []
-        with naming("validation_glob", globs):
+        with naming(flag, globs):
             return read_first()
 
     def read_first() -> list[Tensor]:

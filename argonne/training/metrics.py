@@ -50,6 +50,8 @@ class MetricsLog:
     def __init__(self, path: Path) -> None:
         self.file = AppendedFile(path)
         self.training, self.held_out = Outline(), Outline()
+        self.named: dict[str, tuple[Outline, Outline]] = {}
+        """Loss and bits per byte of each named held-out set."""
 
     def drop_after(self, step: int) -> bool:
         """Forget what an interrupted run wrote past the checkpoint from which it continues; whether it had.
@@ -74,7 +76,7 @@ class MetricsLog:
 
         A number that is not finite (held-out text may have one) is null: JSON has no word for it.
         """
-        plain = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()}
+        plain = _finite(record)
         self._draw(plain)
         self.file.append(json.dumps(plain, allow_nan=False) + "\n")
 
@@ -82,6 +84,18 @@ class MetricsLog:
         for outline, field in ((self.training, "loss"), (self.held_out, "validation_loss")):
             if record.get("tokens") is not None and record.get(field) is not None:
                 outline.add(record["tokens"], float(record[field]))
+        for name, measured in (record.get("eval") or {}).items():
+            outlines = self.named.setdefault(name, (Outline(), Outline()))
+            for outline, field in zip(outlines, ("loss", "bits_per_byte"), strict=True):
+                if record.get("tokens") is not None and measured[field] is not None:
+                    outline.add(record["tokens"], float(measured[field]))
+
+
+def _finite(value: Any) -> Any:
+    """The same, with null for a number that is not finite."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Progress:
@@ -91,7 +105,7 @@ class Progress:
         self.interval = interval
         self.last = last
         self.began, self.first = time.monotonic(), first
-        self.held_out = ""
+        self.held_out = self.named = ""
         self.bar = tqdm(
             total=last,
             initial=first,
@@ -122,13 +136,16 @@ class Progress:
         at = record["data_position"]
         if record["validation_loss"] is not None:
             self.held_out = f" (held-out {record['validation_loss']:.4f})"
+        if record.get("eval"):
+            each = (f"{name} {of['loss']:.4f}, {of['bits_per_byte']:.4f} b/B" for name, of in record["eval"].items())
+            self.named = f" ({'; '.join(each)})"
         # Reading ahead hides the data pipeline; what it does not hide is worth a word.
         share = record["data_wait"] / record["step_time"]
         data = f" | waited {share:.0%} for data" if share >= 0.05 else ""
         mfu = "" if record["mfu"] is None else f" | MFU {record['mfu']:.1%}"
         return (
-            f"step {step:,}/{self.last:,} | loss {record['loss']:.4f}{self.held_out} | {record['tokens']:,} tokens | "
-            f"lr {record['learning_rate']:.2e} | {record['tokens_per_second']:,.0f} tokens/s{data}{mfu} | "
-            f"{record['memory_gib']:.1f} GiB | "
+            f"step {step:,}/{self.last:,} | loss {record['loss']:.4f}{self.held_out}{self.named} | "
+            f"{record['tokens']:,} tokens | lr {record['learning_rate']:.2e} | "
+            f"{record['tokens_per_second']:,.0f} tokens/s{data}{mfu} | {record['memory_gib']:.1f} GiB | "
             f"sample {at['sample']:,}, {at['shard']} row {at['row']} token {at['token']} | ETA {left}"
         )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from argonne.files import replacing
 
@@ -50,8 +52,17 @@ def _outline(points: list[Point]) -> list[Point]:
     return [points[index] for index in sorted(chosen)]
 
 
-def plot_loss(training: Sequence[Point], held_out: Sequence[Point], path: Path, title: str) -> bool:
-    """Draw training and held-out loss (there may be none) against tokens as a PNG; False without matplotlib."""
+def plot_loss(
+    training: Sequence[Point],
+    held_out: Sequence[Point],
+    path: Path,
+    title: str,
+    named: Mapping[str, tuple[Sequence[Point], Sequence[Point]]] = MappingProxyType({}),
+) -> bool:
+    """Draw training and held-out loss (there may be none) against tokens as a PNG; False without matplotlib.
+
+    ``named`` are loss and bits per byte of each named held-out set; the latter are dashed, on an axis of their own.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -63,6 +74,8 @@ def plot_loss(training: Sequence[Point], held_out: Sequence[Point], path: Path, 
     axes.plot(*_columns(training), label="training", color="tab:blue", linewidth=1, alpha=0.8)
     if held_out:
         axes.plot(*_columns(held_out), label="held out", color="tab:orange", marker="o", markersize=4)
+    if named:
+        _plot_named(axes, named)
     axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}M" if value >= 1e5 else f"{value:g}")
     axes.grid(alpha=0.3)
@@ -73,6 +86,15 @@ def plot_loss(training: Sequence[Point], held_out: Sequence[Point], path: Path, 
     del figure, axes
     gc.collect()
     return True
+
+
+def _plot_named(axes: Any, named: Mapping[str, tuple[Sequence[Point], Sequence[Point]]]) -> None:
+    beside = axes.twinx()
+    beside.set_ylabel("bits per byte (dashed)")
+    for number, (name, (loss, bits)) in enumerate(named.items()):
+        color = f"C{(number + 2) % 10}"  # the first two are those of training and held-out text
+        axes.plot(*_columns(loss), label=name, color=color, marker="o", markersize=3)
+        beside.plot(*_columns(bits), color=color, linestyle="dashed", linewidth=1)
 
 
 def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:

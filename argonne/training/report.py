@@ -70,7 +70,8 @@ class Reports:
         self.attempt(self.samples.path, lambda: self.samples.append(section))
         self.attempt(self.stats, write_stats)
         curves = self.metrics.training.points, self.metrics.held_out.points
-        self.attempt(self.plot, lambda: plot_loss(*curves, self.plot, title))
+        named = {name: (loss.points, bits.points) for name, (loss, bits) in self.metrics.named.items()}
+        self.attempt(self.plot, lambda: plot_loss(*curves, self.plot, title, named))
         # What a checkpoint follows is on the disk before it, or the run would go on from there with a hole behind it.
         for path in (self.metrics.file.path, self.samples.path):
             if path not in self._failing:

@@ -27,6 +27,7 @@ from argonne.training.evaluation import held_out_loss, sample_text
 from argonne.training.feed import BatchFeed, Fed
 from argonne.training.loss_parts import LossParts
 from argonne.training.metrics import Progress, memory_gib, peak_flops
+from argonne.training.named_sets import NamedSets
 from argonne.training.report import Reports, data_line
 from argonne.training.run.setup import Workload
 from argonne.training.state import TrainingState
@@ -49,6 +50,7 @@ class Trainer:
         data = config.data
         self.feed = BatchFeed(self._stream(), shape.ids, groups, data.document_mask, data.prefetch_batches)
         self.held_out = workload.held_out
+        self.named = NamedSets(workload.named, config.run.evaluates, config.training.total_steps)
         self.reports = Reports(config.run.output_dir)
         self.step_seconds = 0.0
         # Until a save has been timed: weights and moments at 200 MB/s.
@@ -83,6 +85,10 @@ class Trainer:
             save_now = state.step % flags.save_interval == 0 or state.step == last
             if save_now and self.held_out is not None:
                 record["validation_loss"] = self._held_out_loss(self.held_out)
+            if self.named.due(state.step):
+                record["eval"], took = self._named_sets()
+                if progress and took:
+                    progress.say(took)
             if progress:
                 self.reports.step(record)
                 progress.step(record)
@@ -166,6 +172,11 @@ class Trainer:
         apart = self.config.data.document_mask
         return held_out_loss(self.state.model, sequences, self.shape.micro_batch, loss, apart)
 
+    def _named_sets(self) -> tuple[dict[str, dict[str, float]], str]:
+        """The same of each named held-out set."""
+        loss, apart = CrossEntropyLoss(kernels=self.config.training.kernels), self.config.data.document_mask
+        return self.named.measure(self.state.model, self.shape.micro_batch, loss, apart)
+
     def _save(self, progress: Progress | None) -> None:
         """Show what the model has learnt, write the checkpoint, then let old checkpoints go.
 
@@ -203,7 +214,7 @@ class Trainer:
 
     def _time_to_leave(self, limit: float) -> float:
         """Seconds in which another step and a save surely fit, under a ``--wall-time`` of ``limit``."""
-        return 1.5 * self.step_seconds + max(2 * self.save_seconds, 0.02 * limit, 10.0)
+        return 1.5 * (self.step_seconds + self.named.seconds) + max(2 * self.save_seconds, 0.02 * limit, 10.0)
 
     def _record(self, batch: Fed, result: StepResult, seconds: float, waited: float) -> dict[str, Any]:
         """The line of ``metrics.jsonl`` for this step."""
@@ -223,6 +234,7 @@ class Trainer:
             "loss": result.loss,
             **self.parts.take(self.shape.tokens_per_step),
             "validation_loss": None,
+            **self.named.fields,
             "learning_rate": self.state.schedule.learning_rate(self.state.step),
             "grad_norm": result.norm,
             "tokens_per_second": rate,

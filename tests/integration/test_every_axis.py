@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.integration.runs import metrics, run, succeed
@@ -15,6 +18,7 @@ pytestmark = pytest.mark.slow
 DEEPER = {"--num-hidden-layers": 5, "--gradient-accumulation-steps": 4, "--precision": "fp64", "--data-lanes": 8}
 ZB = {"--pipeline-parallel": 2, "--pipeline-schedule": "zb"}
 INTERLEAVED = {"--pipeline-parallel": 2, "--pipeline-schedule": "interleaved"}
+COMPRESSION = {"jsonl": None, "jsonl.gz": "gzip", "jsonl.zst": "zstd"}
 FSDP = {"--fsdp": None}
 SEQUENCE = {"--tensor-parallel": 2, "--sequence-parallel": None}
 
@@ -22,8 +26,21 @@ Layouts = list[tuple[int, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def deeper(flags: dict[str, Any]) -> dict[str, Any]:
-    return {**flags, **DEEPER}
+def texts(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus in shards of one row group, as Parquet and as JSON lines."""
+    folder = tmp_path_factory.mktemp("texts")
+    for path, suffix in zip(sorted(corpus.glob("*.parquet")), ("jsonl", "jsonl.gz", "jsonl.zst"), strict=True):
+        table = pq.read_table(path)
+        pq.write_table(table, folder / path.name)
+        lines = "".join(json.dumps(row) + "\n" for row in table.to_pylist())
+        with pa.output_stream(folder / f"{path.stem}.{suffix}", compression=COMPRESSION[suffix]) as file:
+            file.write(lines.encode())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def deeper(flags: dict[str, Any], texts: Path) -> dict[str, Any]:
+    return {**flags, **DEEPER, "--data-glob": texts / "*.parquet"}
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +84,11 @@ def test_a_run_moves_from_pipeline_to_context_to_sequence_parallelism(
 
 @pytest.mark.slow
 def test_global_batches_are_the_same_over_1_2_4_and_1_replicas(
-    deeper: dict[str, Any], alone: list[dict[str, Any]], tmp_path: Path
+    deeper: dict[str, Any], alone: list[dict[str, Any]], texts: Path, tmp_path: Path
 ) -> None:
+    """Of JSON lines, plain and compressed; and those of the same corpus in Parquet."""
     layouts: Layouts = [(n, {"--data-parallel": n}) for n in (1, 2, 4, 1)]
-    found = moved(deeper, tmp_path, layouts)
+    found = moved({**deeper, "--data-glob": texts / "*.jsonl*"}, tmp_path, layouts)
     assert_same_run(found, alone)
     assert [line["layout"]["data"] for line in found] == [1] * 3 + [2] * 3 + [4] * 3 + [1] * 3
 
@@ -165,10 +183,11 @@ def test_a_layout_that_cannot_be_is_refused_in_one_line(
 
 
 def test_documents_apart_and_corpora_mixed_by_weight_are_the_same_run_in_every_layout(
-    deeper: dict[str, Any], corpus: Path, tmp_path: Path
+    deeper: dict[str, Any], corpus: Path, texts: Path, tmp_path: Path
 ) -> None:
     mixed = [f"{corpus}/part-0.parquet:0.7", f"{corpus}/part-[12].parquet:0.3"]
     packed = {**deeper, "--data-glob": mixed, "--document-mask": None, "--validation-glob": corpus / "part-1.parquet"}
+    packed |= {"--eval": [f"web={corpus}/part-2.parquet", f"lines={texts}/part-1.jsonl.gz"], "--eval-interval": 3}
     succeed("pretrain", {**packed, "--output-dir": tmp_path / "alone"}, nproc=1)
     expected = metrics(tmp_path / "alone")
     layouts: Layouts = [(2, ZB), (2, {"--context-parallel": 2}), (4, {**SEQUENCE, "--data-parallel": 2})]
@@ -178,6 +197,10 @@ def test_documents_apart_and_corpora_mixed_by_weight_are_the_same_run_in_every_l
         assert (line["validation_loss"] is None) == (wanted["validation_loss"] is None)
         if line["validation_loss"] is not None:
             assert line["validation_loss"] == pytest.approx(wanted["validation_loss"], rel=1e-9)
+        # The named sets are measured at their own interval and at the end, not where a layout stopped.
+        assert (line["eval"] is not None) == (wanted["eval"] is not None) == (line["step"] % 3 == 0)
+        for name, measured in (wanted["eval"] or {}).items():
+            assert line["eval"][name] == pytest.approx(measured, rel=1e-9)
     without = {name: value for name, value in packed.items() if name != "--document-mask"}
     done = run("pretrain", {**without, "--output-dir": tmp_path / "alone"}, nproc=1)
     assert "document_mask: true -> false" in done.output

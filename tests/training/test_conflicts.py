@@ -13,6 +13,8 @@ from argonne.training.run.resume import parse_resume
 from examples import custom_model, demo, generate
 
 WITHOUT_EFFECT = {
+    "--eval-sequences 5": "eval_sequences=5 has no effect without --eval; legal: --eval too",
+    "--eval-interval 5": "eval_interval=5 has no effect without --eval; legal: --eval too",
     "--validation-sequences 5": "validation_sequences=5 has no effect without --validation-glob",
     "--cache-dir=/x": "cache_dir=/x has no effect without --no-streaming",
     "--cache_dir /x": "cache_dir=/x has no effect without --no-streaming",

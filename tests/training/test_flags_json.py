@@ -60,9 +60,11 @@ def test_flags_round_trip_through_json(config: RunConfig) -> None:
 
 def test_paths_are_saved_so_that_they_hold_from_any_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    config = RunConfig(data=DataFlags(data_glob=("a/*.parquet",), tokenizer_path=Path("t")), run=RunFlags(Path("o")))
+    data = DataFlags(data_glob=("a/*.parquet",), eval=("one=b", "two=/c=d"), tokenizer_path=Path("t"))
+    config = RunConfig(data=data, run=RunFlags(Path("o")))
     saved = flags_from_json(flags_to_json(config))
     assert saved.data.data_glob == (f"{tmp_path}/a/*.parquet",)
+    assert saved.data.eval == (f"one={tmp_path}/b", "two=/c=d")
     assert saved.data.tokenizer_path == tmp_path / "t"
     assert saved.run.output_dir == tmp_path / "o"
 

@@ -100,6 +100,7 @@ def other_values(base: RunConfig) -> dict[str, Any]:
         "num_hidden_layers": 3,
         "data_glob": (f"{home}/other/*.parquet",),
         "validation_glob": (f"{home}/other/*.parquet",),
+        "eval": (f"other={home}/other/*.parquet",),
         "tokenizer_path": home / "another",
         "data_lanes": 3,
         "on_bad_shard": "skip",
@@ -157,8 +158,13 @@ def test_each_flag_is_what_the_table_says(base: RunConfig, monkeypatch: pytest.M
     values["model_config"] = home / "config.json"
     with_held_out = changed(base, "data", "validation_glob", values["validation_glob"])
     with_decay = changed(base, "training", "schedule", "wsd")
-    special = {"validation_sequences": with_held_out, **dict.fromkeys(("decay_steps", "decay_shape"), with_decay)}
-    begun = {id(config): told(config) for config in (base, with_held_out, with_decay)}
+    with_sets = changed(base, "data", "eval", values["eval"])
+    special = {
+        "validation_sequences": with_held_out,
+        "eval_sequences": with_sets,
+        **dict.fromkeys(("decay_steps", "decay_shape"), with_decay),
+    }
+    begun = {id(config): told(config) for config in (base, with_held_out, with_sets, with_decay)}
     for group, kind in GROUPS.items():
         for name in names(kind):
             if name in ELSEWHERE or name in ("device", "kernels", "streaming", "disable_compile"):

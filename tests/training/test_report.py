@@ -128,10 +128,12 @@ def test_the_line_of_a_save_has_the_reasons_by_their_number(tmp_path: Path) -> N
 def test_the_plot_is_drawn_of_every_step_so_far_and_named_after_the_run(tmp_path: Path, drawn: list[Any]) -> None:
     reports = Reports(tmp_path)
     reports.step({"step": 1, "tokens": 120, "loss": 4.0, "validation_loss": None})
-    reports.step({"step": 2, "tokens": 240, "loss": 3.0, "validation_loss": 3.5})
+    named = {"web": {"loss": 3.25, "bits_per_byte": 1.5}}
+    reports.step({"step": 2, "tokens": 240, "loss": 3.0, "validation_loss": 3.5, "eval": named})
     save(reports, 2)
     title = f"0.0M parameters, {LAYOUT}, 0.00M tokens"
-    assert drawn == [([(120, 4.0), (240, 3.0)], [(240, 3.5)], tmp_path / "loss.png", title)]
+    curves = {"web": ([(240, 3.25)], [(240, 1.5)])}
+    assert drawn == [([(120, 4.0), (240, 3.0)], [(240, 3.5)], tmp_path / "loss.png", title, curves)]
 
 
 def test_a_run_goes_on_from_its_reports_and_adds_to_them(tmp_path: Path, drawn: list[Any]) -> None:

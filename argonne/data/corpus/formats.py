@@ -1,4 +1,4 @@
-"""The formats of shards: Parquet, the Arrow file format and the Arrow stream format.
+"""The formats of shards: Parquet, the Arrow file format, the Arrow stream format, and JSON lines.
 
 Files may be damaged anywhere. Whatever pyarrow makes of that becomes a DataError, and what it would take for
 good (it checks neither a footer's counts nor an Arrow array's offsets) is checked here before it is used.
@@ -7,7 +7,7 @@ good (it checks neither a footer's counts nor an Arrow array's offsets) is check
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -15,8 +15,11 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 
-from argonne.data.corpus.location import Location, open_source
+from argonne.data.corpus.line_files import count_rows, read_lines
+from argonne.data.corpus.lines import BOM, Column, Lines
+from argonne.data.corpus.location import LINES, Location, open_source
 from argonne.data.corpus.pages import page_fault
+from argonne.data.corpus.records import BYTES, Records, as_bytes
 from argonne.data.errors import DataError, one_line
 
 TEXT = "text"
@@ -26,23 +29,20 @@ STREAM_BUFFER = 1 << 20
 # Of a schema, in a message.
 MOST_COLUMNS, MOST_CHARACTERS = 20, 60
 
-Format = Literal["Parquet file", "Arrow file", "Arrow stream"]
+Format = Literal["Parquet file", "Arrow file", "Arrow stream", "JSON lines", "JSON lines, gzip", "JSON lines, zstd"]
 # A stream starts with the marker that precedes every message.
 _MAGIC: dict[bytes, Format] = {
     b"PAR1": "Parquet file",
     b"ARROW1": "Arrow file",
     b"\xff\xff\xff\xff": "Arrow stream",
 }
-_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
-
-# Columns that hold text, and the same bytes without the promise that they are UTF-8. Some writers leave the
-# promise out: their columns are binary, and read as text too.
-_BYTES = {
-    pa.string(): pa.binary(),
-    pa.large_string(): pa.large_binary(),
-    pa.string_view(): pa.binary_view(),
-    **{kind: kind for kind in (pa.binary(), pa.large_binary(), pa.binary_view())},
+# JSON lines have no marker of their own: those of compressed ones, and the names that say the same.
+COMPRESSIONS: dict[Format, str | None] = {"JSON lines": None, "JSON lines, gzip": "gzip", "JSON lines, zstd": "zstd"}
+_COMPRESSED: dict[bytes, tuple[str, Format]] = {
+    b"\x1f\x8b": (".jsonl.gz", "JSON lines, gzip"),
+    b"\x28\xb5\x2f\xfd": (".jsonl.zst", "JSON lines, zstd"),
 }
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 @contextmanager
@@ -56,11 +56,13 @@ def reading(what: str) -> Iterator[None]:
         raise DataError(f"{what} cannot be read: {one_line(error)}") from error
 
 
-def inspect(location: Location, column: str = TEXT) -> tuple[Format, int, tuple[int, ...]]:
-    """Format, size in bytes, and the rows of each row group or record batch; no text is read.
+def inspect(location: Location, column: Column = TEXT, whole: bool = True) -> tuple[Format, int, tuple[int, ...]]:
+    """Format, size in bytes, and the rows of each row group or record batch; of what has an index, no text is read.
+
+    With ``whole=False`` JSON lines, which have none, are not read further than their first usable row.
 
     Raises:
-        DataError: it is no Parquet or Arrow file, cannot be read, or has no column of text called `column`.
+        DataError: it is no shard, cannot be read, or has no column of text called `column` (none of several).
     """
     with reading(f"shard {location}"):
         with open_source(location) as source:
@@ -69,8 +71,10 @@ def inspect(location: Location, column: str = TEXT) -> tuple[Format, int, tuple[
             if kind == "Parquet file":
                 source.seek(0)
                 with pq.ParquetFile(source) as parquet:
-                    _text_column(location, parquet.schema_arrow, column)
+                    _columns_of(location, parquet.schema_arrow, column)
                     return kind, size, _parquet_rows(location, parquet.metadata)
+        if kind in COMPRESSIONS:
+            return kind, size, count_rows(location, size, COMPRESSIONS[kind], column, whole)
         with open_source(location, mapped=True) as source:
             reader = _arrow_reader(location, kind, source, column)
             # Arrow lists no row counts, so all messages are walked; being mapped, hardly a byte is read.
@@ -87,7 +91,7 @@ class Texts:
         for array in arrays:
             # Offsets that point outside the data would end the process. Arrow checks them when asked to, but
             # refuses an array for one bad text: as plain bytes it passes.
-            _as_bytes(array).validate(full=True)
+            as_bytes(array).validate(full=True)
         self._arrays = arrays
 
     def __len__(self) -> int:
@@ -110,22 +114,39 @@ class Texts:
         return found
 
 
-def read_column(location: Location, kind: Format, size: int, row_group: int, column: str = TEXT) -> Texts:
-    """The texts of one row group, where the file still has `size` bytes; see `open_texts`."""
+Rows = Texts | Records | Lines
+"""Of a row group, not yet decoded to Python."""
+
+
+def read_column(
+    location: Location,
+    kind: Format,
+    size: int,
+    row_group: int,
+    column: Column = TEXT,
+    passed: Callable[[int, Lines], None] | None = None,
+) -> Rows:
+    """The rows of one row group, where the file still has `size` bytes; see `open_texts`."""
     where = f"row group {row_group} of shard {location}"
     with reading(where), open_source(location, mapped=kind != "Parquet file") as source:
         _check_size(where, source, size)
+        if kind in COMPRESSIONS:
+            return read_lines(location, size, COMPRESSIONS[kind], row_group, column, passed)
         if kind != "Parquet file":
             reader = _arrow_reader(location, kind, source, column)
-            return Texts([batch.column(column) for batch in _batches(reader, row_group)])
+            return _rows(list(_batches(reader, row_group)), column)
         with pq.ParquetFile(source, page_checksum_verification=True) as parquet:
-            texts = parquet.read_row_group(row_group, columns=[column]).column(column)
+            names = _columns_of(location, parquet.schema_arrow, column)
+            table = parquet.read_row_group(row_group, columns=names)
+            if isinstance(column, tuple):
+                return Records(table.to_batches())
+            texts = table.column(column)
             _check_chunk(where, source, parquet.metadata, row_group, column, len(texts), texts.null_count)
             return Texts(texts.chunks)
 
 
-def stream_column(location: Location, size: int, row_group: int, rows: int, column: str = TEXT) -> Iterator[Texts]:
-    """The texts of one row group of a Parquet file, `rows` at a time: a few pages of it are in memory."""
+def stream_column(location: Location, size: int, row_group: int, rows: int, column: Column = TEXT) -> Iterator[Rows]:
+    """The rows of one row group of a Parquet file, `rows` at a time: a few pages of it are in memory."""
     where = f"row group {row_group} of shard {location}"
     with reading(where), open_source(location) as source:
         _check_size(where, source, size)
@@ -133,11 +154,18 @@ def stream_column(location: Location, size: int, row_group: int, rows: int, colu
         with pq.ParquetFile(
             source, page_checksum_verification=True, buffer_size=STREAM_BUFFER, pre_buffer=False
         ) as parquet:
-            for batch in parquet.iter_batches(rows, row_groups=[row_group], columns=[column], use_threads=False):
-                texts = batch.column(column)
-                read, nulls = read + len(texts), nulls + texts.null_count
-                yield Texts([texts])
-            _check_chunk(where, source, parquet.metadata, row_group, column, read, nulls)
+            names = _columns_of(location, parquet.schema_arrow, column)
+            for batch in parquet.iter_batches(rows, row_groups=[row_group], columns=names, use_threads=False):
+                if isinstance(column, str):
+                    texts = batch.column(column)
+                    read, nulls = read + len(texts), nulls + texts.null_count
+                yield _rows([batch], column)
+            if isinstance(column, str):
+                _check_chunk(where, source, parquet.metadata, row_group, column, read, nulls)
+
+
+def _rows(batches: Sequence[pa.RecordBatch], column: Column) -> Texts | Records:
+    return Records(batches) if isinstance(column, tuple) else Texts([batch.column(column) for batch in batches])
 
 
 def _check_size(where: str, source: pa.NativeFile, size: int) -> None:
@@ -151,11 +179,23 @@ def _format(location: Location, head: bytes) -> Format:
     for magic, kind in _MAGIC.items():
         if head.startswith(magic):
             return kind
-    raise DataError(f"shard {location} starts with {head!r}; expected the content of a {', '.join(_MAGIC.values())}")
+    for magic, (suffix, compressed) in _COMPRESSED.items():
+        if head.startswith(magic) or location.name.endswith(suffix):
+            return compressed
+    if location.name.endswith(f".{LINES[0]}") or head.removeprefix(BOM.encode()).lstrip().startswith(b"{"):
+        return "JSON lines"
+    kinds = ", ".join([*_MAGIC.values(), "JSON lines"])
+    raise DataError(f"shard {location} starts with {head!r}; expected the content of a {kinds}")
 
 
-def _text_column(location: Location, schema: pa.Schema, column: str) -> int:
-    """The index of the column of texts; raises DataError where there is none, or none of strings."""
+def _columns_of(location: Location, schema: pa.Schema, column: Column) -> list[str]:
+    """The columns to be read; raises DataError where there is none, or none of strings where texts are asked for."""
+    if isinstance(column, tuple):
+        names = [name for name in column if name in schema.names]
+        if not names:
+            none = f"none of the columns {', '.join(map(repr, column))}"
+            raise DataError(f"shard {location} has {none}; its columns: {_columns(schema)}")
+        return names
     found = schema.get_all_field_indices(column)
     if len(found) > 1:
         raise DataError(
@@ -164,11 +204,10 @@ def _text_column(location: Location, schema: pa.Schema, column: str) -> int:
     kind = schema.field(found[0]).type if found else None
     if isinstance(kind, pa.DictionaryType):
         kind = kind.value_type
-    if kind not in _BYTES:
+    if kind not in BYTES:
         other = f"; {column!r} is {_short(kind)}" if found else ""
         raise DataError(f"shard {location} has no string column {column!r}{other}; its columns: {_columns(schema)}")
-    index: int = found[0]
-    return index
+    return [column]
 
 
 def _columns(schema: pa.Schema) -> str:
@@ -217,12 +256,13 @@ def _check_chunk(
         raise DataError(f"{where} cannot be read: {fault}")
 
 
-def _arrow_reader(location: Location, kind: Format, source: pa.NativeFile, column: str) -> Any:
-    """A reader of the column of texts alone."""
+def _arrow_reader(location: Location, kind: Format, source: pa.NativeFile, column: Column) -> Any:
+    """A reader of the columns that are asked for alone."""
     connect = ipc.open_file if kind == "Arrow file" else ipc.open_stream
-    index = _text_column(location, connect(source).schema, column)
+    schema = connect(source).schema
+    wanted = [schema.get_field_index(name) for name in _columns_of(location, schema, column)]
     source.seek(0)
-    return connect(source, options=ipc.IpcReadOptions(included_fields=[index]))
+    return connect(source, options=ipc.IpcReadOptions(included_fields=wanted))
 
 
 def _batches(reader: Any, only: int | None = None) -> Iterator[pa.RecordBatch]:
@@ -244,19 +284,11 @@ def _check_end(location: Location, source: pa.NativeFile) -> None:
         )
 
 
-def _as_bytes(array: pa.Array) -> pa.Array:
-    """The same without the promise that the texts are UTF-8."""
-    if isinstance(array, pa.DictionaryArray):
-        values = array.dictionary.view(_BYTES[array.dictionary.type])
-        return pa.DictionaryArray.from_arrays(array.indices, values)
-    return array.view(_BYTES[array.type])
-
-
 def _strings(array: pa.Array) -> list[object]:
     try:
         texts = array.to_pylist()
     except UnicodeDecodeError:
-        texts = _as_bytes(array).to_pylist()
+        texts = as_bytes(array).to_pylist()
     return [_decode(text) if isinstance(text, bytes) else text for text in texts]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from argonne.data.corpus.formats import TEXT
+from argonne.data.corpus.lines import Column
 from argonne.data.corpus.location import Location
 from argonne.data.corpus.shards import OnBad, Shard, canonical, open_or_quarantine, open_shard, require_rows
 from argonne.data.errors import DataError
@@ -60,13 +61,17 @@ def changes(listing: Sequence[Mapping[str, Any]], now_listed: Sequence[Mapping[s
 
 
 def restore(
-    listing: Sequence[Mapping[str, Any]], paths: Sequence[Location], on_bad: OnBad = "raise", column: str = TEXT
+    listing: Sequence[Mapping[str, Any]],
+    paths: Sequence[Location],
+    on_bad: OnBad = "raise",
+    column: Column = TEXT,
+    whole: bool = True,
 ) -> tuple[Shard, ...]:
     """The shards of a run that goes on, in the order of its `listing`; those it does not list come after them, sorted.
 
     With `on_bad="skip"` a listed shard that is missing, or cannot be opened any more, stays with the rows it is
     known to have, all unreadable: the lanes keep their ways. One that was quarantined from the start stays so.
-    `changes` tells what else is different.
+    `changes` tells what else is different. ``whole`` is as of `open_shards`.
 
     Raises:
         DataError: `listing` is not what `describe` makes; with "raise", a listed shard is missing or a shard
@@ -83,13 +88,13 @@ def restore(
         elif path is None:
             shards.append(Shard(Path(entry.name), entry.rows, entry.size, None, "is missing", column))
         elif on_bad == "raise":
-            shards.append(open_shard(path, column))
+            shards.append(open_shard(path, column, whole))
         else:
-            shard = open_or_quarantine(path, column)
+            shard = open_or_quarantine(path, column, whole)
             shards.append(replace(shard, rows=entry.rows, size=entry.size) if shard.unreadable else shard)
     others = sorted(found.values(), key=canonical)
     opened = open_shard if on_bad == "raise" else open_or_quarantine
-    return require_rows([*shards, *(opened(path, column) for path in others)])
+    return require_rows([*shards, *(opened(path, column, whole) for path in others)])
 
 
 @dataclass(frozen=True)

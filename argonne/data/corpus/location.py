@@ -19,6 +19,10 @@ from pyarrow import fs
 from argonne.data.errors import DataError, one_line
 
 SUFFIXES = ("parquet", "arrow")
+LINES = ("jsonl", "jsonl.gz", "jsonl.zst")
+"""Of files of JSON lines."""
+
+_KINDS = (SUFFIXES, LINES)
 
 # Those of pyarrow's FileSystem.from_uri; the value says what stands after the two slashes.
 _SCHEMES = {
@@ -64,7 +68,7 @@ def is_url(pattern: str) -> bool:
 def expand(pattern: str) -> list[Location]:
     """The files that a path, a glob, a directory or a URL of any of these stands for.
 
-    A directory stands for the Parquet and Arrow files in it.
+    A directory stands for the Parquet and Arrow files in it; where there are none, for those of JSON lines.
 
     Raises:
         DataError: a URL is not legal, or its file system does not answer.
@@ -91,7 +95,8 @@ def open_source(location: Location, mapped: bool = False) -> pa.NativeFile:
 def _expand_path(pattern: str) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_dir():
-        return [file for suffix in SUFFIXES for file in path.glob(f"*.{suffix}") if file.is_file()]
+        found = ([file for suffix in kind for file in path.glob(f"*.{suffix}") if file.is_file()] for kind in _KINDS)
+        return next(filter(None, found), [])
     if path.is_file():  # taken as it stands: a file name may hold the characters of a glob
         return [path]
     return [Path(file) for file in glob.glob(str(path), recursive=True) if os.path.isfile(file)]
@@ -132,7 +137,7 @@ def _connect(address: str) -> tuple[Any, str]:
 def _list(system: Any, base: str, wanted: str) -> list[tuple[str, str]]:
     """The (relative path, key) of each file below `base` that matches `wanted`, a glob, name or directory."""
     above = len([part for part in base.split("/") if part])
-    patterns, recursive = [wanted.split("/")], "/" in wanted
+    kinds, recursive = [[wanted.split("/")]], "/" in wanted
     if not re.search(r"[*?[]", wanted):
         info = system.get_file_info(f"{base.rstrip('/')}/{wanted}" if wanted else base)
         if info.type == fs.FileType.File:
@@ -140,13 +145,18 @@ def _list(system: Any, base: str, wanted: str) -> list[tuple[str, str]]:
         if info.type != fs.FileType.Directory:
             return []
         base, recursive = info.path, False
-        patterns = [[*filter(None, [wanted]), f"*.{suffix}"] for suffix in SUFFIXES]
-    found = []
-    for info in system.get_file_info(fs.FileSelector(base, recursive=recursive, allow_not_found=True)):
-        parts = [part for part in info.path.split("/") if part][above:]
-        if info.type == fs.FileType.File and any(_matches(parts, pattern) for pattern in patterns):
-            found.append(("/".join(parts), info.path))
-    return found
+        kinds = [[[*filter(None, [wanted]), f"*.{suffix}"] for suffix in kind] for kind in _KINDS]
+    listed = system.get_file_info(fs.FileSelector(base, recursive=recursive, allow_not_found=True))
+    files = [info.path for info in listed if info.type == fs.FileType.File]
+    for patterns in kinds:
+        found = []
+        for file in files:
+            parts = [part for part in file.split("/") if part][above:]
+            if any(_matches(parts, pattern) for pattern in patterns):
+                found.append(("/".join(parts), file))
+        if found:
+            return found
+    return []
 
 
 def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:

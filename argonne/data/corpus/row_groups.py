@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from argonne.data.corpus.formats import Texts
+from argonne.data.corpus.formats import COMPRESSIONS, Rows
 from argonne.data.corpus.shards import OnBad, Shard, open_texts, stream_texts
 from argonne.data.errors import DataError
 
@@ -43,7 +44,7 @@ class RowGroups:
     def __init__(self, shards: Sequence[Shard], on_bad: OnBad, report: Callable[[str], None] | None) -> None:
         self._shards, self._on_bad, self._report = shards, on_bad, report
         self._rows = [sum(shard.rows) for shard in shards]
-        self._kept: OrderedDict[tuple[int, int], tuple[Texts, int]] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, int], tuple[Rows, int]] = OrderedDict()
         self._kept_bytes = 0
         self._failed: set[tuple[int, int]] = set()
         self._streamed: set[tuple[int, int]] = set()
@@ -81,6 +82,12 @@ class RowGroups:
         Raises:
             DataError: the row group cannot be read.
         """
+        if self._shards[unit.shard].format in COMPRESSIONS:
+            # Held by the lane until it is through: what had to be decoded in order is not to be decoded again.
+            lines = self._texts(unit.shard, unit.row_group)
+            for at in range(first, unit.end, count):
+                yield from lines.rows(at, min(at + count, unit.end))
+            return
         if not self._streams(unit.shard, unit.row_group):
             for at in range(first, unit.end, count):  # asked for each time: a lane that waits keeps nothing in memory
                 yield from self._texts(unit.shard, unit.row_group).rows(at, min(at + count, unit.end))
@@ -100,18 +107,26 @@ class RowGroups:
         share = from_disk.rows[row_group] / max(1, self._rows[shard])
         return from_disk.format == "Parquet file" and from_disk.size * share > self._most_bytes
 
-    def _texts(self, shard: int, row_group: int) -> Texts:
+    def _texts(self, shard: int, row_group: int) -> Rows:
         key = (shard, row_group)
         with self._lock:
             if key not in self._kept:
-                texts = open_texts(self._shards[shard], row_group)
-                self._kept[key] = texts, texts.nbytes
-                self._kept_bytes += texts.nbytes
-                while len(self._kept) > 1 and self._kept_bytes > KEPT_BYTES:
-                    self._kept_bytes -= self._kept.popitem(last=False)[1][1]
-                self._count_decoded(texts.nbytes)
+                passed = functools.partial(self._passed, shard)
+                self._keep(key, open_texts(self._shards[shard], row_group, passed))
             self._kept.move_to_end(key)
             return self._kept[key][0]
+
+    def _passed(self, shard: int, row_group: int, texts: Rows) -> None:
+        """Keep what was decoded before what was asked for, as other lanes will ask for it."""
+        if (key := (shard, row_group)) not in self._kept and len(texts):
+            self._keep(key, texts)
+
+    def _keep(self, key: tuple[int, int], texts: Rows) -> None:
+        self._kept[key] = texts, texts.nbytes
+        self._kept_bytes += texts.nbytes
+        while len(self._kept) > 1 and self._kept_bytes > KEPT_BYTES:
+            self._kept_bytes -= self._kept.popitem(last=False)[1][1]
+        self._count_decoded(texts.nbytes)
 
     def _count_decoded(self, size: int) -> None:
         """Now and then have Arrow give back what it keeps for later: 40 MB in a hundred million tokens otherwise."""

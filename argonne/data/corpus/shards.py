@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from argonne.data.corpus.formats import TEXT, Format, Texts, inspect, read_column, stream_column
+from argonne.data.corpus.formats import TEXT, Format, Rows, inspect, read_column, stream_column
+from argonne.data.corpus.lines import Column, Lines
 from argonne.data.corpus.location import Location, Url, expand, is_url
 from argonne.data.errors import DataError
 
@@ -30,15 +31,15 @@ class Shard:
 
     path: Location
     rows: tuple[int, ...]
-    """Rows of each Parquet row group or Arrow record batch, in file order."""
+    """Rows of each Parquet row group, Arrow record batch or stretch of JSON lines, in file order."""
     size: int
     """Bytes on disk."""
     format: Format | None
     """None for a shard that is quarantined."""
     unreadable: str = ""
     """Why the shard as a whole is quarantined: none of its rows can be had. Empty for a good shard."""
-    column: str = TEXT
-    """The column that holds its texts."""
+    column: Column = TEXT
+    """The column that holds its texts; or several, of which its rows are dicts."""
 
 
 def find_shards(patterns: Sequence[str] = ()) -> tuple[Location, ...]:
@@ -57,8 +58,9 @@ def find_shards(patterns: Sequence[str] = ()) -> tuple[Location, ...]:
             return tuple(sorted(found.values(), key=canonical))
     tried = [pattern for attempt in attempts for pattern in attempt]
     empty = [pattern for pattern in tried if not is_url(pattern) and os.path.isdir(os.path.expanduser(pattern))]
-    listed = f"; in a directory ({empty[0]}) those ending in .parquet or .arrow are taken" if empty else ""
-    raise DataError(f"no data shards match {', '.join(tried)}; a shard is a Parquet or Arrow file{listed}")
+    endings = "those ending in .parquet or .arrow are taken, else those in .jsonl, .jsonl.gz or .jsonl.zst"
+    listed = f"; in a directory ({empty[0]}) {endings}" if empty else ""
+    raise DataError(f"no data shards match {', '.join(tried)}; a shard is a Parquet, Arrow or JSONL file{listed}")
 
 
 def matching_default() -> list[str] | None:
@@ -66,31 +68,34 @@ def matching_default() -> list[str] | None:
     return next(([pattern] for pattern in DEFAULT_GLOBS if expand(pattern)), None)
 
 
-def open_shards(paths: Sequence[Location], on_bad: OnBad = "raise", column: str = TEXT) -> tuple[Shard, ...]:
-    """Read the footers of all `paths`, in the given order; no text is read.
+def open_shards(
+    paths: Sequence[Location], on_bad: OnBad = "raise", column: Column = TEXT, whole: bool = True
+) -> tuple[Shard, ...]:
+    """Read the footers of all `paths`, in the given order; no text is read, but of JSON lines, which are counted.
 
-    With `on_bad="skip"` a file that cannot be opened keeps its place, quarantined and without rows.
+    With `on_bad="skip"` a file that cannot be opened keeps its place, quarantined and without rows. With
+    `whole=False` a shard of JSON lines has the row groups up to its first usable row alone.
 
     Raises:
-        DataError: a file is no Parquet or Arrow file, cannot be read, has no rows or no string column `column`;
+        DataError: a file is no shard, cannot be read, has no rows, or no string column `column` (none of several);
             with "skip", when this is so of every file.
     """
     opened = open_shard if on_bad == "raise" else open_or_quarantine
-    return require_rows([opened(path, column) for path in paths])
+    return require_rows([opened(path, column, whole) for path in paths])
 
 
-def open_shard(path: Location, column: str = TEXT) -> Shard:
+def open_shard(path: Location, column: Column = TEXT, whole: bool = True) -> Shard:
     """Read the footer of one shard; see `open_shards`."""
-    kind, size, rows = inspect(path, column)
+    kind, size, rows = inspect(path, column, whole)
     if not sum(rows):
         raise DataError(f"shard {path} has no rows; leave it out of the glob")
     return Shard(path, rows, size, kind, column=column)
 
 
-def open_or_quarantine(path: Location, column: str = TEXT) -> Shard:
+def open_or_quarantine(path: Location, column: Column = TEXT, whole: bool = True) -> Shard:
     """The shard, or where it cannot be opened one without rows that says why."""
     try:
-        return open_shard(path, column)
+        return open_shard(path, column, whole)
     except DataError as error:
         return Shard(path, (), 0, None, str(error).removeprefix(f"shard {path} "), column)
 
@@ -127,7 +132,10 @@ def require_rows(shards: Sequence[Shard]) -> tuple[Shard, ...]:
 
 
 def read_texts(shard: Shard, row_group: int) -> list[object]:
-    """The text of every row of one row group: `str`, or None where it is null or not valid UTF-8.
+    """The text of every row of one row group: `str`, or None where it is null or not valid UTF-8; or its columns.
+
+    Of a shard that was opened for several columns each row is a dict of those that it has. A line that is no JSON
+    object is `BROKEN`, as is a row of several columns with a text that is no valid UTF-8.
 
     Raises:
         DataError: the row group cannot be read, fails its checksum, or is not the one that was opened.
@@ -135,15 +143,18 @@ def read_texts(shard: Shard, row_group: int) -> list[object]:
     return open_texts(shard, row_group).rows(0, shard.rows[row_group])
 
 
-def open_texts(shard: Shard, row_group: int) -> Texts:
-    """The rows of one row group as Arrow holds them; see `read_texts`."""
+def open_texts(shard: Shard, row_group: int, passed: Callable[[int, Lines], None] | None = None) -> Rows:
+    """The rows of one row group, not yet decoded to Python; see `read_texts`.
+
+    ``passed`` is given the row groups of a compressed file that were decoded on the way to this one.
+    """
     kind = _require_readable(shard, row_group)
-    texts = read_column(shard.path, kind, shard.size, row_group, shard.column)
+    texts = read_column(shard.path, kind, shard.size, row_group, shard.column, passed)
     _require_rows_of(shard, row_group, len(texts))
     return texts
 
 
-def stream_texts(shard: Shard, row_group: int, rows: int) -> Iterator[Texts]:
+def stream_texts(shard: Shard, row_group: int, rows: int) -> Iterator[Rows]:
     """The rows of one row group of a Parquet file, `rows` at a time: a few pages of it are in memory.
 
     Raises:

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from argonne.data.errors import BROKEN
 from argonne.parallel.legal import require_share, require_whole
 
 TokenIds = npt.NDArray[np.int32]
 Encode = Callable[[list[str]], "list[TokenIds | None]"]
 
-NOT_TEXT, EMPTY, DIGITS, SYMBOLS, SHORT, UNTOKENIZABLE, UNREADABLE = REASONS = (
+NOT_TEXT, EMPTY, DIGITS, SYMBOLS, SHORT, UNTOKENIZABLE, UNREADABLE, BROKEN_LINE = REASONS = (
     "not_text",
     "empty",
     "digits",
@@ -23,6 +24,7 @@ NOT_TEXT, EMPTY, DIGITS, SYMBOLS, SHORT, UNTOKENIZABLE, UNREADABLE = REASONS = (
     "short",
     "untokenizable",
     "unreadable",
+    BROKEN.value,
 )
 
 
@@ -72,7 +74,7 @@ def rejection(text: object, filters: Filters = FILTERS) -> str | None:
     and by its letters and white space (a smaller share than ``min_readable``: "symbols").
     """
     if not isinstance(text, str):
-        return NOT_TEXT
+        return BROKEN_LINE if text is BROKEN else NOT_TEXT
     if not text:
         return EMPTY
     length = len(text)

@@ -60,7 +60,8 @@ def check(config: RunConfig, world_size: int, model: ModelBuilder | None = None)
                 f"tokenizer_path={str(path)!r} does not exist; legal: the directory of a Hugging Face tokenizer"
             )
         require_intact(path, is_small)
-    data = Corpora.open(config.data, config.training.seed, saved.identity if saved else None)
+    identity = saved.identity if saved else None
+    data = Corpora.open(config.data, config.training.seed, identity, whole=elsewhere is not None)
     if elsewhere is not None:
         check_elsewhere(config, elsewhere, data)
     _check_output(config.run.output_dir)

@@ -9,6 +9,7 @@ every line of ``metrics.jsonl`` has, where and when to save, and what trades tim
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -49,6 +50,7 @@ MEANINGS: Mapping[str, Meaning] = {
     **_all("identity", "reproducible reproducible_blocks"),
     # What computes, what is done about damage, and what the held-out loss is measured on.
     **_all("condition", "kernels device on_bad_shard validation_glob validation_sequences"),
+    **_all("condition", "eval eval_sequences"),
     **_all("condition", "compile disable_compile"),
     # What resume.py changes on purpose: the global batch and the optimizer's state.
     **_all("condition", "batch_size reset_optimizer rewarmup_steps"),
@@ -56,8 +58,11 @@ MEANINGS: Mapping[str, Meaning] = {
     **_all("free", "tensor_parallel pipeline_parallel context_parallel sequence_parallel uneven_shards nproc"),
     **_all("free", "local_rank pipeline_schedule pipeline_interleave data_parallel fsdp fsdp_shard zero1"),
     # When and where to stop, save and show; how often to start again.
-    **_all("free", "output_dir save_interval sample_tokens keep_checkpoints log_interval stop_at_step wall_time"),
-    **_all("free", "config print_config"),
+    **_all(
+        "free",
+        "output_dir save_interval sample_tokens keep_checkpoints log_interval stop_at_step wall_time",
+    ),
+    **_all("free", "eval_interval config print_config"),
     **_all("free", "max_restarts checkpoint_path force_from_scratch trace"),
     # The same samples and the same bits, sooner or in less memory; and permissions, whose effects are told.
     **_all("free", "num_proc cache_dir prefetch_batches min_batch_size disable_gradient_checkpointing"),
@@ -75,8 +80,12 @@ def conditions_of(
     device: torch.device,
     validation: Collection[Shard],
     compiled: bool = False,
+    named: Mapping[str, Collection[Shard]] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """What a run is computed and measured under: JSON values. ``compiled`` are its blocks, if they can be."""
+    """What a run is computed and measured under: JSON values. ``compiled`` are its blocks, if they can be.
+
+    ``validation`` and ``named`` are the held-out shards.
+    """
     sample = torch.empty(0, dtype=precision.compute, device=device)
     held_out = {"shards": fingerprint(tuple(validation)), "sequences": config.data.validation_sequences}
     return {
@@ -85,6 +94,10 @@ def conditions_of(
         "device": device.type,
         "compile": compiled,
         "held_out": held_out if validation else None,
+        "eval": {
+            name: {"shards": fingerprint(tuple(own)), "sequences": config.data.eval_sequences}
+            for name, own in named.items()
+        },
         "on_bad_shard": config.data.on_bad_shard,
         "torch": torch.__version__,
     }

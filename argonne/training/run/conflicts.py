@@ -28,6 +28,8 @@ def check_meaning(config: RunConfig, saved: RunIdentity | None = None) -> None:
     schedule = "--pipeline-schedule interleaved"
     needs = (
         (data, "validation_sequences", data.validation_glob is not None, "--validation-glob"),
+        (data, "eval_sequences", data.eval is not None, "--eval"),
+        (config.run, "eval_interval", data.eval is not None, "--eval"),
         (data, "cache_dir", not data.streaming or made_before, "--no-streaming"),
         (training, "decay_steps", training.schedule == "wsd", "--schedule wsd"),
         (training, "decay_shape", training.schedule == "wsd", "--schedule wsd"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -55,6 +56,8 @@ class Corpora:
     parts: tuple[Corpus, ...]
     validation: tuple[Shard, ...]
     """The held-out text; empty where there is none."""
+    named: Mapping[str, tuple[Shard, ...]]
+    """The shards of each named held-out set."""
     flags: DataFlags
     seed: int
     kept_lanes: int | None = None
@@ -68,6 +71,7 @@ class Corpora:
         flags: DataFlags,
         seed: int,
         saved: RunIdentity | None = None,
+        whole: bool = True,
     ) -> Corpora:
         """Find the shards and read their footers.
 
@@ -75,6 +79,7 @@ class Corpora:
             seed: of the order of ``--no-streaming``.
             saved: the identity of the run that is continued, if one is. With ``on_bad_shard="skip"`` what it
                 had to do without stays away, and what can be opened no more keeps its place.
+            whole: False does not read through what has no footer: for a look at what can be refused.
 
         Raises:
             DataError: a glob matches nothing, or a shard cannot be read.
@@ -89,15 +94,31 @@ class Corpora:
                 paths = find_shards(each.globs)
                 on_bad, column = flags.on_bad_shard, flags.text_column
                 if restored:
-                    shards = restore(listings[number], paths, "skip", column)
+                    shards = restore(listings[number], paths, "skip", column, whole)
                 else:
-                    shards = open_shards(paths, on_bad, column)
+                    shards = open_shards(paths, on_bad, column, whole)
             parts.append(Corpus(each.weight, shards, each.globs))
         validation: tuple[Shard, ...] = ()
         if flags.validation_glob:
             with naming("validation_glob", flags.validation_glob):
-                validation = open_shards(find_shards(flags.validation_glob), column=flags.text_column)
-        return cls(tuple(parts), validation, flags, seed, saved.lanes, restored)
+                validation = open_shards(find_shards(flags.validation_glob), "raise", flags.text_column, whole)
+        named = {}
+        for name, glob in flags.named_globs.items():
+            with naming("eval", [f"{name}={glob}"]):
+                named[name] = open_shards(find_shards([glob]), "raise", flags.text_column, whole)
+        return cls(tuple(parts), validation, named, flags, seed, saved.lanes, restored)
+
+    @property
+    def trained_on(self) -> list[str]:
+        """A line for each named held-out set that has shards of the training data."""
+        own = {os.path.realpath(str(shard.path)) for shard in self.shards}
+        lines = []
+        for name, shards in self.named.items():
+            both = [shard.path.name for shard in shards if os.path.realpath(str(shard.path)) in own]
+            if both:
+                more = f" and {len(both) - 1} more" if len(both) > 1 else ""
+                lines.append(f"note: eval {name} has text that is trained on: {both[0]}{more} is of --data-glob too")
+        return lines
 
     @functools.cached_property
     def lanes(self) -> int:

@@ -13,6 +13,7 @@ from argonne.data import is_url, matching_default
 from argonne.launch.values import as_now, typed
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import RunConfig
+from argonne.training.eval_globs import absolute
 
 Flags = TypeVar("Flags")
 
@@ -33,6 +34,8 @@ def flags_to_json(config: RunConfig) -> dict[str, Any]:
         if flags["data"][name] is not None:
             globs = flags["data"][name]
             flags["data"][name] = [glob if is_url(glob) else os.path.abspath(glob) for glob in globs]
+    if flags["data"]["eval"] is not None:
+        flags["data"]["eval"] = absolute(flags["data"]["eval"])
     return flags
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from argonne.parallel.communication.collectives import collectively, from_first,
 from argonne.parallel.tensor_parallel.precision import resolve_precision
 from argonne.training.config import RunConfig
 from argonne.training.evaluation import held_out_sequences
+from argonne.training.named_sets import NamedSet, read_named
 from argonne.training.run.beginning import Beginning, beginning
 from argonne.training.run.compilation import compiles
 from argonne.training.run.conditions import conditions_of
@@ -27,6 +28,7 @@ from argonne.training.run.directory import require_same
 from argonne.training.run.identity import RunIdentity
 from argonne.training.run.job import log
 from argonne.training.run.kept_tokenizer import fallback_tokenizer, from_json
+from argonne.training.run.line_counts import share_counts
 from argonne.training.run.model import ModelBuilder, ModelOfRun, argonne_model, own_model
 from argonne.training.run.probe import require_facts
 from argonne.training.run.shape import shape_of
@@ -50,6 +52,8 @@ class Workload:
     """``held_out_sequences``; None where there is no held-out text."""
     began: Beginning
     """With which weights."""
+    named: Mapping[str, NamedSet]
+    """The named held-out sets."""
 
 
 def prepare(
@@ -95,8 +99,9 @@ def prepare(
     held_out = _held_out(config, groups, data, tokenizer, boundary)
     log(groups, *(f"accepted from here on: {line}" for line in accepted))
     compiled = compiles(config, groups.layout, groups.device, own_model=model is not None)
-    conditions = conditions_of(config, precision, groups.device, data.validation, compiled)
-    return Workload(of_run, precision, data, tokenizer, boundary, identity, conditions, held_out, began)
+    conditions = conditions_of(config, precision, groups.device, data.validation, compiled, data.named)
+    named = _named(config, groups, data, tokenizer, boundary)
+    return Workload(of_run, precision, data, tokenizer, boundary, identity, conditions, held_out, began, named)
 
 
 def with_tokens(config: RunConfig, workload: Workload, groups: ProcessGroups) -> Workload:
@@ -111,6 +116,7 @@ def with_tokens(config: RunConfig, workload: Workload, groups: ProcessGroups) ->
 
 def open_corpora(config: RunConfig, groups: ProcessGroups, saved: RunIdentity | None) -> Corpora:
     """The data of a run, the same on every rank (collective): what one cannot open, none reads."""
+    share_counts(config.data, groups)
     data = collectively(lambda: Corpora.open(config.data, config.training.seed, saved), groups.world)
     found = gather_objects(data.quarantined, groups.world)
     # The first rank's reason stands where several have one.
@@ -213,3 +219,16 @@ def _held_out(
     limit, globs = flags.validation_sequences, flags.validation_glob
     filters = flags.document_filters
     return held_out_sequences(data.validation, own, flags.block_size, boundary, limit, groups, globs, filters)
+
+
+def _named(
+    config: RunConfig,
+    groups: ProcessGroups,
+    data: Corpora,
+    tokenizer: PreTrainedTokenizerFast | None,
+    boundary: tuple[int, int] | None,
+) -> dict[str, NamedSet]:
+    """The named held-out sets on every rank (collective)."""
+    flags, own = config.data, tokenizer if groups.is_first else None
+    size, limit, filters = flags.block_size, flags.eval_sequences, flags.document_filters
+    return read_named(data.named, flags.named_globs, own, size, boundary, limit, groups, filters)

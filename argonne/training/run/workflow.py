@@ -15,6 +15,7 @@ from argonne.parallel.errors import ArgonneError
 from argonne.training.batch_shape import BatchShape
 from argonne.training.config import RunConfig
 from argonne.training.machine import return_large_blocks
+from argonne.training.named_sets import announced as announced_sets
 from argonne.training.run.batch import as_found, batch_of
 from argonne.training.run.compilation import eager_note, prepare_blocks
 from argonne.training.run.conditions import announced, changed_since
@@ -235,7 +236,7 @@ def _summary(workload: Workload, state: TrainingState, shape: BatchShape, checkp
 
 def _notes(config: RunConfig, workload: Workload, assignment: Assignment) -> list[str]:
     """What may surprise whoever asked for this run, though it is legal."""
-    notes = list(workload.model.notes)
+    notes = [*workload.model.notes, *workload.data.trained_on, *announced_sets(workload.named, config.run.evaluates)]
     total, stop = config.training.total_steps, config.run.stop_at_step
     if stop is not None and stop > total:
         notes.append(f"note: --stop-at-step {stop} lies past the end of the run, which is at step {total}")
