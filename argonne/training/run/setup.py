@@ -27,6 +27,7 @@ from argonne.training.run.directory import require_same
 from argonne.training.run.identity import RunIdentity
 from argonne.training.run.job import log
 from argonne.training.run.kept_tokenizer import fallback_tokenizer, from_json
+from argonne.training.run.loss import LossBuilder, LossOfRun, cross_entropy
 from argonne.training.run.model import ModelBuilder, ModelOfRun, argonne_model, own_model
 from argonne.training.run.probe import require_facts
 from argonne.training.run.shape import shape_of
@@ -50,6 +51,8 @@ class Workload:
     """``held_out_sequences``; None where there is no held-out text."""
     began: Beginning
     """With which weights."""
+    loss: LossOfRun
+    """What is minimised."""
 
 
 def prepare(
@@ -59,6 +62,7 @@ def prepare(
     fixed: Collection[str] | None = None,
     kept_tokenizer: Callable[[], Path | None] = lambda: None,
     model: ModelBuilder | None = None,
+    loss: LossBuilder = cross_entropy,
 ) -> Workload:
     """Settle the workload (collective), writing nothing: all that can be refused is refused here.
 
@@ -70,6 +74,7 @@ def prepare(
         kept_tokenizer: finds the tokenizer that trained weights depend on (collective), if there are such; asked for
             once the flags are known to mean the run, and only when they name none.
         model: makes the model that is trained in place of the flags'.
+        loss: says what is minimised.
 
     Raises:
         ArgonneError: on every rank, what is wrong.
@@ -78,7 +83,8 @@ def prepare(
     precision = resolve_precision(config.training.precision, groups.device)
     began = beginning(config, saved, groups)
     identity = replace(RunIdentity.of(config, data.identity, precision), init_from=began.fingerprint)
-    identity = replace(identity, resume_state=began.identity)
+    of_loss = loss(config, groups)
+    identity = replace(identity, resume_state=began.identity, loss=of_loss.identity)
     # Before anything that takes long.
     early = identity if model else _with_shape(identity, config, saved)
     _require_run(config, saved, early, fixed)
@@ -86,6 +92,7 @@ def prepare(
     tokenizer = _tokenizer(config, groups, data, saved, lambda: kept_tokenizer() or began.directory)
     boundary = _boundary(config, groups, tokenizer)
     facts = _tokenizer_facts(tokenizer, boundary, groups)
+    of_loss = of_loss.settled(groups, tokenizer, facts["size"])
     of_run = _model_of(config, groups, precision, facts["size"], model)
     identity = identity.with_model(of_run.shape, facts)
     accepted = _require_run(config, saved, identity, fixed)
@@ -96,7 +103,7 @@ def prepare(
     log(groups, *(f"accepted from here on: {line}" for line in accepted))
     compiled = compiles(config, groups.layout, groups.device, own_model=model is not None)
     conditions = conditions_of(config, precision, groups.device, data.validation, compiled)
-    return Workload(of_run, precision, data, tokenizer, boundary, identity, conditions, held_out, began)
+    return Workload(of_run, precision, data, tokenizer, boundary, identity, conditions, held_out, began, of_loss)
 
 
 def with_tokens(config: RunConfig, workload: Workload, groups: ProcessGroups) -> Workload:
@@ -132,7 +139,7 @@ def _require_run(
     if saved is None:
         return []
     # What a run has or has not is settled by the flags, so that having it no more is a difference.
-    settled = {*now.to_json(), "init_from", "resume_state", "reproducible"}
+    settled = {*now.to_json(), "init_from", "resume_state", "reproducible", "loss"}
     parts = [name for name in settled if fixed is None or name in fixed]
     return require_same(saved, now, config.run.output_dir, config.data.accept_data_change, parts)
 
