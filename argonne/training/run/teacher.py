@@ -157,10 +157,8 @@ class DistillationOfRun:
         table = load_tokenizer(self.directory, self.config.data.trust_remote_code, compare=False).get_vocab()
         theirs = {number: token for token, number in table.items() if number < tokens}
         ours = {number: token for token, number in tokenizer.get_vocab().items()}
-        if differs := min(
-            (number for number in {*ours, *theirs} if ours.get(number) != theirs.get(number)), default=None
-        ):
-            one, two = (repr(found.get(differs, "nothing"))[:40] for found in (theirs, ours))
+        if differs := sorted(number for number in {*ours, *theirs} if ours.get(number) != theirs.get(number)):
+            one, two = (repr(found.get(differs[0], "nothing"))[:40] for found in (theirs, ours))
             raise ArgonneError(
                 f"teacher_path={str(path)!r} has other tokens than the run's tokenizer: id {differs[0]} is {one}, not "
                 f"{two}; legal: {legal}"
@@ -192,6 +190,7 @@ def _teacher(config: DistillConfig) -> Path:
         return path
     if not path.exists():
         raise ArgonneError(
-            f"teacher_path={str(path)!r} does not exist; legal: a Hugging Face directory, a run's or one of its checkpoints"
+            f"teacher_path={str(path)!r} does not exist; legal: a Hugging Face directory, a run's or one of its "
+            "checkpoints"
         )
     return path
