@@ -184,3 +184,10 @@ def test_no_test_draws_without_a_seed() -> None:
         if unseeded.search(line)
     ]
     assert found == []
+
+
+def test_what_a_teacher_is_worth_is_what_was_measured() -> None:
+    found = result("distillation_cpu")["held_out_loss"]
+    page = (ROOT / "docs" / "after-pretraining.md").read_text(encoding="utf-8")
+    told = re.findall(r"after (\d+) steps of 256 tokens a held-out loss of ([\d.]+);\ntrained .*, ([\d.]+) \(", page)
+    assert told == [("200", f"{found['teacher']['200']:.2f}", f"{found['alone']['200']:.2f}")]

@@ -6,6 +6,7 @@ from argonne.models.build import PRESETS, ModelConfig, build_model, preset
 from argonne.models.cache import CachingModel, KeyValueCache, Scores
 from argonne.models.config import ArgonneConfig
 from argonne.models.contract import Batch, Head, LanguageModel, LossFunction, require_contract
+from argonne.models.distillation import DistillationLoss, Teacher, teacher_groups
 from argonne.models.end_tokens import end_tokens
 from argonne.models.execution import Execution
 from argonne.models.families import from_huggingface, to_huggingface

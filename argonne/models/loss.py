@@ -26,9 +26,9 @@ class CrossEntropyLoss:
     def __call__(self, hidden: Tensor, head: Head, batch: Batch) -> Tensor:
         of_positions: list[Tensor] | None = None if self.parts is None else []
         if batch.weights is None:
-            loss = self._losses(hidden, head, batch.targets, "sum", of_positions)
+            loss = self._losses(hidden, head, batch, "sum", of_positions)
         else:
-            losses = self._losses(hidden, head, batch.targets, "none", of_positions).view(batch.targets.shape)
+            losses = self._losses(hidden, head, batch, "none", of_positions).view(batch.targets.shape)
             loss = (losses * batch.weights.to(losses.dtype)).sum()
         if self.parts is not None and of_positions:
             found = torch.cat(of_positions, 1)
@@ -38,15 +38,15 @@ class CrossEntropyLoss:
 
     def of_each_position(self, hidden: Tensor, head: Head, batch: Batch) -> Tensor:
         """The loss of each position ``[batch, positions]``, not weighted."""
-        return self._losses(hidden, head, batch.targets, "none").view(batch.targets.shape)
+        return self._losses(hidden, head, batch, "none").view(batch.targets.shape)
 
     def _losses(
         self,
         hidden: Tensor,
         head: Head,
-        targets: Tensor,
+        batch: Batch,
         reduction: Literal["sum", "none"],
         parts: list[Tensor] | None = None,
     ) -> Tensor:
-        targets, objective = targets.flatten(), self.objective
+        targets, objective = batch.targets.flatten(), self.objective
         return linear_cross_entropy(hidden, head, targets, objective, reduction, backend=self.kernels, parts=parts)

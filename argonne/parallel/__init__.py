@@ -38,6 +38,7 @@ from argonne.parallel.sharding.spec import (
     sharded_parameters,
 )
 from argonne.parallel.tensor_parallel.cross_entropy import IGNORE_INDEX, Objective, vocab_parallel_cross_entropy
+from argonne.parallel.tensor_parallel.distillation import Distillation, DistillationSoftmax, TeacherRows
 from argonne.parallel.tensor_parallel.embedding import (
     VocabParallelEmbedding,
     VocabParallelHead,

@@ -146,6 +146,9 @@ class RunConfig:
     earlier_words: ClassVar[Mapping[str, str]] = {"--no-filters": "--filters=none"}
     """Words of earlier versions, and what they are now."""
 
+    own_groups: ClassVar[tuple[str, ...]] = ()
+    """Groups of flags that only this kind of run has, and that are kept with it."""
+
     @property
     def prints(self) -> bool:
         """Whether it is to be printed, and nothing else done."""

@@ -1,11 +1,11 @@
-"""What the loss of a step is made of, where label smoothing or z-loss is part of it."""
+"""What the loss of a step is made of, where it is more than the cross-entropy."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from argonne.parallel import Objective, ProcessGroups
+from argonne.parallel import Distillation, Objective, ProcessGroups
 from argonne.parallel.communication.reduction import sum_over
 
 
@@ -18,7 +18,7 @@ class LossParts:
         dtype: of the losses.
     """
 
-    def __init__(self, objective: Objective, groups: ProcessGroups, dtype: torch.dtype) -> None:
+    def __init__(self, objective: Objective | Distillation, groups: ProcessGroups, dtype: torch.dtype) -> None:
         self.names, self.groups, self.dtype = objective.parts, groups, dtype
         self.found: list[Tensor] | None = [] if self.names else None
         """What ``CrossEntropyLoss.parts`` is given: nothing on ranks that compute no loss."""

@@ -43,9 +43,9 @@ class Trainer:
     def __init__(self, config: RunConfig, workload: Workload, state: TrainingState, shape: BatchShape) -> None:
         self.config, self.workload, self.state, self.shape = config, workload, state, shape
         self.groups = groups = state.model.groups
-        objective, accurate = config.training.objective, torch.promote_types(workload.precision.compute, torch.float32)
-        self.parts = LossParts(objective, groups, accurate)
-        self.loss = CrossEntropyLoss(objective, config.training.kernels, self.parts.found)
+        accurate = torch.promote_types(workload.precision.compute, torch.float32)
+        self.parts = LossParts(workload.loss.objective, groups, accurate)
+        self.loss = workload.loss.build(state.model, workload.precision, self.parts.found)
         self.assignment = shape.assignment(config.parallel.kind, groups.reproducible)
         data = config.data
         self.feed = BatchFeed(self._stream(), shape.ids, groups, data.document_mask, data.prefetch_batches)

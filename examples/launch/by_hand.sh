@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Start this machine's ranks of a job without torchrun or a scheduler. On each machine, from the repository's root:
-#   MASTER_PORT=29500 examples/launch/by_hand.sh FIRST_RANK LOCAL_PROCESSES WORLD_SIZE MASTER_ADDR -- flags...
+#   MASTER_PORT=29500 examples/launch/by_hand.sh FIRST_RANK LOCAL_PROCESSES WORLD_SIZE MASTER_ADDR -- [driver] flags...
 # Two machines of 8 GPUs: `by_hand.sh 0 8 16 node1 -- ...` on node1, `by_hand.sh 8 8 16 node1 -- ...` on the other.
 # Nothing is started again by itself: the same commands again continue the run.
 set -euo pipefail
 
 if (($# < 5)) || [[ $5 != -- ]]; then
-  echo "usage: by_hand.sh FIRST_RANK LOCAL_PROCESSES WORLD_SIZE MASTER_ADDR -- flags..." >&2
+  echo "usage: by_hand.sh FIRST_RANK LOCAL_PROCESSES WORLD_SIZE MASTER_ADDR -- [driver] flags..." >&2
   exit 2
 fi
 first=$1 processes=$2 world=$3
@@ -16,6 +16,17 @@ if ((processes < 1 || first < 0 || first + processes > world || world % processe
   echo "by_hand.sh: ranks $first to $((first + processes - 1)) are no equal share of $world" >&2
   exit 2
 fi
+# The driver: that of the first word (resume, finetune, distill), or pretrain where the first word is a flag.
+driver=pretrain
+if (($#)) && [[ $1 != -* ]]; then
+  driver=$1
+  shift
+fi
+if [[ ! -f examples/$driver.py ]]; then
+  echo "by_hand.sh: there is no examples/$driver.py here; legal: pretrain, resume, finetune, distill" >&2
+  exit 2
+fi
+
 # Ranks that share a CPU must not each start a thread for every core.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
@@ -37,7 +48,7 @@ trap finish EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 for ((local_rank = 0; local_rank < processes; local_rank++)); do
-  RANK=$((first + local_rank)) LOCAL_RANK=$local_rank "${PYTHON:-python}" examples/pretrain.py "$@" &
+  RANK=$((first + local_rank)) LOCAL_RANK=$local_rank "${PYTHON:-python}" "examples/$driver.py" "$@" &
   ranks+=($!)
 done
 for _ in "${ranks[@]}"; do

@@ -154,6 +154,14 @@ def test_by_hand_refuses_ranks_that_no_job_has() -> None:
         assert len(done.output.splitlines()) == 1
 
 
+@pytest.mark.parametrize("script", ["slurm.sh", "pbs.sh", "by_hand.sh"])
+def test_a_driver_that_is_not_there_is_refused(script: str) -> None:
+    before = ["0", "1", "1", "127.0.0.1", "--"] if script == "by_hand.sh" else []
+    done = finish(start([str(SCRIPTS / script), *before, "finetun", "--output-dir", "x"]))
+    assert (done.status, len(done.output.splitlines())) == (2, 1)
+    assert "there is no examples/finetun.py here; legal: pretrain, resume, finetune, distill" in done.output
+
+
 # What a cluster has and this machine has not: every node is this one, and starting there is starting here.
 STAND_INS = {
     "scontrol": "printf '127.0.0.1\\n127.0.0.1\\n'",
@@ -165,7 +173,7 @@ STAND_INS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["slurm.sh", pytest.param("pbs.sh", marks=pytest.mark.exhaustive)])
-def test_a_schedulers_script_starts_an_agent_a_node(
+def test_a_schedulers_script_starts_an_agent_a_node_and_resumes(
     flags: dict[str, Any], dense: Path, tmp_path: Path, script: str
 ) -> None:
     for name, body in STAND_INS.items():
@@ -183,6 +191,8 @@ def test_a_schedulers_script_starts_an_agent_a_node(
         "PBS_JOBID": "1234[5].server",
     }
     run = {**flags, "--gradient-accumulation-steps": 1, "--output-dir": tmp_path / "run"}
-    done = finish(start([str(SCRIPTS / script), *words_of(run)], **scheduler))
-    assert done.status == 0, done.output
+    first, rest = {"--stop-at-step": 6}, {"--checkpoint-path": tmp_path / "run"}
+    for words in (words_of({**run, **first}), ["resume", *words_of(rest)]):
+        done = finish(start([str(SCRIPTS / script), *words], **scheduler))
+        assert done.status == 0, done.output
     assert_same_run(tmp_path / "run", dense)

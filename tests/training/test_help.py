@@ -27,6 +27,7 @@ DRIVERS = {
     "examples.generate": "GenerateConfig",
     "examples.perplexity": "PerplexityConfig",
     "argonne.training.config": "RunConfig",
+    "argonne.training.distill_config": "DistillConfig",
     "argonne.training.config resume": "ResumeConfig",
     "benchmarks.data_corpus": "Flags",
     "benchmarks.data_pipeline": "Flags",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -75,6 +75,11 @@ class ShardedSoftmax:
     vocabulary: VocabularyRange
     """The rank's."""
     objective: Objective
+
+    sums_of_a_token: ClassVar[int] = 2
+    """What ``losses`` tells of a token's softmax."""
+    room: ClassVar[int] = 1
+    """How many times the memory it takes for a logit that pretraining takes, at the most."""
 
     def __getitem__(self, chunk: slice) -> ShardedSoftmax:
         return replace(self, ids=self.ids[chunk])
@@ -160,8 +165,12 @@ class ShardedSoftmax:
         return scale, scale * (1 + 2 * z_loss * (sums[0] + sums[1])) if z_loss else scale
 
 
+Arithmetic = Callable[[Tensor, VocabularyRange, Objective], ShardedSoftmax]
+"""How a rank's logits are computed with: ``ShardedSoftmax``, or what makes one of its kind."""
+
+
 def softmax_parts(
-    arithmetic: type[ShardedSoftmax], ids: Tensor, vocabulary: VocabularyRange, objective: Objective, axis: Axis
+    arithmetic: Arithmetic, ids: Tensor, vocabulary: VocabularyRange, objective: Objective, axis: Axis
 ) -> list[tuple[ShardedSoftmax, slice]]:
     """A rank's part of the softmax with its columns, or the parts of its canonical blocks, if ``axis`` has such.
 
@@ -192,7 +201,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         vocabulary: VocabularyRange,
         axis: Axis,
         objective: Objective,
-        arithmetic: type[ShardedSoftmax],
+        arithmetic: Arithmetic,
     ) -> Any:
         parts = softmax_parts(arithmetic, targets, vocabulary, objective, axis)
         found = []
@@ -224,7 +233,7 @@ def vocab_parallel_cross_entropy(
     vocabulary: VocabularyRange,
     axis: Axis,
     objective: Objective = Objective(),
-    arithmetic: type[ShardedSoftmax] = ShardedSoftmax,
+    arithmetic: Arithmetic = ShardedSoftmax,
 ) -> Tensor:
     """The loss of each position, from this rank's part of the logits; the logits are left as they are.
 

@@ -18,7 +18,13 @@ from argonne.parallel.communication.recording import site
 from argonne.parallel.communication.regions import copy_to_region, gather_from_sequence_region
 from argonne.parallel.communication.tree import tree_sum
 from argonne.parallel.errors import ArgonneError
-from argonne.parallel.tensor_parallel.cross_entropy import Objective, ShardedSoftmax, gather_statistics, softmax_parts
+from argonne.parallel.tensor_parallel.cross_entropy import (
+    Arithmetic,
+    Objective,
+    ShardedSoftmax,
+    gather_statistics,
+    softmax_parts,
+)
 from argonne.parallel.tensor_parallel.embedding import VocabParallelEmbedding, VocabParallelHead, VocabularyRange
 from argonne.parallel.tensor_parallel.gemm import product
 from argonne.parallel.tensor_parallel.products import add_product
@@ -65,7 +71,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         objective: Objective,
         reduction: str,
         trains: bool,
-        arithmetic: type[ShardedSoftmax],
+        arithmetic: Arithmetic,
         scale: list[Tensor] | None,
         parts_of_losses: list[Tensor] | None,
         copy: Tensor | None,
@@ -78,9 +84,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         used_bias = None if bias is None else bias[: vocabulary.tokens].to(x.dtype)
         parts = softmax_parts(arithmetic, targets, vocabulary, objective, axis)
         accurate = torch.promote_types(x.dtype, torch.float32)
-        losses, sums = (x.new_empty(*shape, len(x), dtype=accurate) for shape in ((), (2,)))
+        shapes = (), (parts[0][0].sums_of_a_token,)
+        losses, sums = (x.new_empty(*shape, len(x), dtype=accurate) for shape in shapes)
         gradients = _Gradients(ctx, x, weight, accurate) if trains and reduction == "sum" else None
-        for chunk in _chunks(x, vocabulary, axis):
+        for chunk in _chunks(x, vocabulary, axis, parts[0][0].room):
             here = [(part[chunk], columns) for part, columns in parts]
             found = [part.statistics(_logits(x[chunk], used, used_bias, columns)) for part, columns in here]
             statistics = gather_statistics([own for own, _ in found], axis)
@@ -112,7 +119,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x, used, used_bias, targets, sums = ctx.saved_tensors
         parts = softmax_parts(ctx.arithmetic, targets, ctx.vocabulary, ctx.objective, ctx.axis)
         gradients = _Gradients(ctx, x, used, sums.dtype, rows=ctx.vocabulary.rows)
-        for chunk in _chunks(x, ctx.vocabulary, ctx.axis):
+        for chunk in _chunks(x, ctx.vocabulary, ctx.axis, parts[0][0].room):
             of_logits: list[Tensor] = []
             for part, columns in parts:
                 saved = part[chunk].save(_logits(x[chunk], used, used_bias, columns), sums[:, chunk])
@@ -157,7 +164,7 @@ def vocab_parallel_linear_cross_entropy(
     targets: Tensor,
     objective: Objective = Objective(),
     reduction: Literal["sum", "none"] = "sum",
-    arithmetic: type[ShardedSoftmax] = ShardedSoftmax,
+    arithmetic: Arithmetic = ShardedSoftmax,
     parts: list[Tensor] | None = None,
 ) -> Tensor:
     """``vocab_parallel_cross_entropy`` of ``vocab_parallel_logits``, without ever holding all logits.
@@ -219,9 +226,9 @@ def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, columns: slice) -> T
     return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 
-def _chunks(x: Tensor, vocabulary: VocabularyRange, axis: Axis) -> Iterator[slice]:
+def _chunks(x: Tensor, vocabulary: VocabularyRange, axis: Axis, room: int) -> Iterator[slice]:
     """The same on every rank: each chunk has a collective. Of canonical blocks, the same at every number of ranks."""
     rows = vocabulary.rows * (1 if axis.blocks is None else axis.size)
-    tokens = max(_FEWEST, _CHUNK.get(x.device.type, 1 << 28) // rows)
+    tokens = max(1, max(_FEWEST, _CHUNK.get(x.device.type, 1 << 28) // rows) // room)
     for start in range(0, len(x), tokens):
         yield slice(start, start + tokens)

@@ -48,6 +48,8 @@ MEANINGS: Mapping[str, Meaning] = {
     **_all("identity", "initial_loss_scale precision"),
     # Which bits; and of a reproducible run, the micro-batch, which is a leaf of its sums.
     **_all("identity", "reproducible reproducible_blocks"),
+    # What is learnt from a teacher.
+    **_all("identity", "teacher_path alpha temperature"),
     # What computes, what is done about damage, and what the held-out loss is measured on.
     **_all("condition", "kernels device on_bad_shard validation_glob validation_sequences"),
     **_all("condition", "eval eval_sequences"),
@@ -68,6 +70,8 @@ MEANINGS: Mapping[str, Meaning] = {
     **_all("free", "num_proc cache_dir prefetch_batches min_batch_size disable_gradient_checkpointing"),
     **_all("free", "trust_remote_code accept_data_change"),
     **_all("free", "recompute"),
+    # Where a teacher's weights are, and a permission.
+    **_all("free", "teacher_device_map teacher_tensor_parallel allow_vocabulary_mismatch"),
     # What the search for the micro-batch goes by; what it finds is in initial_batch_size.
     **_all("free", "memory_limit"),
 }

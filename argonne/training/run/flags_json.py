@@ -25,7 +25,7 @@ def flags_to_json(config: RunConfig) -> dict[str, Any]:
     """The flags as JSON values; paths and globs are made absolute, so that they hold from any directory."""
     flags = {
         name: {field: _plain(value) for field, value in dataclasses.asdict(getattr(config, name)).items()}
-        for name in GROUPS
+        for name in (*GROUPS, *config.own_groups)
     }
     flags["training"] |= {"recompute": str(config.recompute), "disable_gradient_checkpointing": False}
     if flags["data"]["data_glob"] is None:

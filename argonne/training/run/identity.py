@@ -62,6 +62,8 @@ class RunIdentity:
     """``ResumeState.identity`` of where it began, where that is not step 0."""
     reproducible: Mapping[str, Any] | None = None
     """``blocks`` and ``micro_batch``, of a run whose bits no layout changes."""
+    loss: Mapping[str, Any] | None = None
+    """``LossOfRun.identity``, of a run that minimises something else than pretraining."""
     others: Mapping[str, Any] = field(default_factory=dict)
     """What a later version keeps besides."""
 
@@ -84,7 +86,7 @@ class RunIdentity:
         names = [each.name for each in dataclasses.fields(cls) if each.name != "others"]
         wrong: dict[str, bool] = {"identity": not isinstance(saved, dict)}
         if isinstance(saved, dict):
-            groups = ("data", "schedule", "precision", "model", "tokenizer", "reproducible", "resume_state")
+            groups = ("data", "schedule", "precision", "model", "tokenizer", "reproducible", "resume_state", "loss")
             wrong |= {f"identity.{name}": not isinstance(saved.get(name, {}), dict) for name in groups}
             data = saved.get("data")
             if isinstance(data, dict):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from argonne.launch.out_of_memory import complaint
-from argonne.models import Batch, CrossEntropyLoss
+from argonne.models import Batch, LossFunction
 from argonne.parallel import Draws, ProcessGroups
 from argonne.parallel.communication.isolation import isolated
 from argonne.parallel.data_parallel.leaves import LeafSums
@@ -75,14 +75,15 @@ def rehearse(
                 learner.initialise(config.training.seed)  # numbers that stay finite
             else:
                 learner.replicas.publish()
-            _step(learner, config, groups, size)
+            loss = workload.loss.build(learner.model, workload.precision, None, rehearsed=True)
+            _step(learner, config, groups, size, loss)
         except NotFinite:
             pass  # sums of this rank's parts alone may be, and the run's own step will say so if it is not the cause
         except (RuntimeError, MemoryError) as error:
             if complaint(error) is None:
                 raise
             fits = False
-    learner = None  # type: ignore[assignment]
+    learner = loss = None  # type: ignore[assignment]
     gc.collect()  # a model and its hooks are in cycles of references
     if on_gpu:
         torch.cuda.empty_cache()
@@ -90,7 +91,7 @@ def rehearse(
     return Rehearsed(fits, 0 if count is None else count.peak, state)
 
 
-def _step(learner: TrainingState, config: RunConfig, groups: ProcessGroups, size: int) -> None:
+def _step(learner: TrainingState, config: RunConfig, groups: ProcessGroups, size: int, loss: LossFunction) -> None:
     seed, clip, block_size = config.training.seed, config.training.gradient_clip, config.data.block_size
     asked = config.training.gradient_accumulation_steps
     count = micro_batches(config, groups, asked)
@@ -102,7 +103,7 @@ def _step(learner: TrainingState, config: RunConfig, groups: ProcessGroups, size
     if learner.replicas.leaves is not None:  # what a tree of more micro-batches keeps besides
         more = LeafSums.most(asked) - LeafSums.most(count)
         kept = torch.empty(more * learner.replicas.leaves.gradient_bytes, dtype=torch.uint8, device=groups.device)
-    train_step(learner, batch, CrossEntropyLoss(config.training.objective, config.training.kernels), 0.0, clip)
+    train_step(learner, batch, loss, 0.0, clip)
     del kept
 
 

@@ -32,7 +32,7 @@ from argonne.training.schedule import Schedule
 from argonne.training.state import TrainingState
 
 # Changing these changes what the weights or the lanes mean; resume.py refuses it. The rest it announces.
-_FIXED = ("model", "data", "tokenizer", "init_from", "resume_state", "reproducible")
+_FIXED = ("model", "data", "tokenizer", "init_from", "resume_state", "reproducible", "loss")
 
 
 def parse_resume(arguments: Sequence[str]) -> ResumeConfig:

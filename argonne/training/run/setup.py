@@ -29,6 +29,7 @@ from argonne.training.run.identity import RunIdentity
 from argonne.training.run.job import log
 from argonne.training.run.kept_tokenizer import fallback_tokenizer, from_json
 from argonne.training.run.line_counts import share_counts
+from argonne.training.run.loss import LossBuilder, LossOfRun, cross_entropy
 from argonne.training.run.model import ModelBuilder, ModelOfRun, argonne_model, own_model
 from argonne.training.run.probe import require_facts
 from argonne.training.run.shape import shape_of
@@ -54,6 +55,8 @@ class Workload:
     """With which weights."""
     named: Mapping[str, NamedSet]
     """The named held-out sets."""
+    loss: LossOfRun
+    """What is minimised."""
 
 
 def prepare(
@@ -63,6 +66,7 @@ def prepare(
     fixed: Collection[str] | None = None,
     kept_tokenizer: Callable[[], Path | None] = lambda: None,
     model: ModelBuilder | None = None,
+    loss: LossBuilder = cross_entropy,
 ) -> Workload:
     """Settle the workload (collective), writing nothing: all that can be refused is refused here.
 
@@ -72,12 +76,14 @@ def prepare(
         kept_tokenizer: finds the tokenizer that trained weights depend on (collective), if there are such; asked for
             once the flags are known to mean the run, and only when they name none.
         model: makes the model that is trained in place of the flags'.
+        loss: says what is minimised.
     """
     data = open_corpora(config, groups, saved)
     precision = resolve_precision(config.training.precision, groups.device)
     began = beginning(config, saved, groups)
     identity = replace(RunIdentity.of(config, data.identity, precision), init_from=began.fingerprint)
-    identity = replace(identity, resume_state=began.identity)
+    of_loss = loss(config, groups)
+    identity = replace(identity, resume_state=began.identity, loss=of_loss.identity)
     # Before anything that takes long.
     early = identity if model else _with_shape(identity, config, saved)
     _require_run(config, saved, early, fixed)
@@ -87,6 +93,7 @@ def prepare(
     if config.data.add_document_boundary_tokens:
         boundary = collectively(lambda: boundary_tokens(tokenizer) if tokenizer else None, groups.world)
     facts = _tokenizer_facts(tokenizer, boundary, groups)
+    of_loss = of_loss.settled(groups, tokenizer, facts["size"])
     if model is None:
         of_run = argonne_model(config, facts["size"])
     else:
@@ -101,7 +108,7 @@ def prepare(
     compiled = compiles(config, groups.layout, groups.device, own_model=model is not None)
     conditions = conditions_of(config, precision, groups.device, data.validation, compiled, data.named)
     named = _named(config, groups, data, tokenizer, boundary)
-    return Workload(of_run, precision, data, tokenizer, boundary, identity, conditions, held_out, began, named)
+    return Workload(of_run, precision, data, tokenizer, boundary, identity, conditions, held_out, began, named, of_loss)
 
 
 def with_tokens(config: RunConfig, workload: Workload, groups: ProcessGroups) -> Workload:
@@ -134,7 +141,7 @@ def _require_run(
     if saved is None:
         return []
     # What a run has or has not is settled by the flags, so that having it no more is a difference.
-    settled = {*now.to_json(), "init_from", "resume_state", "reproducible"}
+    settled = {*now.to_json(), "init_from", "resume_state", "reproducible", "loss"}
     parts = [name for name in settled if fixed is None or name in fixed]
     return require_same(saved, now, config.run.output_dir, config.data.accept_data_change, parts)
 

@@ -28,6 +28,7 @@ from argonne.training.run.identity import RunIdentity
 from argonne.training.run.job import joined, log
 from argonne.training.run.kept_files import KeptFiles
 from argonne.training.run.kept_tokenizer import keep
+from argonne.training.run.loss import LossBuilder, cross_entropy
 from argonne.training.run.memory import memory_told
 from argonne.training.run.model import ModelBuilder
 from argonne.training.run.search import in_vain as search_in_vain
@@ -37,11 +38,12 @@ from argonne.training.state import TrainingState
 from argonne.training.trainer import Trainer
 
 
-def pretrain(config: RunConfig, model: ModelBuilder | None = None) -> int:
+def pretrain(config: RunConfig, model: ModelBuilder | None = None, loss: LossBuilder = cross_entropy) -> int:
     """Begin the run of ``config``, or continue it from its newest valid checkpoint; one rank of it, and its status.
 
     ``model`` makes the model that is trained, from an ``Execution`` and the number of tokens of the vocabulary:
-    anything that meets ``argonne.models.LanguageModel``. Left out, it is the Argonne model of the flags.
+    anything that meets ``argonne.models.LanguageModel``. Left out, it is the Argonne model of the flags. ``loss`` says
+    what is minimised, pretraining's cross-entropy unless it is another.
     """
     directory = config.run.output_dir
     with joined(config) as groups:
@@ -52,7 +54,8 @@ def pretrain(config: RunConfig, model: ModelBuilder | None = None) -> int:
             shape.check_reproducible(config.parallel.kind)
         config.parallel.plan(groups.layout).check_micro_batches(shape.accumulation)
         newest = functools.cache(lambda: _newest(directory, groups))
-        workload = prepare(config, groups, saved.identity if saved else None, kept_tokenizer=newest, model=model)
+        before = saved.identity if saved else None
+        workload = prepare(config, groups, before, kept_tokenizer=newest, model=model, loss=loss)
         checkpoint, became = newest(), []
         if checkpoint is not None:
             if is_done(config, checkpoint, groups):
@@ -179,7 +182,8 @@ def train(
     if groups.device.type == "cpu" and (state.search or config.training.memory_limit is not None):
         return_large_blocks()
     _compile(config, workload, state, shape)
-    trainer = Trainer(config, workload, state, shape)
+    with memory_told(config, shape, groups, lambda: "as the loss was made"):
+        trainer = Trainer(config, workload, state, shape)
     # One rank writes; what it cannot write, all refuse.
     collectively(lambda: _begin(config, workload, state, shape, trainer) if groups.is_first else None, groups.world)
     log(
