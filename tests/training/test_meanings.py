@@ -32,6 +32,7 @@ from argonne.training.run.directory import require_same
 from argonne.training.run.identity import RunIdentity, differences
 from argonne.training.run.reproducible import blocks_of
 from argonne.training.run.setup import prepare
+from argonne.training.tuning.config import ChatFlags, TuningFlags, TuningRunFlags
 from tests.integration.runs import write_corpus
 
 GROUPS = {
@@ -60,7 +61,8 @@ def names(*kinds: type) -> list[str]:
 
 
 def test_every_flag_has_a_meaning_and_no_other_name_has_one() -> None:
-    assert sorted(MEANINGS) == sorted({*names(*GROUPS.values(), ResumeFlags, ConfigFlags)})
+    tuning = (ChatFlags, TuningFlags, TuningRunFlags)
+    assert sorted(MEANINGS) == sorted({*names(*GROUPS.values(), *tuning, ResumeFlags, ConfigFlags)})
 
 
 @pytest.fixture(scope="module")

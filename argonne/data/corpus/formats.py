@@ -21,6 +21,9 @@ from argonne.data.errors import DataError, one_line
 
 TEXT = "text"
 """The column of texts, unless another is named."""
+MESSAGES, PROMPT, COMPLETION = "messages", "prompt", "completion"
+CONVERSATION = "messages (or prompt and completion)"
+"""In place of a column of texts: the columns of conversations, of which a file has one kind."""
 STREAM_BUFFER = 1 << 20
 
 # Of a schema, in a message.
@@ -69,7 +72,7 @@ def inspect(location: Location, column: str = TEXT) -> tuple[Format, int, tuple[
             if kind == "Parquet file":
                 source.seek(0)
                 with pq.ParquetFile(source) as parquet:
-                    _text_column(location, parquet.schema_arrow, column)
+                    _require_column(location, parquet.schema_arrow, column)
                     return kind, size, _parquet_rows(location, parquet.metadata)
         with open_source(location, mapped=True) as source:
             reader = _arrow_reader(location, kind, source, column)
@@ -152,6 +155,17 @@ def _format(location: Location, head: bytes) -> Format:
         if head.startswith(magic):
             return kind
     raise DataError(f"shard {location} starts with {head!r}; expected the content of a {', '.join(_MAGIC.values())}")
+
+
+def _require_column(location: Location, schema: pa.Schema, column: str) -> None:
+    """Raise DataError unless there is that column of texts, or with ``CONVERSATION`` those of conversations."""
+    if column != CONVERSATION:
+        _text_column(location, schema, column)
+    elif MESSAGES not in schema.names and not {PROMPT, COMPLETION} <= {*schema.names}:
+        raise DataError(
+            f"shard {location} has no column {MESSAGES!r}, nor {PROMPT!r} and {COMPLETION!r}; its columns: "
+            f"{_columns(schema)}"
+        )
 
 
 def _text_column(location: Location, schema: pa.Schema, column: str) -> int:

@@ -104,7 +104,7 @@ class RowGroups:
         key = (shard, row_group)
         with self._lock:
             if key not in self._kept:
-                texts = open_texts(self._shards[shard], row_group)
+                texts = self._open(self._shards[shard], row_group)
                 self._kept[key] = texts, texts.nbytes
                 self._kept_bytes += texts.nbytes
                 while len(self._kept) > 1 and self._kept_bytes > KEPT_BYTES:
@@ -112,6 +112,9 @@ class RowGroups:
                 self._count_decoded(texts.nbytes)
             self._kept.move_to_end(key)
             return self._kept[key][0]
+
+    def _open(self, shard: Shard, row_group: int) -> Texts:
+        return open_texts(shard, row_group)
 
     def _count_decoded(self, size: int) -> None:
         """Now and then have Arrow give back what it keeps for later: 40 MB in a hundred million tokens otherwise."""

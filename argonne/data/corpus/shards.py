@@ -137,9 +137,9 @@ def read_texts(shard: Shard, row_group: int) -> list[object]:
 
 def open_texts(shard: Shard, row_group: int) -> Texts:
     """The rows of one row group as Arrow holds them; see `read_texts`."""
-    kind = _require_readable(shard, row_group)
+    kind = require_readable(shard, row_group)
     texts = read_column(shard.path, kind, shard.size, row_group, shard.column)
-    _require_rows_of(shard, row_group, len(texts))
+    require_rows_of(shard, row_group, len(texts))
     return texts
 
 
@@ -149,22 +149,24 @@ def stream_texts(shard: Shard, row_group: int, rows: int) -> Iterator[Texts]:
     Raises:
         DataError: as `read_texts`, but when the fault is come upon: rows before it have been handed out.
     """
-    _require_readable(shard, row_group)
+    require_readable(shard, row_group)
     read = 0
     for texts in stream_column(shard.path, shard.size, row_group, rows, shard.column):
         read += len(texts)
         yield texts
-    _require_rows_of(shard, row_group, read)
+    require_rows_of(shard, row_group, read)
 
 
-def _require_readable(shard: Shard, row_group: int) -> Format:
+def require_readable(shard: Shard, row_group: int) -> Format:
+    """The format of a shard; raises DataError where it is quarantined."""
     if shard.unreadable or shard.format is None:
         where = f"row group {row_group} of shard {shard.path}"
         raise DataError(f"{where} cannot be read: the shard {shard.unreadable}")
     return shard.format
 
 
-def _require_rows_of(shard: Shard, row_group: int, rows: int) -> None:
+def require_rows_of(shard: Shard, row_group: int, rows: int) -> None:
+    """Raise DataError unless a row group has as many rows as the footer said."""
     if rows != shard.rows[row_group]:
         where = f"row group {row_group} of shard {shard.path}"
         raise DataError(f"{where} has {rows} rows, not {shard.rows[row_group]}: the file was changed")
