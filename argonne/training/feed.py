@@ -39,6 +39,14 @@ class Fed:
     weight: int = 0
     """The sum of the weights of all targets of the global batch, the same on every rank; 0 where there are none."""
 
+    def targets(self, ignored: int) -> Tensor:
+        """``[accumulation, micro_batch, block_size]``: the token behind each, or ``ignored`` where that weighs nothing.
+
+        Weights are 0 or 1. So said, loss and gradients come in one pass; ``Batch.weights`` takes a second.
+        """
+        targets = self.tokens[..., 1:]
+        return targets if self.weights is None else targets.masked_fill(self.weights[..., 1:] == 0, ignored)
+
 
 class BatchFeed:
     """Reads ahead on the first of the ranks that share a batch (``groups.model``), and hands it out to them.

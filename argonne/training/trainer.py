@@ -151,9 +151,7 @@ class Trainer:
         """The micro-batches of a step as the model is given them."""
         documents = None if fed.documents is None else fed.documents[..., :-1]
         state = self.state
-        targets, divisor = fed.tokens[..., 1:], self._weight(fed)
-        if fed.weights is not None:  # of 0 and 1: said by targets, loss and gradients come in one pass
-            targets = targets.masked_fill(fed.weights[..., 1:] == 0, self.config.training.objective.ignore_index)
+        targets, divisor = fed.targets(self.config.training.objective.ignore_index), self._weight(fed)
         samples = torch.from_numpy(self.assignment.samples(self.groups.data.rank, state.next_sample))
         draws = Draws(self.config.training.seed, state.step + 1, samples)
         return Batch(fed.tokens[..., :-1], targets, documents, divisor=divisor, draws=draws)

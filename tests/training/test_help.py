@@ -23,11 +23,13 @@ from argonne.training.model_flags import DEFAULT_PRESET
 DRIVERS = {
     "examples.custom_model": "Config",
     "examples.demo": "Demo",
+    "examples.demo_chats": "DemoChats",
     "examples.demo_corpus": "DemoCorpus",
     "examples.generate": "GenerateConfig",
     "examples.perplexity": "PerplexityConfig",
     "argonne.training.config": "RunConfig",
     "argonne.training.config resume": "ResumeConfig",
+    "argonne.training.tuning.config": "TuneConfig",
     "benchmarks.data_corpus": "Flags",
     "benchmarks.data_pipeline": "Flags",
     "benchmarks.generate": "Flags",

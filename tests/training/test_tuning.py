@@ -49,6 +49,11 @@ def write_model(directory: Path) -> Path:
 
 def flags(home: Path, directory: str, **others: Any) -> list[str]:
     """The words of a command that tunes the model of ``home``."""
+    return words_of(flags_by_name(home, directory, **others))
+
+
+def flags_by_name(home: Path, directory: str, **others: Any) -> dict[str, Any]:
+    """The same flags as ``words_of`` takes them; True stands alone, and None leaves one out."""
     named: dict[str, Any] = {
         "init_from": home / "model",
         "data_glob": home / "chats.parquet",
@@ -65,7 +70,7 @@ def flags(home: Path, directory: str, **others: Any) -> list[str]:
         **others,
     }
     said = {f"--{name.replace('_', '-')}": value for name, value in named.items() if value is not None}
-    return words_of({name: None if value is True else value for name, value in said.items()})
+    return {name: None if value is True else value for name, value in said.items()}
 
 
 def write_home(home: Path) -> Path:

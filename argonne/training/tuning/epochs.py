@@ -35,12 +35,13 @@ def with_steps(
     """
     if not isinstance(config, TuneConfig) or config.training.passes is None:
         return config, workload
+    source = config.data.source
 
     def count() -> Pass | None:
         if not groups.is_first:
             return None
         assert workload.tokenizer is not None
-        return workload.data.count(config.data.source, workload.tokenizer)
+        return workload.data.count(source, workload.tokenizer)
 
     found: Pass | None = gather_objects(collectively(count, groups.world), groups.world)[0]
     assert found is not None
