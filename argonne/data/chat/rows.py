@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import pyarrow as pa
@@ -40,11 +41,11 @@ class Conversation:
 def conversation_of(row: object) -> Conversation | str:
     """The conversation of a row, or the reason for which it has none.
 
-    A row is what a file has in its columns, by their names. None stands for one that is no JSON; and a column may hold
-    JSON as text.
+    A row is what a file has in its columns, by their names. None, or a member of an ``Enum``, stands for one that is no
+    JSON; and a column may hold JSON as text.
     """
     try:
-        if row is None:
+        if row is None or isinstance(row, Enum):
             return BROKEN_JSON
         if not isinstance(row, Mapping):
             return MALFORMED
