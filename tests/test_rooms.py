@@ -45,6 +45,7 @@ WITHIN_DATA: dict[str, set[str]] = {
     "tokens": set(),
     "lanes": {"corpus", "tokens"},
     "cache": {"corpus", "tokens", "lanes"},
+    "chat": {"lanes", "tokens", "corpus"},
 }
 ROOMS_WITHIN = {"parallel": WITHIN_PARALLEL, "data": WITHIN_DATA}
 """What each room of a package may import besides itself and the files beside the rooms (``errors``, ``legal``)."""

@@ -35,6 +35,8 @@ class Batch:
     """State of each lane served here once this global batch is consumed; keys as of ``Mixture.states``."""
     step_sample: int
     """Number of the first global sample after this batch."""
+    weights: npt.NDArray[np.int32] | None = None
+    """As ``tokens``: what the loss of each counts; None: each counts 1."""
 
 
 class BatchStream:
@@ -68,11 +70,13 @@ class BatchStream:
                 if number in own:
                     read[number] = sample
         self._sample = end
+        weights = [each.weights for number in numbers if (each := read[number]).weights is not None]
         return Batch(
             tokens=self._micro_batches([read[number].tokens for number in numbers]),
             documents=self._micro_batches([read[number].documents for number in numbers]),
             states=self._mixture.states(),
             step_sample=end,
+            weights=self._micro_batches(weights) if weights else None,
         )
 
     def _micro_batches(self, sequences: list[npt.NDArray[Number]]) -> npt.NDArray[Number]:

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from argonne.data.corpus.formats import TEXT
+from argonne.data.source import Source, Texts
 from argonne.data.tokens.filters import FILTERS, NO_FILTERS, Filters
 from argonne.launch.config_file import ConfigFlags
 from argonne.launch.flags import Given, HomeText, RestartFlags, at_home
@@ -92,6 +93,11 @@ class DataFlags:
         """Which rows become documents, of the held-out text too. Raises ``ArgonneError`` naming a bad threshold."""
         own = Filters(**{f.name: getattr(self, f"filter_{f.name}") for f in fields(Filters)})
         return own if self.filters == "default" else NO_FILTERS
+
+    @property
+    def source(self) -> Source:
+        """What the rows are, and how sequences are made of them."""
+        return Texts(self.text_column, self.document_filters)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from argonne.data import Batch, BatchStream, DataError, LaneState, Prefetcher
 from argonne.data.staging import Staged, Staging
 from argonne.parallel import ProcessGroups
 from argonne.parallel.communication.collectives import all_gather, broadcast, gather_objects
+from argonne.parallel.communication.reduction import sum_over
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,18 @@ class Fed:
     """The state of each lane that this rank feeds, once this batch is consumed."""
     next_sample: int
     """The number of the first global sample after this batch; 0 on ranks that do not feed."""
+    weights: Tensor | None = None
+    """As ``tokens``: what the loss of each counts; None: each counts 1."""
+    weight: int = 0
+    """The sum of the weights of all targets of the global batch, the same on every rank; 0 where there are none."""
+
+    def targets(self, ignored: int) -> Tensor:
+        """``[accumulation, micro_batch, block_size]``: the token behind each, or ``ignored`` where that weighs nothing.
+
+        Weights are 0 or 1. So said, loss and gradients come in one pass; ``Batch.weights`` takes a second.
+        """
+        targets = self.tokens[..., 1:]
+        return targets if self.weights is None else targets.masked_fill(self.weights[..., 1:] == 0, ignored)
 
 
 class BatchFeed:
@@ -46,6 +59,7 @@ class BatchFeed:
         groups: the processes.
         documents: hand out the numbers of documents too.
         depth: batches that are read ahead.
+        weights: hand out the weights of tokens too, which the stream then has.
     """
 
     def __init__(
@@ -55,10 +69,12 @@ class BatchFeed:
         groups: ProcessGroups,
         documents: bool = False,
         depth: int = 2,
+        weights: bool = False,
     ) -> None:
         self.groups = groups
-        # Ids, and the numbers of their documents where they are asked for.
-        self.shape = (1 + documents, *shape)
+        self.documents, self.weights = documents, weights
+        # Ids, and where they are asked for the numbers of their documents, and their weights.
+        self.shape = (1 + documents + weights, *shape)
         self.stream = stream
         self.prefetcher: Prefetcher[tuple[Batch, Staged]] | None = None
         if stream is not None:
@@ -69,6 +85,9 @@ class BatchFeed:
                 parts: list[npt.NDArray[np.generic]] = [batch.tokens.reshape(-1)]
                 if documents:
                     parts.append(batch.documents.reshape(-1))
+                if weights:
+                    assert batch.weights is not None
+                    parts.append(batch.weights.reshape(-1))
                 # One element more says that the batch is there.
                 message = np.concatenate([*parts, [1]], dtype=np.int64)
                 return batch, staging.put(message)
@@ -97,10 +116,12 @@ class BatchFeed:
             told = [line for line in gather_objects(problem, self.groups.model) if line]
             raise DataError(told[0])
         tokens, *rest = message[:-1].view(self.shape)
-        documents = rest[0] if rest else None
+        documents = rest.pop(0) if self.documents else None
+        weights = rest.pop(0) if self.weights else None
+        weight = 0 if weights is None else int(sum_over(weights[..., 1:].sum(), self.groups.data).item())
         if batch is None:
-            return Fed(tokens, documents, None, {}, 0)
-        return Fed(tokens, documents, self._digest(batch), batch.states, batch.step_sample)
+            return Fed(tokens, documents, None, {}, 0, weights, weight)
+        return Fed(tokens, documents, self._digest(batch), batch.states, batch.step_sample, weights, weight)
 
     def close(self) -> None:
         """Stop reading ahead."""

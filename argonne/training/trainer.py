@@ -48,7 +48,8 @@ class Trainer:
         self.loss = workload.loss.build(state.model, workload.precision, self.parts.found)
         self.assignment = shape.assignment(config.parallel.kind, groups.reproducible)
         data = config.data
-        self.feed = BatchFeed(self._stream(), shape.ids, groups, data.document_mask, data.prefetch_batches)
+        weighs = data.source.weighs
+        self.feed = BatchFeed(self._stream(), shape.ids, groups, data.document_mask, data.prefetch_batches, weighs)
         self.held_out = workload.held_out
         self.named = NamedSets(workload.named, config.run.evaluates, config.training.total_steps)
         self.reports = Reports(config.run.output_dir)
@@ -155,10 +156,15 @@ class Trainer:
     def _batch(self, fed: Fed) -> Batch:
         """The micro-batches of a step as the model is given them."""
         documents = None if fed.documents is None else fed.documents[..., :-1]
-        state, divisor = self.state, self.shape.tokens_per_step
+        state = self.state
+        targets, divisor = fed.targets(self.config.training.objective.ignore_index), self._weight(fed)
         samples = torch.from_numpy(self.assignment.samples(self.groups.data.rank, state.next_sample))
         draws = Draws(self.config.training.seed, state.step + 1, samples)
-        return Batch(fed.tokens[..., :-1], fed.tokens[..., 1:], documents, divisor=divisor, draws=draws)
+        return Batch(fed.tokens[..., :-1], targets, documents, divisor=divisor, draws=draws)
+
+    def _weight(self, fed: Fed) -> int:
+        """How many targets of the global batch the loss is the mean over, whichever rank has them."""
+        return self.shape.tokens_per_step if fed.weights is None else fed.weight
 
     def _consume(self, batch: Fed) -> None:
         """Count the data of this batch as consumed."""
@@ -232,7 +238,8 @@ class Trainer:
             "step": self.state.step,
             "tokens": self.state.tokens,
             "loss": result.loss,
-            **self.parts.take(self.shape.tokens_per_step),
+            **self.parts.take(self._weight(batch)),
+            **({} if batch.weights is None else {"trained_tokens": batch.weight}),
             "validation_loss": None,
             **self.named.fields,
             "learning_rate": self.state.schedule.learning_rate(self.state.step),

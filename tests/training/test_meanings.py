@@ -25,7 +25,6 @@ from argonne.training.config import (
     RunFlags,
     TrainingFlags,
 )
-from argonne.training.distill_config import DistillFlags
 from argonne.training.run import conditions
 from argonne.training.run.compilation import compiles
 from argonne.training.run.conditions import MEANINGS, announced, changed_since
@@ -33,6 +32,7 @@ from argonne.training.run.directory import require_same
 from argonne.training.run.identity import RunIdentity, differences
 from argonne.training.run.reproducible import blocks_of
 from argonne.training.run.setup import prepare
+from argonne.training.tuning.config import ChatFlags, TuningFlags, TuningRunFlags
 from tests.integration.runs import write_corpus
 
 GROUPS = {
@@ -61,7 +61,8 @@ def names(*kinds: type) -> list[str]:
 
 
 def test_every_flag_has_a_meaning_and_no_other_name_has_one() -> None:
-    assert sorted(MEANINGS) == sorted({*names(*GROUPS.values(), ResumeFlags, ConfigFlags, DistillFlags)})
+    tuning = (ChatFlags, TuningFlags, TuningRunFlags)
+    assert sorted(MEANINGS) == sorted({*names(*GROUPS.values(), *tuning, ResumeFlags, ConfigFlags)})
 
 
 @pytest.fixture(scope="module")

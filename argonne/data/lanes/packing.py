@@ -28,6 +28,8 @@ class Packed:
     """``[block_size + 1]`` ids."""
     documents: npt.NDArray[np.int32]
     """``[block_size + 1]``: the number of each token's document, 0 for the first (or rest of one) in the sequence."""
+    weights: npt.NDArray[np.int32] | None = None
+    """``[block_size + 1]``: what the loss of each token counts, where it has been foretold. None: each counts 1."""
 
 
 class SequenceStream:
@@ -68,8 +70,7 @@ class SequenceStream:
         self.lanes = lanes
         self.served = tuple(served)
         reader = DocumentReader(shards, plan, tokenizer, boundary, on_bad, report, fast, filters)
-        states = states or [LaneState(plan.position(plan.enter(lane, epoch=0))) for lane in range(lanes)]
-        self._served = {lane: _Lane(lane, reader, states[lane]) for lane in served}
+        self._served = {lane: _Lane(lane, reader, states[lane] if states else beginning(plan, lane)) for lane in served}
 
     def next_sequence(self, lane: int) -> Packed:
         """The lane's next sequence of block_size + 1 tokens."""
@@ -150,3 +151,8 @@ def check_lanes(block_size: int, lanes: int, served: Sequence[int], states: Sequ
         raise DataError(f"served={list(served)} names lanes outside 0 to {lanes - 1}")
     if states is not None and len(states) != lanes:
         raise DataError(f"{len(states)} lane states were saved, and lanes={lanes}; the two must be equal")
+
+
+def beginning(plan: LanePlan, lane: int) -> LaneState:
+    """Of a lane that has delivered nothing yet."""
+    return LaneState(plan.position(plan.enter(lane, epoch=0)))

@@ -120,10 +120,12 @@ class DocumentReader:
             else:
                 row = place.row
                 for rows in cut_batches(self._row_groups.rows(unit, row, self._batch_rows), self._batch_rows):
-                    outcomes = tokenise_rows(rows, self._encode, self._boundary, self._filters)
-                    yield _List(Place(place.epoch, place.unit, row), outcomes)
+                    yield _List(Place(place.epoch, place.unit, row), self._outcomes(rows))
                     row += len(rows)
             place = self.plan.next_unit(lane, place)
+
+    def _outcomes(self, rows: list[object]) -> list[TokenIds | str]:
+        return tokenise_rows(rows, self._encode, self._boundary, self._filters)
 
 
 def ahead(items: Iterator[T], pool: Executor) -> Iterator[T]:

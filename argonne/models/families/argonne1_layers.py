@@ -92,6 +92,13 @@ def own_tokens(x: Tensor, groups: ProcessGroups) -> Tensor:
     return x.chunk(groups.tensor.size)[groups.tensor.rank] if groups.sequence_parallel else x
 
 
+def begins_of(documents: Tensor) -> Tensor:
+    """``[batch, sequence]`` numbers -> the position at which each one's document begins."""
+    places = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    changes = documents != documents.roll(1, 1)
+    return torch.where(changes, places, 0).cummax(1).values
+
+
 class LayerNorm(nn.Module):
     """LayerNorm with weight and bias that every rank holds, computed in float32 at least."""
 
@@ -131,7 +138,10 @@ class PositionEmbedding(nn.Module):
         """``[batch * sequence, hidden]``, or this rank's share of those rows."""
         positions = inputs.positions
         if positions is None:
-            positions = torch.arange(inputs.sequence, device=self.groups.device).repeat(batch)
+            positions = torch.arange(inputs.sequence, device=self.groups.device).expand(batch, -1)
+            if inputs.documents is not None:
+                positions = positions - begins_of(inputs.documents)
+            positions = positions.flatten()
         # Past the last: ids that are padded to be shared out (next_token_logits), which nothing sees.
         positions = own_tokens(positions, self.groups).clamp_max(len(self.weight) - 1)
         return F.embedding(positions, self.weight).to(self.precision.compute)

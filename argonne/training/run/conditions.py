@@ -38,6 +38,8 @@ MEANINGS: Mapping[str, Meaning] = {
     **_all("identity", "data_glob tokenizer_path block_size add_document_boundary_tokens document_mask data_lanes"),
     **_all("identity", "streaming seed text_column filters filter_long_characters filter_max_digits"),
     **_all("identity", "filter_min_readable filter_min_tokens"),
+    # Of instruction tuning: the template is the tokenizer's, the passes are steps.
+    **_all("identity", "chat_template too_long epochs"),
     # The schedule; of the two that make the global batch with the layout, the product.
     **_all("identity", "total_steps learning_rate min_learning_rate warmup_steps weight_decay gradient_clip"),
     **_all("identity", "initial_batch_size gradient_accumulation_steps"),

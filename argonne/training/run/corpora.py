@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -13,11 +13,10 @@ from transformers import PreTrainedTokenizerFast
 from argonne.data import (
     CachedStream,
     LaneState,
+    LaneStream,
     Mixture,
-    SequenceStream,
     Shard,
     TokenCache,
-    check_block_size,
     check_cache,
     default_lanes,
     describe,
@@ -31,7 +30,10 @@ from argonne.data import (
     restore,
     states_of_source,
 )
+from argonne.data.chat.packing import Pass
+from argonne.data.chat.source import Conversations
 from argonne.data.lanes.adoption import adopt
+from argonne.data.source import Reading
 from argonne.training.config import DataFlags
 from argonne.training.run.identity import RunIdentity
 
@@ -64,6 +66,8 @@ class Corpora:
     """The lanes of the run before."""
     restored: bool = False
     """Whether the rows of every shard are those that the run before listed, readable or not."""
+    sequences: int | None = None
+    """Of one pass over the data, where a run counts its steps by passes (``--epochs``)."""
 
     @classmethod
     def open(
@@ -92,7 +96,7 @@ class Corpora:
         for number, each in enumerate(globs):
             with naming("data_glob", each.globs):
                 paths = find_shards(each.globs)
-                on_bad, column = flags.on_bad_shard, flags.text_column
+                on_bad, column = flags.on_bad_shard, flags.source.column
                 if restored:
                     shards = restore(listings[number], paths, "skip", column, whole)
                 else:
@@ -106,7 +110,7 @@ class Corpora:
         for name, glob in flags.named_globs.items():
             with naming("eval", [f"{name}={glob}"]):
                 named[name] = open_shards(find_shards([glob]), "raise", flags.text_column, whole)
-        return cls(tuple(parts), validation, named, flags, seed, saved.lanes, restored)
+        return cls(tuple(parts), validation, named, flags, seed, saved.lanes, restored, saved.sequences)
 
     @property
     def trained_on(self) -> list[str]:
@@ -138,8 +142,8 @@ class Corpora:
             "fingerprint": fingerprint(self.shards),
             "shards": [describe(part.shards) for part in self.parts],
             **mixed,
-            "text_column": self.flags.text_column,
-            "filters": asdict(self.flags.document_filters),
+            **self.flags.source.identity,
+            **({} if self.sequences is None else {"sequences": self.sequences}),
             "lanes": self.lanes,
             "streaming": self.flags.streaming,
             "block_size": self.flags.block_size,
@@ -173,9 +177,13 @@ class Corpora:
                 if part.cache is not None:
                     check_cache(part.cache, self.flags.block_size)
                 else:
-                    flags = self.flags
-                    filters = flags.document_filters
-                    check_block_size(part.shards, tokenizer, flags.block_size, boundary, flags.on_bad_shard, filters)
+                    self.flags.source.check(self._reading(part, tokenizer, boundary))
+
+    def count(self, source: Conversations, tokenizer: PreTrainedTokenizerFast) -> Pass:
+        """What one pass over the one corpus has."""
+        (part,) = self.parts
+        with naming("data_glob", part.globs):
+            return source.count(self._reading(part, tokenizer, None), self.lanes)
 
     def mixture(
         self,
@@ -185,28 +193,21 @@ class Corpora:
         states: Mapping[int, LaneState],
     ) -> Mixture:
         """The samples of the lanes ``served``, from ``states`` (of all lanes, or none yet) on."""
-        streams: list[SequenceStream | CachedStream] = []
+        streams: list[LaneStream] = []
         for source, part in enumerate(self.parts):
             own = states_of_source(states, source, self.lanes)
             size = self.flags.block_size
             if part.cache is not None:
                 streams.append(CachedStream(part.cache, size, self.lanes, served, self.seed + source, own))
-                continue
-            streams.append(
-                SequenceStream(
-                    part.shards,
-                    tokenizer,
-                    size,
-                    self.lanes,
-                    boundary,
-                    served,
-                    own,
-                    on_bad=self.flags.on_bad_shard,
-                    report=lambda line: print(line, flush=True),
-                    filters=self.flags.document_filters,
-                )
-            )
+            else:
+                reading = self._reading(part, tokenizer, boundary)
+                streams.append(self.flags.source.sequences(reading, self.lanes, served, own))
         return Mixture(streams, [part.weight for part in self.parts])
+
+    def _reading(self, part: Corpus, tokenizer: PreTrainedTokenizerFast, boundary: tuple[int, int] | None) -> Reading:
+        flags = self.flags
+        report = functools.partial(print, flush=True)
+        return Reading(part.shards, tokenizer, flags.block_size, boundary, flags.on_bad_shard, report)
 
     def adopted(
         self, states: Mapping[int, LaneState], saved: RunIdentity, same_tokens: bool

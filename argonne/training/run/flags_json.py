@@ -54,7 +54,13 @@ def flags_from_json(saved: Mapping[str, Any]) -> RunConfig:
 def saved_flags(checkpoint: Path) -> RunConfig:
     """The flags of the run that wrote ``checkpoint``. Raises ``CheckpointError`` where it does not say them."""
     try:
-        return flags_from_json(load_trainer(checkpoint)["flags"])
+        flags = load_trainer(checkpoint)["flags"]
+        if "too_long" in flags["data"]:
+            raise CheckpointError(
+                f"{str(checkpoint)!r} is a run of finetune.py; legal: its own command, which continues it, or "
+                "pretrain.py --init-from"
+            )
+        return flags_from_json(flags)
     except (ArgonneError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{str(checkpoint / 'trainer.json')!r} does not tell the run's flags: {error}") from error
 

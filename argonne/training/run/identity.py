@@ -147,6 +147,11 @@ class RunIdentity:
         return (self.data or {}).get("lanes")
 
     @property
+    def sequences(self) -> int | None:
+        """Of one pass over the data, of a run that counts its steps by passes."""
+        return (self.data or {}).get("sequences")
+
+    @property
     def is_streamed(self) -> bool | None:
         """Whether the data is tokenised while training."""
         return (self.data or {}).get("streaming")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 from argonne.data import DataError, special_tokens, tokenizer_fingerprint
 from argonne.data.tokens.tokenizer import VOCABULARY_FILES
+from argonne.data.tokens.tokenizer_files import TOKENIZER_CONFIG
 from argonne.files import make_directory, read_object, write_json
 from argonne.training.run.kept_tokenizer import is_kept
 
-CONFIG, GENERATION = "config.json", "generation_config.json"
+CONFIG, GENERATION, TEMPLATE = "config.json", "generation_config.json", "chat_template.jinja"
 
 # The files of a tokenizer, its code and templates among them; and how other software is to generate with the model.
 _FILES = (
@@ -67,6 +68,32 @@ class KeptFiles:
             raise DataError(f"{str(directory)!r} cannot be kept in checkpoints: {error}") from error
         return cls(config, files)
 
+    def with_chat(self, tokenizer: PreTrainedTokenizerFast, chat: tuple[str, str | None] | None) -> KeptFiles:
+        """The same with the chat template that a run trains on, and the token, if any, by which a turn ends.
+
+        The template is where each version of ``transformers`` looks for it, and the token among those that end a text.
+
+        Raises:
+            DataError: a file that these belong in cannot be read.
+        """
+        if chat is None:
+            return self
+        template, ending = chat
+        files = {name: held for name, held in self.files.items() if not name.startswith("additional_chat_templates")}
+        try:
+            named = _object(files.get(TOKENIZER_CONFIG)) | {"chat_template": template}
+            files |= {TOKENIZER_CONFIG: _json(named), TEMPLATE: template.encode()}
+            if ending is not None:
+                generation = _object(files.get(GENERATION))
+                before = generation.get("eos_token_id", self.config.get("eos_token_id", tokenizer.eos_token_id))
+                ends = [*(before if isinstance(before, list) else [] if before is None else [before])]
+                own = tokenizer.convert_tokens_to_ids(ending)
+                if own not in ends:
+                    files[GENERATION] = _json(generation | {"eos_token_id": [*ends, own]})
+        except ValueError as error:
+            raise DataError(f"the chat template cannot be kept in checkpoints: {error}") from error
+        return replace(self, files=files)
+
     def write(self, directory: Path, dtype: str) -> None:
         """Write them beside weights of ``dtype``, which is all that training changes of the configuration.
 
@@ -90,6 +117,13 @@ def _ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     """The ids of the tokenizer's own BOS, EOS and pad token, of those that it has."""
     named = special_tokens(tokenizer).items()
     return {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in named if token is not None}
+
+
+def _object(content: bytes | None) -> dict[str, Any]:
+    found = {} if content is None else json.loads(content)
+    if not isinstance(found, dict):
+        raise ValueError("a file is no JSON object")
+    return found
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import ChainMap
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -92,7 +93,7 @@ def prepare(
     boundary = None
     if config.data.add_document_boundary_tokens:
         boundary = collectively(lambda: boundary_tokens(tokenizer) if tokenizer else None, groups.world)
-    facts = _tokenizer_facts(tokenizer, boundary, groups)
+    facts = _tokenizer_facts(tokenizer, boundary, groups, data)
     of_loss = of_loss.settled(groups, tokenizer, facts["size"])
     if model is None:
         of_run = argonne_model(config, facts["size"])
@@ -174,17 +175,18 @@ def _tokenizer(
     def load() -> PreTrainedTokenizerFast | None:
         if groups.model.rank != 0:
             return None
+        prepared = data.flags.source.prepared
         if path is None:
-            return from_json(text)
+            return prepared(from_json(text))
         # A checkpoint's is what it was before the run's boundary tokens were its own.
         own = load_trainer(path).get("special_tokens") if (path / TRAINER).exists() else None
-        return load_tokenizer(path, config.data.trust_remote_code, own, saved is None)
+        return prepared(load_tokenizer(path, config.data.trust_remote_code, own, saved is None))
 
     return collectively(load, groups.world)
 
 
 def _tokenizer_facts(
-    tokenizer: PreTrainedTokenizerFast | None, boundary: tuple[int, int] | None, groups: ProcessGroups
+    tokenizer: PreTrainedTokenizerFast | None, boundary: tuple[int, int] | None, groups: ProcessGroups, data: Corpora
 ) -> dict[str, Any]:
     """The tokenizer's part of the identity, on every rank (collective)."""
     facts: dict[str, Any] = {}
@@ -194,6 +196,8 @@ def _tokenizer_facts(
         size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
         facts = {"fingerprint": tokenizer_fingerprint(tokenizer), "size": size}
         facts |= {"boundary": list(boundary)} if boundary else {}
+        if chat := data.flags.source.template(tokenizer):
+            facts["chat_template"] = hashlib.sha256(chat[0].encode()).hexdigest()
     return gather_objects(facts, groups.world)[0]
 
 

@@ -36,6 +36,7 @@ from argonne.training.run.search import search
 from argonne.training.run.setup import Workload, prepare, with_tokens
 from argonne.training.state import TrainingState
 from argonne.training.trainer import Trainer
+from argonne.training.tuning.epochs import steps_as_saved, with_steps
 
 
 def pretrain(config: RunConfig, model: ModelBuilder | None = None, loss: LossBuilder = cross_entropy) -> int:
@@ -48,7 +49,7 @@ def pretrain(config: RunConfig, model: ModelBuilder | None = None, loss: LossBui
     directory = config.run.output_dir
     with joined(config) as groups:
         saved = collectively(lambda: read_run(directory), groups.world)
-        config = as_found(config, saved)
+        config = steps_as_saved(as_found(config, saved), saved)
         shape = batch_of(config, groups.data.size, saved)
         if groups.reproducible:
             shape.check_reproducible(config.parallel.kind)
@@ -67,6 +68,7 @@ def pretrain(config: RunConfig, model: ModelBuilder | None = None, loss: LossBui
         if saved is None:
             config, workload, found = search(config, workload, groups)
             shape = batch_of(config, groups.data.size, None)
+            config, workload = with_steps(config, workload, groups, shape.global_batch)
         workload = with_tokens(config, workload, groups)
         with memory_told(config, shape, groups, lambda: "as the model was made"):
             state = TrainingState.build(config, workload, groups)
@@ -139,7 +141,8 @@ def _keep_files(
         if not groups.is_first:
             return None
         assert workload.tokenizer is not None
-        return KeptFiles.read(directory, workload.tokenizer, tokenizer_path, begins)
+        kept = KeptFiles.read(directory, workload.tokenizer, tokenizer_path, begins)
+        return kept.with_chat(workload.tokenizer, workload.data.flags.source.template(workload.tokenizer))
 
     state.kept = collectively(read, groups.world)
 

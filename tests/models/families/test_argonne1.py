@@ -165,3 +165,15 @@ def test_their_directory_opens_and_what_is_saved_of_it_is_the_same(
     assert before.keys() == after.keys()
     for name, value in before.items():
         assert torch.equal(after[name], value), name
+
+
+def test_learned_positions_begin_anew_with_each_document() -> None:
+    model = Argonne1Model(replace(PLAIN, max_position_embeddings=8), Execution(ProcessGroups.single(), DOUBLE))
+    model.initialise(seed=4)
+    ids = torch.randint(VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(6))
+    documents = torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2], [5, 5, 5, 5, 5, 3, 3, 3]])
+    with torch.no_grad():
+        packed = model.logits(ids, documents)
+        for row, lengths in enumerate(((3, 1, 4), (5, 3))):
+            alone = [model.logits(part[None])[0] for part in ids[row].split(lengths)]
+            assert_close(packed[row], torch.cat(alone), 1e-12, f"row {row}")
