@@ -208,5 +208,5 @@ def test_first_fit_puts_each_where_there_is_room_first() -> None:
 
 def test_a_file_without_conversations_is_refused(tmp_path: Path) -> None:
     path = write_chats(tmp_path / "x.parquet", [{"text": "a"}])
-    with pytest.raises(DataError, match="has none of the columns 'messages', 'prompt', 'completion'; its columns: text"):
+    with pytest.raises(DataError, match="none of the columns 'messages', 'prompt', 'completion'; its columns: text"):
         open_shards([path], column=CONVERSATION)
