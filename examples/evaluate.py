@@ -29,6 +29,7 @@ from argonne.parallel.communication.collectives import collectively
 from argonne.parallel.legal import require_whole
 from argonne.parallel.tensor_parallel.precision import check_precision, resolve_precision
 from argonne.training.layout_flags import LayoutFlags
+from argonne.training.run.conflicts import without_effect
 
 QUESTIONS = Path(__file__).with_name("questions")
 
@@ -92,6 +93,10 @@ def check(config: EvaluateConfig, processes: int) -> None:
     require_whole("batch_size", flags.batch_size, 1)
     if flags.limit is not None:
         require_whole("limit", flags.limit, 1)
+    if flags.shots_from is not None and not flags.shots:
+        raise without_effect(flags, "shots_from", "--shots above 0")
+    if flags.split != "test" and not any(path.is_dir() for path in flags.data or [QUESTIONS]):
+        raise without_effect(flags, "split", "a directory among --data")
     if (size := config.parallel.context_parallel) > 1:
         raise LayoutError(f"context_parallel={size} shares out long sequences, which questions are not; legal: 1")
     model = check_opening(flags.checkpoint_path, config.parallel.layout(processes))

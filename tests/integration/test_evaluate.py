@@ -69,6 +69,12 @@ def test_one_that_was_killed_goes_on_to_the_same_answers_and_two_processes_find_
         ({"checkpoint_path": "no/such"}, "'no/such' does not exist"),
         ({"data": "no/such.csv"}, "'no/such.csv' does not exist"),
         ({"shots": 2, "shots_from": "few.jsonl"}, "shots=2 is more than there are to show of sums"),
+        (
+            {"shots_from": "few.jsonl"},
+            "has no effect without --shots above 0; legal: --shots above 0 too, or leave it out",
+        ),
+        ({"split": "val"}, "split='val' has no effect without a directory among --data"),
+        ({"batch_size": 0}, "batch_size=0 is not legal; legal: 1 or more"),
         ({"subjects": "law"}, "subjects='law' is not among those of the data; legal: sums"),
         ({"context_parallel": 2, "tensor_parallel": 1}, "context_parallel=2 shares out long sequences"),
         ({"window": 65}, "window=65 is not legal; legal: 1 to 64"),

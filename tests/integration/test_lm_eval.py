@@ -62,7 +62,7 @@ found = simple_evaluate(
     device="cpu",
     task_manager=TaskManager(include_path=folder),
     log_samples=True,
-    bootstrap_iters=0,
+    bootstrap_iters=2,
 )
 told = {
     name: [
