@@ -24,6 +24,7 @@ DRIVERS = {
     "examples.custom_model": "Config",
     "examples.demo": "Demo",
     "examples.demo_corpus": "DemoCorpus",
+    "examples.evaluate": "EvaluateConfig",
     "examples.generate": "GenerateConfig",
     "examples.perplexity": "PerplexityConfig",
     "argonne.training.config": "RunConfig",

@@ -65,7 +65,8 @@ class Scorer:
             own = [number for number, shares in enumerate(shared) if shares == begun]
             contexts = list(dict.fromkeys(continuations[number].context for number in own))
             for some in _chunks(contexts, self.batch):
-                of_these = [number for number in own if continuations[number].context in set(some)]
+                these = set(some)
+                of_these = [number for number in own if continuations[number].context in these]
                 self._score(continuations, of_these, some, beginning if begun else None, found)
         stage = self.groups.stage.size
         found = broadcast(found.to(self.groups.device), self.groups.world, self.caching.scoring_stage * stage).cpu()
