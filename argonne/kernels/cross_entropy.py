@@ -21,6 +21,7 @@ def cross_entropy(
     vocabulary: VocabularyRange | None = None,
     axis: Axis = Axis("none"),
     backend: Backend = "auto",
+    parts: list[Tensor] | None = None,
 ) -> Tensor:
     """The loss in nats of each position; the logits are left as they are.
 
@@ -31,6 +32,7 @@ def cross_entropy(
         vocabulary: this rank's range, when the vocabulary is shared out.
         axis: the ranks that share it.
         backend: ``torch``, ``triton`` or ``auto``.
+        parts: is given ``[objective.parts, positions]``, what each loss is the sum of.
 
     Returns:
         ``[...]`` in float32 (float64 for float64 logits), the same on every rank.
@@ -47,7 +49,7 @@ def cross_entropy(
     if logits.shape[-1] != vocabulary.tokens:
         refuse("logits", list(logits.shape), f"[..., {vocabulary.tokens}], the tokens of the vocabulary's range")
     arithmetic = arithmetic_of(backend, logits=logits)
-    return vocab_parallel_cross_entropy(logits, targets, vocabulary, axis, objective, arithmetic)
+    return vocab_parallel_cross_entropy(logits, targets, vocabulary, axis, objective, arithmetic, parts)
 
 
 def linear_cross_entropy(

@@ -178,7 +178,7 @@ class Trainer:
         text = sample_text(state.model, self.workload.tokenizer, config.run.sample_tokens, seed)
         lanes = state.all_lanes()
         if progress:
-            self.reports.save(config, self.workload, state, lanes, self.shape.global_batch, text or "")
+            self.reports.save(config, self.workload, state, lanes, self.shape, text or "")
         path = state.save(config, self.workload, lanes, self.shape.global_batch)
         if progress:
             directory, keep = config.run.output_dir, config.run.keep_checkpoints
@@ -221,7 +221,7 @@ class Trainer:
             "step": self.state.step,
             "tokens": self.state.tokens,
             "loss": result.loss,
-            **self.parts.take(self.shape.tokens_per_step),
+            **self.parts.take(self.shape.tokens_per_step, result.loss),
             "validation_loss": None,
             "learning_rate": self.state.schedule.learning_rate(self.state.step),
             "grad_norm": result.norm,

@@ -194,13 +194,17 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         axis: Axis,
         objective: Objective,
         arithmetic: type[ShardedSoftmax],
+        parts_of_losses: list[Tensor] | None,
     ) -> Any:
         parts = softmax_parts(arithmetic, targets, vocabulary, objective, axis)
         found = []
         for part, columns in parts:
             pieces = [part[chunk].statistics(columns_of(logits[chunk], columns))[0] for chunk in _chunks(logits)]
             found.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1))
-        losses, sums = parts[0][0].losses(gather_statistics(found, axis))
+        statistics = gather_statistics(found, axis)
+        losses, sums = parts[0][0].losses(statistics)
+        if parts_of_losses is not None:
+            parts_of_losses.append(parts[0][0].parts(statistics, sums))
         ctx.save_for_backward(logits, targets, sums)
         ctx.vocabulary, ctx.objective, ctx.axis, ctx.arithmetic = vocabulary, objective, axis, arithmetic
         return losses
@@ -216,7 +220,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
                 here, out = part[chunk], logits_gradient[chunk][:, columns]
                 saved = here.save(columns_of(logits[chunk], columns), sums[:, chunk])
                 here.gradient(saved, sums[:, chunk], gradient[chunk], out=out)
-        return logits_gradient, None, None, None, None, None
+        return logits_gradient, *(None,) * 6
 
 
 def vocab_parallel_cross_entropy(
@@ -226,6 +230,7 @@ def vocab_parallel_cross_entropy(
     axis: Axis,
     objective: Objective = Objective(),
     arithmetic: type[ShardedSoftmax] = ShardedSoftmax,
+    parts: list[Tensor] | None = None,
 ) -> Tensor:
     """The loss of each position, from this rank's part of the logits; the logits are left as they are.
 
@@ -236,6 +241,7 @@ def vocab_parallel_cross_entropy(
         axis: the ranks that share the vocabulary.
         objective: label smoothing, z-loss and the target that is ignored.
         arithmetic: how a rank's logits are computed with.
+        parts: is given ``[objective.parts, tokens]``, what the loss of each position is the sum of.
 
     Returns:
         ``[...]`` in float32 (float64 for float64 logits), in nats, the same on every rank.
@@ -249,7 +255,7 @@ def vocab_parallel_cross_entropy(
             f"{vocabulary.tokens}] and [...], of all tokens"
         )
     flat = as_matrix(logits), targets.reshape(-1)
-    losses = _VocabParallelCrossEntropy.apply(*flat, vocabulary, axis, objective, arithmetic)
+    losses = _VocabParallelCrossEntropy.apply(*flat, vocabulary, axis, objective, arithmetic, parts)
     return losses.view(targets.shape)
 
 

@@ -22,6 +22,7 @@ from argonne.parallel.communication.isolation import isolated
 from argonne.parallel.data_parallel.leaves import LeafSums
 from argonne.training.config import RunConfig
 from argonne.training.counting import Count, counted
+from argonne.training.loss_parts import LossParts
 from argonne.training.loss_scale import LossScale
 from argonne.training.run.setup import Workload
 from argonne.training.state import TrainingState
@@ -37,6 +38,8 @@ class Rehearsed:
     """Bytes of tensors at the most, where they were counted: all of them, or those up to the limit."""
     state: int = 0
     """Those of the weights and moments."""
+    state_alone: bool = False
+    """These do not fit, whatever the micro-batch."""
 
 
 @contextmanager
@@ -83,7 +86,8 @@ def rehearse(
                 raise
             fits = False
     learner = None  # type: ignore[assignment]
-    gc.collect()  # a model and its hooks are in cycles of references
+    if count is None:  # what was counted has no memory
+        gc.collect()  # a model and its hooks are in cycles of references
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(groups.device)
@@ -102,7 +106,8 @@ def _step(learner: TrainingState, config: RunConfig, groups: ProcessGroups, size
     if learner.replicas.leaves is not None:  # what a tree of more micro-batches keeps besides
         more = LeafSums.most(asked) - LeafSums.most(count)
         kept = torch.empty(more * learner.replicas.leaves.gradient_bytes, dtype=torch.uint8, device=groups.device)
-    train_step(learner, batch, CrossEntropyLoss(config.training.objective, config.training.kernels), 0.0, clip)
+    parts = LossParts(config.training.objective, groups, torch.float32).found
+    train_step(learner, batch, CrossEntropyLoss(config.training.objective, config.training.kernels, parts), 0.0, clip)
     del kept
 
 
