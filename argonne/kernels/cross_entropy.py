@@ -21,6 +21,7 @@ def cross_entropy(
     vocabulary: VocabularyRange | None = None,
     axis: Axis = Axis("none"),
     backend: Backend = "auto",
+    parts: list[Tensor] | None = None,
 ) -> Tensor:
     """The loss in nats of each position; the logits are left as they are.
 
@@ -28,6 +29,7 @@ def cross_entropy(
         logits: ``[..., tokens of the vocabulary]``, all or this rank's part.
         targets: ``[...]`` token ids of the whole vocabulary, or ``objective.ignore_index``.
         vocabulary: this rank's range, when the vocabulary is shared out.
+        parts: is given ``[objective.parts, positions]``, what each loss is the sum of.
 
     Returns:
         ``[...]`` in float32 (float64 for float64 logits), the same on every rank.
@@ -44,7 +46,7 @@ def cross_entropy(
     if logits.shape[-1] != vocabulary.tokens:
         refuse("logits", list(logits.shape), f"[..., {vocabulary.tokens}], the tokens of the vocabulary's range")
     arithmetic = arithmetic_of(backend, logits=logits)
-    return vocab_parallel_cross_entropy(logits, targets, vocabulary, axis, objective, arithmetic)
+    return vocab_parallel_cross_entropy(logits, targets, vocabulary, axis, objective, arithmetic, parts)
 
 
 def linear_cross_entropy(

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from argonne.parallel.sizes_only import sizes_only
+
 
 class Count(TorchDispatchMode):
     """The bytes of all tensors that exist, and the most that did at any time."""
@@ -79,7 +81,7 @@ def counted(limit: float = float("inf")) -> Iterator[Count]:
     # FSDP2 gives back what it has gathered so, past all operators.
     torch.UntypedStorage.resize_ = resize_and_see  # type: ignore[assignment, method-assign]
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), count:
+        with FakeTensorMode(allow_non_fake_inputs=True), sizes_only(), count:
             yield count
     finally:
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]

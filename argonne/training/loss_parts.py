@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from argonne.parallel import Distillation, Objective, ProcessGroups
 from argonne.parallel.communication.reduction import sum_over
+
+ROUNDING = 1e-4
+"""How far the parts may be from adding up to the loss, beside their size: what float32 leaves of long sums."""
 
 
 class LossParts:
@@ -19,14 +24,16 @@ class LossParts:
     """
 
     def __init__(self, objective: Objective | Distillation, groups: ProcessGroups, dtype: torch.dtype) -> None:
-        self.names, self.groups, self.dtype = objective.parts, groups, dtype
+        self.names, self.weights, self.groups, self.dtype = objective.parts, objective.weights, groups, dtype
         self.found: list[Tensor] | None = [] if self.names else None
         """What ``CrossEntropyLoss.parts`` is given: nothing on ranks that compute no loss."""
 
-    def take(self, targets: int) -> dict[str, float]:
+    def take(self, targets: int, loss: float) -> dict[str, float]:
         """The mean of each part over the targets of the global batch, the same on every rank; then forgotten.
 
-        Collective. In float64, in which so few numbers of 24 bits add up without rounding: in any order.
+        Collective. In float64, in which so few numbers of 24 bits add up without rounding: in any order. Nothing is
+        told where they do not add up to the ``loss``, of which the model has then made something else: it has
+        computed it in its own way, or weighted several.
         """
         if self.found is None:
             return {}
@@ -36,4 +43,8 @@ class LossParts:
         self.found.clear()
         for axis in (self.groups.pipeline, self.groups.replicas):
             total = sum_over(total, axis)
-        return dict(zip(self.names, (total / targets).to(self.dtype).tolist(), strict=True))
+        means = (total / targets).to(self.dtype).tolist()
+        weighted = [weight * mean for weight, mean in zip(self.weights, means, strict=True)]
+        if abs(math.fsum(weighted) - loss) > ROUNDING * math.fsum(map(abs, weighted)):
+            return {}
+        return dict(zip(self.names, means, strict=True))

@@ -19,6 +19,7 @@ from argonne.training.plot import plot_loss
 from argonne.training.trace_file import DIRECTORY, TraceLine, write_trace
 
 if TYPE_CHECKING:
+    from argonne.training.batch_shape import BatchShape
     from argonne.training.config import RunConfig
     from argonne.training.run.setup import Workload
     from argonne.training.state import TrainingState
@@ -53,7 +54,7 @@ class Reports:
         workload: Workload,
         state: TrainingState,
         lanes: Mapping[int, LaneState],
-        global_batch: int,
+        shape: BatchShape,
         text: str,
     ) -> None:
         """Bring all reports up to the state's step. ``lanes`` are all lanes of the run, ``text`` the model's."""
@@ -65,7 +66,7 @@ class Reports:
         def write_stats() -> None:
             self.stats.mkdir(exist_ok=True)
             file = self.stats / f"step_{state.step:08d}.json"
-            write_json(file, _stats(config, workload, state, lanes, global_batch))
+            write_json(file, _stats(config, workload, state, lanes, shape))
 
         self.attempt(self.samples.path, lambda: self.samples.append(section))
         self.attempt(self.stats, write_stats)
@@ -159,16 +160,16 @@ def _stats(
     workload: Workload,
     state: TrainingState,
     lanes: Mapping[int, LaneState],
-    global_batch: int,
+    shape: BatchShape,
 ) -> dict[str, Any]:
-    t, shape, layout = config.training, workload.model.shape, state.model.groups.layout
+    t, sizes, layout = config.training, workload.model.shape, state.model.groups.layout
     return {
         "total_tokens": state.tokens,
-        "batch_size": t.initial_batch_size,
+        "batch_size": shape.micro_batch,
         "global_steps": state.step,
-        "num_layers": shape.get("num_hidden_layers"),
-        "num_attention_heads": shape.get("num_attention_heads"),
-        "hidden_size": shape.get("hidden_size"),
+        "num_layers": sizes.get("num_hidden_layers"),
+        "num_attention_heads": sizes.get("num_attention_heads"),
+        "hidden_size": sizes.get("hidden_size"),
         "model_params": state.model.parameter_count,
         "data_shards_seen": workload.data.shards_seen(lanes),
         "documents_seen": sum(lane.documents for lane in lanes.values()),
@@ -177,8 +178,8 @@ def _stats(
         "min_learning_rate": t.min_learning_rate,
         "warmup_steps": t.warmup_steps,
         "max_steps": t.total_steps,
-        "gradient_accumulation_steps": global_batch // (t.initial_batch_size * layout.data),
-        "effective_tokens_per_step": global_batch * config.data.block_size,
+        "gradient_accumulation_steps": shape.accumulation,
+        "effective_tokens_per_step": shape.tokens_per_step,
         "amp_dtype": str(workload.precision.compute).removeprefix("torch."),
         "optimizer": t.optimizer,
         "fused_adamw": any(group.get("fused") for group in state.optimizer.param_groups),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from argonne.models import Batch, LanguageModel, LossFunction
+from argonne.models import Batch, CrossEntropyLoss, LanguageModel, LossFunction
 from argonne.models.contract import Head
 from argonne.parallel import ShardedParameter, context_positions
 from argonne.parallel.communication.collectives import gather_objects
@@ -98,12 +98,18 @@ class StepTrace(AbstractContextManager["StepTrace"]):
             return loss
         now = _Pass(math.inf)
 
-        def traced(hidden: Tensor, head: Head, batch: Batch) -> Tensor:
-            now.begin()
-            value = loss(hidden, head, batch)
-            self._record("loss", value.detach().view(1, 1), Placement(), now)
-            return value
+        def watched(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def traced(of: Tensor, head: Head, batch: Batch) -> Tensor:
+                now.begin()
+                value = compute(of, head, batch)
+                self._record("loss", value.detach().view(1, 1), Placement(), now)
+                return value
 
+            return traced
+
+        traced = watched(loss)
+        if isinstance(loss, CrossEntropyLoss):  # a model may have logits
+            traced.of_logits = watched(loss.of_logits)  # type: ignore[attr-defined]
         return traced
 
     def gradients(self, parameters: Iterable[ShardedParameter]) -> None:

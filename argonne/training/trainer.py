@@ -195,7 +195,7 @@ class Trainer:
         text = sample_text(state.model, self.workload.tokenizer, config.run.sample_tokens, seed)
         lanes = state.all_lanes()
         if progress:
-            self.reports.save(config, self.workload, state, lanes, self.shape.global_batch, text or "")
+            self.reports.save(config, self.workload, state, lanes, self.shape, text or "")
         path = state.save(config, self.workload, lanes, self.shape.global_batch)
         if progress:
             directory, keep = config.run.output_dir, config.run.keep_checkpoints
@@ -238,7 +238,7 @@ class Trainer:
             "step": self.state.step,
             "tokens": self.state.tokens,
             "loss": result.loss,
-            **self.parts.take(self._weight(batch)),
+            **self.parts.take(self._weight(batch), result.loss),
             **({} if batch.weights is None else {"trained_tokens": batch.weight}),
             "validation_loss": None,
             **self.named.fields,

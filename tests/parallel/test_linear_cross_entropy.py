@@ -115,7 +115,7 @@ def loss_of(
     if case.fused:
         return vocab_parallel_linear_cross_entropy(x, holder, case.targets, case.objective, case.reduction, parts=parts)
     logits = vocab_parallel_logits(x, holder)
-    losses = vocab_parallel_cross_entropy(logits, case.targets, holder.range, holder.axis, case.objective)
+    losses = vocab_parallel_cross_entropy(logits, case.targets, holder.range, holder.axis, case.objective, parts=parts)
     return losses.sum() if case.reduction == "sum" else losses
 
 

@@ -19,6 +19,7 @@ from argonne.parallel import ProcessGroups
 from argonne.training.config import RunConfig
 from argonne.training.machine import GIB
 from argonne.training.run import search as room
+from argonne.training.run.memory import USABLE
 from argonne.training.run.rehearsal import rehearse
 from argonne.training.run.setup import Workload, prepare
 from argonne.training.state import TrainingState
@@ -44,7 +45,7 @@ def searched(groups: ProcessGroups, config: RunConfig, failure: Failure) -> tupl
     workload = prepare(config, groups)
     if failure.where == "limit":  # half-way between what is needed here and for twice as many sequences
         needs = [rehearse(config, workload, groups, size, math.inf).needs for size in (LARGEST, 2 * LARGEST)]
-        limit = sum(needs) / 2 / room.USABLE / GIB
+        limit = sum(needs) / 2 / USABLE / GIB
         config = replace(config, training=replace(config.training, memory_limit=limit))
     failing = injected(failure, groups.world.rank, config.data.block_size)
     before = random_state()

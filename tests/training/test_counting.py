@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 from argonne.models import ArgonneConfig, ArgonneModel, Batch, CrossEntropyLoss, Execution, build_replicas
 from argonne.models.recompute import Recompute
 from argonne.parallel import ProcessGroups
+from argonne.parallel.tensor_parallel import linear_cross_entropy
+from argonne.parallel.tensor_parallel.linear_cross_entropy import _logits
 from argonne.training.counting import Count, counted
 from argonne.training.optimizer import build_optimizer
 from argonne.training.step import Learner, train_step
@@ -39,6 +42,25 @@ def test_a_step_that_is_counted_takes_what_one_that_is_computed_does() -> None:
         peaks.append(alone.peak)
     # Of each of 512 tokens, in two blocks: what recomputation does not keep.
     assert peaks[0] < peaks[1]
+
+
+def test_a_long_loop_is_counted_in_few_turns_and_to_the_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 256 tokens the head takes 32 at a time, or 37 and at last 34."""
+    monkeypatch.setattr(linear_cross_entropy, "_CHUNK", {"cpu": 1})
+    for fewest, turns in ((32, 8), (37, 7)):
+        monkeypatch.setattr(linear_cross_entropy, "_FEWEST", fewest)
+        with Count() as computed:
+            a_step(8, Recompute.FULL)
+        chunks: list[int] = []
+
+        def logits(x: torch.Tensor, *rest: Any, chunks: list[int] = chunks) -> torch.Tensor:
+            chunks.append(len(x))
+            return _logits(x, *rest)
+
+        with counted() as alone, mock.patch.object(linear_cross_entropy, "_logits", logits):
+            a_step(8, Recompute.FULL)
+        assert alone.peak == computed.peak
+        assert chunks == 2 * [fewest, fewest, 256 - (turns - 1) * fewest]
 
 
 def test_more_than_the_limit_is_refused_before_there_is_any() -> None:

@@ -15,6 +15,7 @@ from argonne.data import DataPosition, LaneState
 from argonne.models import ArgonneConfig
 from argonne.parallel import Layout
 from argonne.training import report
+from argonne.training.batch_shape import BatchShape
 from argonne.training.config import DataFlags, RunConfig, TrainingFlags
 from argonne.training.report import Reports, data_line
 from tests.checkpoint.watch import watched
@@ -25,7 +26,7 @@ TRAINING = TrainingFlags(
     initial_batch_size=3, learning_rate=2e-3, min_learning_rate=1e-5, warmup_steps=7, total_steps=90
 )
 CONFIG = RunConfig(data=DataFlags(block_size=5), training=TRAINING)
-GLOBAL_BATCH = 24
+BATCH = BatchShape(3, 4, 2, 5)
 LANES = {
     0: LaneState(DataPosition(0, 1, 0, 3), documents=11, tokens=400, dropped={"too short": 2, "no letters": 1}),
     1: LaneState(DataPosition(0, 4, 2, 0), documents=6, tokens=390, dropped={"too short": 5}),
@@ -51,7 +52,7 @@ def save(reports: Reports, number: int, text: str = "a text") -> None:
     model = SimpleNamespace(groups=SimpleNamespace(layout=LAYOUT), parameter_count=SHAPE.parameter_count)
     optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}, {"lr": 0.1, "fused": True}])
     state = SimpleNamespace(step=number, tokens=120 * number, model=model, optimizer=optimizer)
-    reports.save(CONFIG, cast(Any, workload), cast(Any, state), LANES, GLOBAL_BATCH, text)
+    reports.save(CONFIG, cast(Any, workload), cast(Any, state), LANES, BATCH, text)
 
 
 def test_what_a_checkpoint_follows_is_on_the_disk_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ LAYOUTS = {
     "pipeline": ParallelFlags(pipeline_parallel=2),
     "data": ParallelFlags(data_parallel=2),
     "fsdp": ParallelFlags(data_parallel=2, fsdp=True),
+    "hybrid": ParallelFlags(data_parallel=4, fsdp=True, fsdp_shard=2),
     "zero1": ParallelFlags(data_parallel=2, zero1=True),
     "reproducible": ParallelFlags(tensor_parallel=2, reproducible=True, reproducible_blocks=2),
 }
@@ -33,6 +34,7 @@ QUICK = [
     ("pipeline", Failure("backward", FIRST)),
     ("data", Failure("update", ALL)),
     ("fsdp", Failure("backward", SECOND)),
+    ("hybrid", Failure("backward", (2,))),
     ("tensor", Failure("limit")),
 ]
 
@@ -47,7 +49,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 def check(ranks: RankPool, config: RunConfig, name: str, failure: Failure) -> None:
     config = replace(config, parallel=LAYOUTS[name])
-    layout = config.parallel.layout(2)
+    layout = config.parallel.layout(4 if name == "hybrid" else 2)
     found = ranks.run(layout, searched, config, failure)
     started_so = replace(config, training=replace(config.training, initial_batch_size=LARGEST))
     expected = ranks.run(layout, undisturbed, started_so)

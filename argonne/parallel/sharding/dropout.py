@@ -18,6 +18,7 @@ from argonne.parallel.errors import ArgonneError
 from argonne.parallel.legal import require_share
 from argonne.parallel.recomputed import recomputed
 from argonne.parallel.sharding.initialisation import key_of
+from argonne.parallel.sizes_only import turns
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX = (30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64))
@@ -62,7 +63,7 @@ def kept(keys: Tensor, columns: int, probability: float) -> Tensor:
     rows = keys.reshape(-1)
     found = torch.empty(len(rows), columns, dtype=torch.bool, device=keys.device)
     at_once = max(1, _CHUNK.get(keys.device.type, 1 << 20) // words)
-    for begin in range(0, len(rows), at_once):
+    for begin in turns(range(0, len(rows), at_once)):
         drawn = _mixed(rows[begin : begin + at_once, None] + counters).view(torch.int32)
         torch.ge(drawn[:, :columns], threshold, out=found[begin : begin + at_once])
     return found.view(*keys.shape, columns)

@@ -16,6 +16,7 @@ from torch import Tensor
 from argonne.parallel.communication.collectives import all_gather
 from argonne.parallel.communication.groups import Axis
 from argonne.parallel.communication.reduction import sum_over
+from argonne.parallel.sizes_only import turns
 
 _BITS = 53  # of a float64
 _COUNTED = 64  # bits of the largest square below which nothing is counted
@@ -37,7 +38,7 @@ def exact_square_sum(parts: Iterable[Tensor], axis: Axis, device: torch.device) 
     units = _units(top, terms)
     found = torch.zeros(len(units), dtype=torch.float64, device=device)
     for part in parts:
-        for piece in part.reshape(-1).split(_CHUNK):
+        for piece in turns(part.reshape(-1).split(_CHUNK)):
             rest = piece.double().square()
             for number, unit in enumerate(units):
                 leading = (rest + unit).sub_(unit)

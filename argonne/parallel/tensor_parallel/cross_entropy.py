@@ -48,6 +48,11 @@ class Objective:
         added = [name for name in ("label_smoothing", "z_loss") if getattr(self, name)]
         return ("cross_entropy", *added) if added else ()
 
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of each of ``parts`` in the loss, which is their sum."""
+        return (1.0,) * len(self.parts)
+
     def __post_init__(self) -> None:
         require_share("label_smoothing", self.label_smoothing)
         require_number("z_loss", self.z_loss, zero=True)
@@ -80,6 +85,11 @@ class ShardedSoftmax:
     """What ``losses`` tells of a token's softmax."""
     room: ClassVar[int] = 1
     """How many times the memory it takes for a logit that pretraining takes, at the most."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of what ``parts`` tells."""
+        return self.objective.parts
 
     def __getitem__(self, chunk: slice) -> ShardedSoftmax:
         return replace(self, ids=self.ids[chunk])
@@ -202,13 +212,17 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         axis: Axis,
         objective: Objective,
         arithmetic: Arithmetic,
+        parts_of_losses: list[Tensor] | None,
     ) -> Any:
         parts = softmax_parts(arithmetic, targets, vocabulary, objective, axis)
         found = []
         for part, columns in parts:
             pieces = [part[chunk].statistics(columns_of(logits[chunk], columns))[0] for chunk in _chunks(logits)]
             found.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1))
-        losses, sums = parts[0][0].losses(gather_statistics(found, axis))
+        statistics = gather_statistics(found, axis)
+        losses, sums = parts[0][0].losses(statistics)
+        if parts_of_losses is not None:
+            parts_of_losses.append(parts[0][0].parts(statistics, sums))
         ctx.save_for_backward(logits, targets, sums)
         ctx.vocabulary, ctx.objective, ctx.axis, ctx.arithmetic = vocabulary, objective, axis, arithmetic
         return losses
@@ -224,7 +238,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
                 here, out = part[chunk], logits_gradient[chunk][:, columns]
                 saved = here.save(columns_of(logits[chunk], columns), sums[:, chunk])
                 here.gradient(saved, sums[:, chunk], gradient[chunk], out=out)
-        return logits_gradient, None, None, None, None, None
+        return logits_gradient, *(None,) * 6
 
 
 def vocab_parallel_cross_entropy(
@@ -234,6 +248,7 @@ def vocab_parallel_cross_entropy(
     axis: Axis,
     objective: Objective = Objective(),
     arithmetic: Arithmetic = ShardedSoftmax,
+    parts: list[Tensor] | None = None,
 ) -> Tensor:
     """The loss of each position, from this rank's part of the logits; the logits are left as they are.
 
@@ -241,6 +256,7 @@ def vocab_parallel_cross_entropy(
         logits: ``[..., vocabulary.tokens]``, this rank's part.
         targets: ``[...]`` token ids of the whole vocabulary, or ``objective.ignore_index``.
         arithmetic: how a rank's logits are computed with.
+        parts: is given ``[objective.parts, tokens]``, what the loss of each position is the sum of.
 
     Returns:
         ``[...]`` in float32 (float64 for float64 logits), in nats, the same on every rank.
@@ -254,7 +270,7 @@ def vocab_parallel_cross_entropy(
             f"{vocabulary.tokens}] and [...], of all tokens"
         )
     flat = as_matrix(logits), targets.reshape(-1)
-    losses = _VocabParallelCrossEntropy.apply(*flat, vocabulary, axis, objective, arithmetic)
+    losses = _VocabParallelCrossEntropy.apply(*flat, vocabulary, axis, objective, arithmetic, parts)
     return losses.view(targets.shape)
 
 

@@ -35,6 +35,11 @@ class Distillation:
         require_share("alpha", self.alpha)
         require_number("temperature", self.temperature)
 
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of each of ``parts`` in the loss."""
+        return self.alpha, (1 - self.alpha) * self.temperature**2
+
 
 @dataclass(frozen=True)
 class TeacherRows:
@@ -87,6 +92,11 @@ class DistillationSoftmax(ShardedSoftmax):
     ) -> Callable[[Tensor, VocabularyRange, Objective], ShardedSoftmax]:
         """How a rank's logits are computed with beside those of ``teacher``."""
         return lambda ids, vocabulary, objective: cls(ids, vocabulary, objective, distillation, teacher)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of what ``parts`` tells."""
+        return self.distillation.parts
 
     def __getitem__(self, chunk: slice) -> ShardedSoftmax:
         teacher = replace(self.teacher, hidden=self.teacher.hidden[chunk])

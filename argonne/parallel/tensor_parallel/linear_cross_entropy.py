@@ -18,6 +18,7 @@ from argonne.parallel.communication.recording import site
 from argonne.parallel.communication.regions import copy_to_region, gather_from_sequence_region
 from argonne.parallel.communication.tree import tree_sum
 from argonne.parallel.errors import ArgonneError
+from argonne.parallel.sizes_only import turns
 from argonne.parallel.tensor_parallel.cross_entropy import (
     Arithmetic,
     Objective,
@@ -86,14 +87,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         accurate = torch.promote_types(x.dtype, torch.float32)
         shapes = (), (parts[0][0].sums_of_a_token,)
         losses, sums = (x.new_empty(*shape, len(x), dtype=accurate) for shape in shapes)
+        told = None
+        if parts_of_losses is not None:
+            parts_of_losses.append(told := losses.new_empty(len(parts[0][0].names), len(x)))
         gradients = _Gradients(ctx, x, weight, accurate) if trains and reduction == "sum" else None
         for chunk in _chunks(x, vocabulary, axis, parts[0][0].room):
             here = [(part[chunk], columns) for part, columns in parts]
             found = [part.statistics(_logits(x[chunk], used, used_bias, columns)) for part, columns in here]
             statistics = gather_statistics([own for own, _ in found], axis)
             losses[chunk], sums[:, chunk] = here[0][0].losses(statistics)
-            if parts_of_losses is not None:
-                parts_of_losses.append(here[0][0].parts(statistics, sums[:, chunk]))
+            if told is not None:
+                told[:, chunk] = here[0][0].parts(statistics, sums[:, chunk])
             if gradients is not None:
                 both = zip(here, found, strict=True)
                 made = (part.gradient(saved, sums[:, chunk], None) for (part, _), (_, saved) in both)
@@ -178,7 +182,7 @@ def vocab_parallel_linear_cross_entropy(
         reduction: ``sum`` makes the gradients while it computes the loss (three matrix products in all);
             ``none`` lets every position have a weight of its own, for a fourth product in backward.
         arithmetic: how a rank's logits are computed with.
-        parts: is given ``[objective.parts, tokens]`` of some tokens after others, what the loss of each is the sum of.
+        parts: is given ``[objective.parts, tokens]``, what the loss of each position is the sum of.
 
     Returns:
         The sum over the positions that are not ignored, or each position's loss ``[tokens]``; in float32
@@ -230,5 +234,4 @@ def _chunks(x: Tensor, vocabulary: VocabularyRange, axis: Axis, room: int) -> It
     """The same on every rank: each chunk has a collective. Of canonical blocks, the same at every number of ranks."""
     rows = vocabulary.rows * (1 if axis.blocks is None else axis.size)
     tokens = max(1, max(_FEWEST, _CHUNK.get(x.device.type, 1 << 28) // rows) // room)
-    for start in range(0, len(x), tokens):
-        yield slice(start, start + tokens)
+    return (slice(start, start + tokens) for start in turns(range(0, len(x), tokens)))

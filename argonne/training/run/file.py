@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,20 @@ class Search:
     """Sequences of the first that was tried: what the flags asked for."""
     micro_batch: int
     """Sequences of the one that fitted: the run's."""
+    here: int | None = None
+    """Those of the layout that it is now in, where fewer fit; None: the run's."""
 
     @classmethod
     def from_json(cls, saved: Any) -> Search | None:
         """What ``dataclasses.asdict`` made; None for None. Raises ``ValueError`` for anything else."""
         if saved is None:
             return None
-        if not isinstance(saved, dict) or not all(is_count(saved.get(each.name)) for each in fields(cls)):
+        if not isinstance(saved, dict):
             raise ValueError("its search is of another kind")
-        return cls(saved["initial"], saved["micro_batch"])
+        found = cls(saved.get("initial", 0), saved.get("micro_batch", 0), saved.get("here"))
+        if not all(map(is_count, (found.initial, found.micro_batch, found.here or 1))):
+            raise ValueError("its search is of another kind")
+        return found
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,15 @@ class StoredRun:
     """The layout that the run began in: the fields of ``Layout``."""
     search: Search | None = None
     """How its micro-batch was found, where it is not the one that was asked for."""
+    layout: Mapping[str, Any] | None = field(default=None, compare=False)
+    """The layout that the record was written in."""
+    flags: Mapping[str, Any] | None = field(default=None, compare=False)
+    """The flags, then."""
 
     @classmethod
     def from_json(cls, run: Mapping[str, Any]) -> StoredRun:
         """What ``run.json`` says. Raises ``ValueError`` naming what is missing or of another kind."""
-        if missing := {each.name for each in fields(cls) if each.name != "search"} - set(run):
+        if missing := {each.name for each in fields(cls) if each.default is MISSING} - set(run):
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         identity, first = RunIdentity.of_saved(run), run["first_layout"]
         wrong = {
@@ -59,7 +68,8 @@ class StoredRun:
         for name, is_wrong in wrong.items():
             if is_wrong:
                 raise ValueError(f"its {name} is of another kind")
-        return cls(identity, run["global_batch"], first, Search.from_json(run.get("search")))
+        search = Search.from_json(run.get("search"))
+        return cls(identity, run["global_batch"], first, search, run.get("layout"), run.get("flags"))
 
     @property
     def first_replicas(self) -> int:

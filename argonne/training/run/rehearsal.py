@@ -22,6 +22,7 @@ from argonne.parallel.communication.isolation import isolated
 from argonne.parallel.data_parallel.leaves import LeafSums
 from argonne.training.config import RunConfig
 from argonne.training.counting import Count, counted
+from argonne.training.loss_parts import LossParts
 from argonne.training.loss_scale import LossScale
 from argonne.training.run.setup import Workload
 from argonne.training.state import TrainingState
@@ -37,6 +38,8 @@ class Rehearsed:
     """Bytes of tensors at the most, where they were counted: all of them, or those up to the limit."""
     state: int = 0
     """Those of the weights and moments."""
+    state_alone: bool = False
+    """These do not fit, whatever the micro-batch."""
 
 
 @contextmanager
@@ -75,7 +78,8 @@ def rehearse(
                 learner.initialise(config.training.seed)  # numbers that stay finite
             else:
                 learner.replicas.publish()
-            loss = workload.loss.build(learner.model, workload.precision, None, rehearsed=True)
+            parts = LossParts(workload.loss.objective, groups, torch.float32).found
+            loss = workload.loss.build(learner.model, workload.precision, parts, rehearsed=True)
             _step(learner, config, groups, size, loss)
         except NotFinite:
             pass  # sums of this rank's parts alone may be, and the run's own step will say so if it is not the cause
@@ -84,7 +88,8 @@ def rehearse(
                 raise
             fits = False
     learner = loss = None  # type: ignore[assignment]
-    gc.collect()  # a model and its hooks are in cycles of references
+    if count is None:  # what was counted has no memory
+        gc.collect()  # a model and its hooks are in cycles of references
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(groups.device)

@@ -14,7 +14,7 @@ from argonne.parallel.communication.collectives import collectively
 from argonne.parallel.communication.environment import restarts_left
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import ResumeConfig, RunConfig
-from argonne.training.run.batch import batch_of_resume
+from argonne.training.run.batch import batch_of, batch_of_resume, names_micro_batch, with_micro_batch
 from argonne.training.run.checks import check
 from argonne.training.run.compilation import latest_of_two
 from argonne.training.run.conditions import announced, changed_since
@@ -25,7 +25,8 @@ from argonne.training.run.identity import RunIdentity, differences
 from argonne.training.run.job import joined, log
 from argonne.training.run.memory import memory_told
 from argonne.training.run.model import ModelBuilder
-from argonne.training.run.search import in_vain
+from argonne.training.run.refit import refit
+from argonne.training.run.search import search
 from argonne.training.run.setup import prepare, with_tokens
 from argonne.training.run.workflow import begin, is_done, restore, train
 from argonne.training.schedule import Schedule
@@ -89,7 +90,14 @@ def resume(config: ResumeConfig, model: ModelBuilder | None = None) -> int:
             collectively(lambda: check(config, groups.world.size, model), groups.world)
         saved, identity, global_batch = collectively(lambda: _saved_run(checkpoint), groups.world)
         _check_optimizer(config, identity)
-        shape = batch_of_resume(config, groups.data.size, global_batch)
+        found = Search.from_json(saved.get("search"))
+        anew = flags.force_from_scratch and found is not None and not (groups.reproducible or names_micro_batch(config))
+        if anew:
+            assert found is not None
+            config = with_micro_batch(config, found.initial)
+            shape = batch_of(config, groups.data.size, None)
+        else:
+            shape = batch_of_resume(config, groups.data.size, global_batch, found)
         if groups.reproducible:
             shape.check_reproducible(config.parallel.kind)
         config.parallel.plan(groups.layout).check_micro_batches(shape.accumulation)
@@ -102,17 +110,21 @@ def resume(config: ResumeConfig, model: ModelBuilder | None = None) -> int:
             )
         workload = prepare(config, groups, identity, _FIXED, lambda: checkpoint, model)
         became = changed_since(saved, workload.identity, workload.conditions, config)
-        became += differences({"global_batch": global_batch}, {"global_batch": shape.global_batch})
         if flags.reset_optimizer:
             became.append(f"optimizer: reset, with {flags.rewarmup_steps} steps of warm-up")
 
         if not flags.force_from_scratch and is_done(config, checkpoint, groups):
             return 0
-        log(groups, *in_vain(config, groups, begins=False))
+        if anew:
+            config, workload, found = search(config, workload, groups)
+            shape = batch_of(config, groups.data.size, None)
+        else:
+            shape, found = refit(config, workload, groups, shape, saved, found)
+        became += differences({"global_batch": global_batch}, {"global_batch": shape.global_batch})
         workload = with_tokens(config, workload, groups)
         with memory_told(config, shape, groups, lambda: "as the model was made"):
             state = TrainingState.build(config, workload, groups)
-            state.search = Search.from_json(saved.get("search"))
+            state.search = found
             if flags.force_from_scratch:
                 log(groups, *announced(became))
                 begin(state, config, workload, shape)

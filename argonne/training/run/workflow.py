@@ -31,6 +31,7 @@ from argonne.training.run.kept_tokenizer import keep
 from argonne.training.run.loss import LossBuilder, cross_entropy
 from argonne.training.run.memory import memory_told
 from argonne.training.run.model import ModelBuilder
+from argonne.training.run.refit import refit
 from argonne.training.run.search import in_vain as search_in_vain
 from argonne.training.run.search import search
 from argonne.training.run.setup import Workload, prepare, with_tokens
@@ -63,12 +64,14 @@ def pretrain(config: RunConfig, model: ModelBuilder | None = None, loss: LossBui
                 return 0
             trainer = load_trainer(checkpoint)
             became = changed_since(trainer, workload.identity, workload.conditions, config)
-        found = None if saved is None else saved.search
-        log(groups, *search_in_vain(config, groups, begins=saved is None))
         if saved is None:
+            log(groups, *search_in_vain(config, settled=None))
             config, workload, found = search(config, workload, groups)
             shape = batch_of(config, groups.data.size, None)
             config, workload = with_steps(config, workload, groups, shape.global_batch)
+        else:
+            last = {"layout": saved.layout, "flags": saved.flags}
+            shape, found = refit(config, workload, groups, shape, last, saved.search)
         workload = with_tokens(config, workload, groups)
         with memory_told(config, shape, groups, lambda: "as the model was made"):
             state = TrainingState.build(config, workload, groups)
