@@ -187,7 +187,11 @@ def test_documents_apart_and_corpora_mixed_by_weight_are_the_same_run_in_every_l
 ) -> None:
     mixed = [f"{corpus}/part-0.parquet:0.7", f"{corpus}/part-[12].parquet:0.3"]
     packed = {**deeper, "--data-glob": mixed, "--document-mask": None, "--validation-glob": corpus / "part-1.parquet"}
-    packed |= {"--eval": [f"web={corpus}/part-2.parquet", f"lines={texts}/part-1.jsonl.gz"], "--eval-interval": 3}
+    packed |= {
+        "--eval": [f"web={corpus}/part-2.parquet", f"lines={texts}/part-1.jsonl.gz"],
+        "--eval-interval": 3,
+        "--eval-sequences": 4,
+    }
     succeed("pretrain", {**packed, "--output-dir": tmp_path / "alone"}, nproc=1)
     expected = metrics(tmp_path / "alone")
     layouts: Layouts = [(2, ZB), (2, {"--context-parallel": 2}), (4, {**SEQUENCE, "--data-parallel": 2})]

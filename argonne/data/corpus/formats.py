@@ -7,7 +7,7 @@ good (it checks neither a footer's counts nor an Arrow array's offsets) is check
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from argonne.data.corpus.location import LINES, Location, open_source
 from argonne.data.corpus.pages import page_fault
 from argonne.data.corpus.records import BYTES, Records, as_bytes
 from argonne.data.errors import DataError, one_line
+from argonne.parallel.errors import ArgonneError
 
 TEXT = "text"
 """The column of texts, unless another is named."""
@@ -50,7 +51,7 @@ def reading(what: str) -> Iterator[None]:
     """Whatever fails within becomes a DataError that names `what`."""
     try:
         yield
-    except DataError:
+    except ArgonneError:
         raise
     except Exception as error:  # damage surfaces as any of a dozen types, SystemError and MemoryError among them
         raise DataError(f"{what} cannot be read: {one_line(error)}") from error
@@ -124,14 +125,13 @@ def read_column(
     size: int,
     row_group: int,
     column: Column = TEXT,
-    passed: Callable[[int, Lines], None] | None = None,
 ) -> Rows:
     """The rows of one row group, where the file still has `size` bytes; see `open_texts`."""
     where = f"row group {row_group} of shard {location}"
     with reading(where), open_source(location, mapped=kind != "Parquet file") as source:
         _check_size(where, source, size)
         if kind in COMPRESSIONS:
-            return read_lines(location, size, COMPRESSIONS[kind], row_group, column, passed)
+            return read_lines(location, size, COMPRESSIONS[kind], row_group, column)
         if kind != "Parquet file":
             reader = _arrow_reader(location, kind, source, column)
             return _rows(list(_batches(reader, row_group)), column)

@@ -1,16 +1,16 @@
-"""Files of JSON lines: their rows are counted once, and compressed ones are decoded as streams, in order.
+"""Files of JSON lines: their rows are counted once, and compressed ones are decoded once, from their beginning.
 
-A compressed file cannot be entered in its middle. Whoever reads its row groups in about their order goes on with the
-stream that is nearest before, and what is passed over is handed out, to be kept for those who come for it.
+A compressed file cannot be entered in its middle, and lanes are in many places of it. So what is decoded on the way is
+kept in a temporary file, each row group compressed for itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ import pyarrow as pa
 from argonne.data.corpus.lines import Column, Lines, group_at, groups
 from argonne.data.corpus.location import Location, open_source
 from argonne.data.errors import DataError
+from argonne.parallel.errors import ArgonneError
 
-MOST_STREAMS = 8
-"""Streams that are kept open: lanes that are far apart go on with one each."""
+MOST_FILES, MOST_BYTES = 128, 4 << 30
+"""Compressed files that are kept decoded, and what they may take on the disk; the one in use always is."""
+_CODEC = "zstd"
 MOST_NAMES = 20
 
 Key = tuple[str, int, int]
@@ -66,87 +68,89 @@ def remember(location: Location, size: int, rows: tuple[int, ...]) -> None:
             _counts[_key(location, size)] = rows
 
 
-@dataclass
-class _Stream:
-    """A compressed file that has been read up to a row group."""
+class _Decoded:
+    """A compressed file as far as it was decoded: each row group for itself in a file that has no name."""
 
-    key: Key
-    number: int
-    """The row group that comes next."""
-    source: Any
-    groups: Iterator[bytes]
+    def __init__(self, location: Location, compression: str) -> None:
+        self._source = opened(location, compression)
+        self._groups = groups(self._source)
+        self._file = tempfile.TemporaryFile(prefix="argonne-", buffering=0)  # noqa: SIM115
+        self._places: list[tuple[int, int, int]] = []
+        self._lock = threading.Lock()
+        self._fault = ""
+        self.bytes = 0
+        """On the disk."""
+
+    def read(self, number: int) -> bytes:
+        """The bytes of one row group. Raises OSError where the file is damaged before its end."""
+        with self._lock:
+            while number >= len(self._places):
+                self._decode()
+            at, length, size = self._places[number]
+            packed = os.pread(self._file.fileno(), length, at)
+        return bytes(pa.decompress(packed, size, _CODEC, asbytes=True))
+
+    def _decode(self) -> None:
+        if self._fault:
+            raise OSError(self._fault)
+        try:
+            data = next(self._groups, None)
+        except OSError as error:
+            self._fault = str(error)
+            raise
+        if data is None:
+            raise OSError("the file ends before it")
+        packed = pa.compress(data, _CODEC, asbytes=True)
+        try:
+            os.pwrite(self._file.fileno(), packed, self.bytes)
+        except OSError as error:
+            folder = tempfile.gettempdir()
+            raise ArgonneError(
+                f"{folder} has no room for what is decompressed: {error}; legal: a larger TMPDIR"
+            ) from error
+        self._places.append((self.bytes, len(packed), len(data)))
+        self.bytes += len(packed)
 
 
-class Streams:
-    """Row groups of compressed files; several threads may ask."""
+class DecodedFiles:
+    """Compressed files that are read from, the last used ones; several threads may ask."""
 
     def __init__(self) -> None:
-        self._idle: list[_Stream] = []
-        self._failed: dict[Key, tuple[int, str]] = {}
+        self._files: OrderedDict[Key, _Decoded] = OrderedDict()
         self._lock = threading.Lock()
 
-    def read(
-        self, location: Location, size: int, compression: str, number: int, passed: Callable[[int, bytes], None]
-    ) -> bytes:
-        """The bytes of one row group; ``passed`` is given the number and bytes of each that comes before it here.
+    def read(self, location: Location, size: int, compression: str, number: int) -> bytes:
+        """The bytes of one row group.
 
         Raises:
             OSError: the file is damaged there or before.
+            ArgonneError: there is no room for what is decoded.
         """
         key = _key(location, size)
         with self._lock:
-            at, reason = self._failed.get(key, (number + 1, ""))
-            if number >= at:
-                raise OSError(reason)
-            before = [each for each in self._idle if each.key == key and each.number <= number]
-            nearest = max(before, key=lambda each: each.number, default=None)
-            if nearest is not None:
-                self._idle.remove(nearest)
-        if nearest is None:
-            source = opened(location, compression)
-            nearest = _Stream(key, 0, source, groups(source))
-        try:
-            while True:
-                data = next(nearest.groups, b"")
-                nearest.number += 1
-                if nearest.number > number:
-                    break
-                passed(nearest.number - 1, data)
-        except Exception as error:
-            nearest.source.close()
-            self._failed[key] = nearest.number, str(error)
-            raise
+            if key not in self._files:
+                self._files[key] = _Decoded(location, compression)
+            self._files.move_to_end(key)
+            file = self._files[key]
+        data = file.read(number)
         with self._lock:
-            self._idle.append(nearest)
-            gone = self._idle[:-MOST_STREAMS]
-            del self._idle[:-MOST_STREAMS]
-        for stream in gone:
-            stream.source.close()
+            while len(self._files) > 1 and (
+                len(self._files) > MOST_FILES or sum(each.bytes for each in self._files.values()) > MOST_BYTES
+            ):
+                self._files.popitem(last=False)  # closed when the last who reads it lets it go
         return data
 
 
-STREAMS = Streams()
+DECODED = DecodedFiles()
 """Those of this process."""
 
 
-def read_lines(
-    location: Location,
-    size: int,
-    compression: str | None,
-    number: int,
-    column: Column,
-    passed: Callable[[int, Lines], None] | None = None,
-) -> Lines:
-    """One row group; ``passed`` is given those that were decoded on the way."""
-    if compression is None:
-        with open_source(location) as source:
-            return Lines(group_at(source, number), column)
-
-    def hand_out(before: int, data: bytes) -> None:
-        if passed is not None:
-            passed(before, Lines(data, column))
-
-    return Lines(STREAMS.read(location, size, compression, number, hand_out), column)
+def read_lines(location: Location, size: int, compression: str | None, number: int, column: Column) -> Lines:
+    """One row group."""
+    if compression is not None:
+        return Lines(DECODED.read(location, size, compression, number), column)
+    with open_source(location) as source:
+        return Lines(group_at(source, number), column)
 
 
 def opened(location: Location, compression: str | None) -> Any:

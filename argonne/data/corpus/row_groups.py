@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -83,7 +82,7 @@ class RowGroups:
             DataError: the row group cannot be read.
         """
         if self._shards[unit.shard].format in COMPRESSIONS:
-            # Held by the lane until it is through: what had to be decoded in order is not to be decoded again.
+            # Held by the lane until it is through: finding the lines again would take longer than it saves.
             lines = self._texts(unit.shard, unit.row_group)
             for at in range(first, unit.end, count):
                 yield from lines.rows(at, min(at + count, unit.end))
@@ -111,22 +110,14 @@ class RowGroups:
         key = (shard, row_group)
         with self._lock:
             if key not in self._kept:
-                passed = functools.partial(self._passed, shard)
-                self._keep(key, open_texts(self._shards[shard], row_group, passed))
+                texts = open_texts(self._shards[shard], row_group)
+                self._kept[key] = texts, texts.nbytes
+                self._kept_bytes += texts.nbytes
+                while len(self._kept) > 1 and self._kept_bytes > KEPT_BYTES:
+                    self._kept_bytes -= self._kept.popitem(last=False)[1][1]
+                self._count_decoded(texts.nbytes)
             self._kept.move_to_end(key)
             return self._kept[key][0]
-
-    def _passed(self, shard: int, row_group: int, texts: Rows) -> None:
-        """Keep what was decoded before what was asked for, as other lanes will ask for it."""
-        if (key := (shard, row_group)) not in self._kept and len(texts):
-            self._keep(key, texts)
-
-    def _keep(self, key: tuple[int, int], texts: Rows) -> None:
-        self._kept[key] = texts, texts.nbytes
-        self._kept_bytes += texts.nbytes
-        while len(self._kept) > 1 and self._kept_bytes > KEPT_BYTES:
-            self._kept_bytes -= self._kept.popitem(last=False)[1][1]
-        self._count_decoded(texts.nbytes)
 
     def _count_decoded(self, size: int) -> None:
         """Now and then have Arrow give back what it keeps for later: 40 MB in a hundred million tokens otherwise."""

@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from argonne.data.corpus.formats import TEXT, Format, Rows, inspect, read_column, stream_column
-from argonne.data.corpus.lines import Column, Lines
+from argonne.data.corpus.lines import Column
 from argonne.data.corpus.location import Location, Url, expand, is_url
 from argonne.data.errors import DataError
 
@@ -143,13 +143,10 @@ def read_texts(shard: Shard, row_group: int) -> list[object]:
     return open_texts(shard, row_group).rows(0, shard.rows[row_group])
 
 
-def open_texts(shard: Shard, row_group: int, passed: Callable[[int, Lines], None] | None = None) -> Rows:
-    """The rows of one row group, not yet decoded to Python; see `read_texts`.
-
-    ``passed`` is given the row groups of a compressed file that were decoded on the way to this one.
-    """
+def open_texts(shard: Shard, row_group: int) -> Rows:
+    """The rows of one row group, not yet decoded to Python; see `read_texts`."""
     kind = _require_readable(shard, row_group)
-    texts = read_column(shard.path, kind, shard.size, row_group, shard.column, passed)
+    texts = read_column(shard.path, kind, shard.size, row_group, shard.column)
     _require_rows_of(shard, row_group, len(texts))
     return texts
 
