@@ -8,6 +8,7 @@ the value of a token overwrite what padding has left there, before anything may 
 from __future__ import annotations
 
 import functools
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
@@ -17,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from argonne.models.rows import attended
 from argonne.parallel import context_parallel_attention
 from argonne.parallel.communication.groups import Axis
 from argonne.parallel.tensor_parallel.embedding import VocabularyRange
+from argonne.parallel.tensor_parallel.gemm import Array
 
 _ALONE = Axis("context")
 
@@ -142,8 +145,8 @@ class LayerCache:
         rows = self._pass.rows
         added = query.shape[2] - rows
         query, key, value = (new[0, :, :rows].transpose(0, 1) for new in (query, key, value))
-        attended = self.attend_rows(query, key, value, used, pinned).transpose(0, 1).unsqueeze(0)
-        return F.pad(attended, (0, 0, 0, added)) if added else attended
+        context = self.attend_rows(query, key, value, used, pinned).transpose(0, 1).unsqueeze(0)
+        return F.pad(context, (0, 0, 0, added)) if added else context
 
     def attend_rows(
         self, query: Tensor, key: Tensor, value: Tensor, used: Sequence[int] | None, pinned: bool = False
@@ -156,8 +159,25 @@ class LayerCache:
         # The query heads of a group see the same: to the product they are queries of one head.
         even = None if used is None else _in_even_groups(tuple(used), query.device)
         grouped = (query if even is None else query.index_select(1, even[0])).unflatten(1, (keys.shape[1], -1))
-        attended = _one_position_attention(grouped, keys, values, self._pass.mask, pinned).flatten(1, 2)
-        return attended if even is None else attended.index_select(1, even[1])
+        context = _one_position_attention(grouped, keys, values, self._pass.mask, pinned).flatten(1, 2)
+        return context if even is None else context.index_select(1, even[1])
+
+    def attend_arrays(self, query: Array, key: Array, value: Array, used: Sequence[int] | None) -> Array:
+        """``attend_rows`` in NumPy."""
+        if self._pass.rows > 1:
+            query, key, value = (torch.from_numpy(new) for new in (query, key, value))
+            return self.attend_rows(query, key, value, used).numpy()
+        seen, keys, values = self._pass.seen, self._keys.numpy()[0], self._values.numpy()[0]
+        keys[:, seen - 1], values[:, seen - 1] = key[0], value[0]
+        askers = _askers(query.shape[1], len(keys), None if used is None else tuple(used))
+        return attended(query[0], keys[:, :seen], values[:, :seen], askers)
+
+
+@functools.cache
+def _askers(queries: int, heads: int, used: tuple[int, ...] | None) -> list[slice]:
+    """The query heads of each key-value head, which are neighbours."""
+    used = used or tuple(query * heads // queries for query in range(queries))
+    return [slice(bisect_left(used, head), bisect_right(used, head)) for head in range(heads)]
 
 
 @functools.cache
@@ -183,8 +203,8 @@ def _one_position_attention(
         query, keys, values = (F.pad(x, (0, padding)) for x in (query, keys, values))
     if mask is not None:
         mask = mask.expand(-1, -1, query.shape[2], -1)
-    attended = F.scaled_dot_product_attention(query, keys, values, mask, scale=width**-0.5)
-    return attended[..., :width] if padding else attended
+    context = F.scaled_dot_product_attention(query, keys, values, mask, scale=width**-0.5)
+    return context[..., :width] if padding else context
 
 
 @dataclass(frozen=True)

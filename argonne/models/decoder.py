@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from argonne.kernels.swiglu import VECTOR
 from argonne.models.cache import LayerCache
 from argonne.models.config import ArgonneConfig
 from argonne.models.execution import Execution
-from argonne.models.rows import gated, normed, turned, whole_tables
+from argonne.models.rows import gated, normed, suits_rows, turned, whole_tables
 from argonne.parallel import (
     ColumnParallelLinear,
     Constant,
@@ -38,6 +39,7 @@ from argonne.parallel.context_parallel.variable_length import DocumentBounds, ca
 from argonne.parallel.recomputed import recomputed
 from argonne.parallel.sharding.placement import Placement
 from argonne.parallel.sharding.uses import Uses
+from argonne.parallel.tensor_parallel.gemm import Array
 from argonne.parallel.tensor_parallel.shared_heads import copy_heads
 from argonne.parallel.tensor_parallel.token_blocks import uses_by_token_blocks
 
@@ -57,7 +59,7 @@ class AttentionInputs:
     """Of the same documents, where attention can do without a mask."""
     cache: LayerCache | None = None
     """What earlier positions have left in this layer, where text is generated."""
-    turn: tuple[Tensor, Tensor] | None = None
+    turn: tuple[Array, Array] | None = None
     """The ``rows.whole_tables``, where each row has one position and ``Block`` takes the short way."""
 
 
@@ -68,7 +70,8 @@ class RotaryTables(nn.Module):
         super().__init__()
         groups, precision = execution.groups, execution.precision
         self.context, self.compiled = groups.context, execution.compile
-        self.is_short = groups.device.type == "cpu" and not (groups.sequence_parallel or groups.reproducible)
+        fast = groups.device.type == "cpu" and not (groups.sequence_parallel or groups.reproducible)
+        self.is_short = fast and suits_rows(precision)
         self.varies_length = can_vary_length(groups.device, precision.compute, config.head_dim)
         table_dtype = torch.promote_types(precision.compute, torch.float32)
         # A little further than the longest sequence: ids may be padded to share them out (next_token_logits).
@@ -95,7 +98,8 @@ class RotaryTables(nn.Module):
     def inputs_at(self, positions: Tensor) -> AttentionInputs:
         """For one position of each of several sequences, which layers take for neighbours in one: ``[rows]`` places."""
         cos, sin = self.cos[positions], self.sin[positions]
-        return AttentionInputs(cos, sin, Axis("context"), turn=whole_tables(cos, sin) if self.is_short else None)
+        turn = whole_tables(cos.numpy(), sin.numpy()) if self.is_short else None
+        return AttentionInputs(cos, sin, Axis("context"), turn=turn)
 
 
 class RMSNorm(kernels.RMSNorm):
@@ -112,9 +116,9 @@ class RMSNorm(kernels.RMSNorm):
         """One for each token block, in a reproducible run."""
         return (self.weight,) if self._uses is None else self._uses.of(self.weight)
 
-    def of_rows(self, x: Tensor) -> Tensor:
+    def of_rows(self, x: Array) -> Array:
         """``forward`` of ``[rows, hidden]``, the short way."""
-        return normed(x, self.weight, self.eps)
+        return normed(x, self.weight.numpy(), self.eps)
 
     def uses_apart(self) -> dict[str, Uses]:
         return {} if self._uses is None else {"weight": self._uses}
@@ -150,6 +154,10 @@ class HeadNorm(nn.Module):
         heads = rearrange(x, "token (block head dim) -> block token head dim", **blocks)
         normal = rms_norm(heads, weights, self.eps, backend=self.kernels)
         return rearrange(normal, "block token head dim -> token (block head dim)")
+
+    def of_rows(self, x: Array) -> Array:
+        """``forward`` of ``[rows, heads, head_dim]``, the short way."""
+        return normed(x, self.weight.numpy(), self.eps)
 
     def uses_apart(self) -> dict[str, Uses]:
         return {} if self._uses is None else {"weight": self._uses}
@@ -225,20 +233,19 @@ class Attention(nn.Module):
             )
         return self.o_proj(rearrange(context, "batch head sequence dim -> (batch sequence) (head dim)"))
 
-    def of_rows(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
+    def of_rows(self, x: Array, inputs: AttentionInputs) -> Array:
         """``forward`` of one position of each row ``[rows, hidden]``, the short way."""
-        packed = self.qkv_proj.of_rows(x)
-        if self.q_norm is None:
-            assert inputs.turn is not None
-            heads, others = packed.view(len(x), -1, self.head_dim), self.key_value_heads
-            value = heads[:, -others:]
-            both = turned(heads[:, :-others], *inputs.turn)
-            query, key = both[:, :-others], both[:, -others:]
-        else:
-            query, key, value = (part[0] for part in self._turned(packed, inputs))
         assert inputs.cache is not None
+        assert inputs.turn is not None
+        heads, others = self.qkv_proj.of_rows(x).reshape(len(x), -1, self.head_dim), self.key_value_heads
+        both, value = heads[:, :-others], heads[:, -others:]
+        if self.q_norm is not None and self.k_norm is not None:
+            parts = self.q_norm.of_rows(both[:, :-others]), self.k_norm.of_rows(both[:, -others:])
+            both = np.concatenate(parts, 1)
+        both = turned(both, *inputs.turn)
         used = None if self.is_grouped else self.head_of_query
-        return self.o_proj.of_rows(inputs.cache.attend_rows(query, key, value, used).flatten(1))
+        context = inputs.cache.attend_arrays(both[:, :-others], both[:, -others:], value, used)
+        return self.o_proj.of_rows(context.reshape(len(x), -1))
 
     def _asking(self, packed: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values as attention takes them: ``[batch, its heads, positions, head_dim]``."""
@@ -298,7 +305,7 @@ class FeedForward(nn.Module):
         """``[tokens, hidden]``, or this rank's share of the tokens -> the same."""
         return self.down_proj(swiglu(self.gate_up_proj(x), pinned=self.is_pinned, backend=self.kernels))
 
-    def of_rows(self, x: Tensor) -> Tensor:
+    def of_rows(self, x: Array) -> Array:
         """``forward`` of ``[rows, hidden]``, the short way."""
         return self.down_proj.of_rows(gated(self.gate_up_proj.of_rows(x)))
 
@@ -315,11 +322,17 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         if inputs.turn is not None:
-            x = x + self.self_attn.of_rows(self.input_layernorm.of_rows(x), inputs)
-            return x + self.mlp.of_rows(self.post_attention_layernorm.of_rows(x))
+            return torch.from_numpy(self.of_rows(x.numpy(), inputs))
         attended = self.self_attn(self.input_layernorm(x), inputs)
         normal, x = self.post_attention_layernorm(attended, x)
         return x + self.mlp(normal)
+
+    @np.errstate(all="ignore")  # PyTorch does not speak of what is not finite either
+    def of_rows(self, x: Array, inputs: AttentionInputs) -> Array:
+        """``forward`` of one position of each row ``[rows, hidden]``, the short way."""
+        x = x + self.self_attn.of_rows(self.input_layernorm.of_rows(x), inputs)
+        x += self.mlp.of_rows(self.post_attention_layernorm.of_rows(x))
+        return x
 
 
 def initial(config: ArgonneConfig) -> Normal:

@@ -9,11 +9,16 @@ from __future__ import annotations
 import os
 from functools import cache
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
+
+Array: TypeAlias = NDArray[Any]
+"""What NumPy computes with, where a call of PyTorch would take longer than what it computes."""
 
 
 def suits_onednn(x: Tensor) -> bool:
@@ -52,8 +57,21 @@ def product_of_rows(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         return product(a, b, bias)
     if a.dtype != torch.float32 or a.dim() > 2 or torch.compiler.is_compiling() or not _openblas_is_ready():
         return F.linear(a, b, bias)
-    y = torch.from_numpy(np.dot(a.numpy(), b.numpy().T))
-    return y if bias is None else y.add_(bias)
+    return torch.from_numpy(_by_openblas(a.numpy(), b, bias))
+
+
+def product_of_arrays(a: Array, b: Tensor, bias: Tensor | None = None) -> Array:
+    """``product_of_rows`` of ``[rows, k]``."""
+    if len(a) == 1 and a.dtype == np.float32 and _openblas_is_ready():
+        return _by_openblas(a, b, bias)
+    return product_of_rows(torch.from_numpy(a), b, bias).numpy()
+
+
+def _by_openblas(a: Array, b: Tensor, bias: Tensor | None) -> Array:
+    y: Array = np.dot(a, b.numpy().T)
+    if bias is not None:
+        y += bias.numpy()
+    return y
 
 
 def lies_for_rows(weight: Tensor) -> bool:
