@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,8 @@ class KeyValueCache:
             number: [torch.zeros(sizes, dtype=shape.dtype, device=shape.device) for _ in range(2)]
             for number in shape.layers
         }
+        self.prepared: dict[int, Any] = {}
+        """What stages have made of their weights and of this cache, by first layer, for all passes but the first."""
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget the rows that are not among these; the others are numbered anew, in this order."""
@@ -66,6 +68,7 @@ class KeyValueCache:
         self.lengths = [self.lengths[row] for row in rows]
         for pair in self._layers.values():
             pair[:] = [kept[chosen] for kept in pair]
+        self.prepared.clear()
 
     def begin(self, counts: Sequence[int]) -> CachePass:
         """A pass over so many new positions of each row: the first ones of all, or one more of each."""
@@ -162,22 +165,26 @@ class LayerCache:
         context = _one_position_attention(grouped, keys, values, self._pass.mask, pinned).flatten(1, 2)
         return context if even is None else context.index_select(1, even[1])
 
-    def attend_arrays(self, query: Array, key: Array, value: Array, used: Sequence[int] | None) -> Array:
-        """``attend_rows`` in NumPy."""
-        if self._pass.rows > 1:
-            query, key, value = (torch.from_numpy(new) for new in (query, key, value))
-            return self.attend_rows(query, key, value, used).numpy()
-        seen, keys, values = self._pass.seen, self._keys.numpy()[0], self._values.numpy()[0]
-        keys[:, seen - 1], values[:, seen - 1] = key[0], value[0]
-        askers = _askers(query.shape[1], len(keys), None if used is None else tuple(used))
-        return attended(query[0], keys[:, :seen], values[:, :seen], askers)
 
+def attending(
+    keys: Tensor, values: Tensor, used: Sequence[int], regular: bool
+) -> Callable[[CachePass, Array, Array, Array], Array]:
+    """``LayerCache.attend_rows`` in NumPy, in pass after pass, of what a cache has of one layer.
 
-@functools.cache
-def _askers(queries: int, heads: int, used: tuple[int, ...] | None) -> list[slice]:
-    """The query heads of each key-value head, which are neighbours."""
-    used = used or tuple(query * heads // queries for query in range(queries))
-    return [slice(bisect_left(used, head), bisect_right(used, head)) for head in range(heads)]
+    ``used`` is the key-value head of each query head, ``regular`` where it is that of runs of equally many.
+    """
+    own_keys, own_values = keys.numpy()[0], values.numpy()[0]
+    askers = [slice(bisect_left(used, head), bisect_right(used, head)) for head in range(len(own_keys))]
+
+    def attend(cached: CachePass, query: Array, key: Array, value: Array) -> Array:
+        if cached.rows > 1:
+            new = [torch.from_numpy(each) for each in (query, key, value)]
+            return LayerCache(cached, keys, values).attend_rows(*new, None if regular else used).numpy()
+        seen = cached.seen
+        own_keys[:, seen - 1], own_values[:, seen - 1] = key[0], value[0]
+        return attended(query[0], own_keys[:, :seen], own_values[:, :seen], askers)
+
+    return attend
 
 
 @functools.cache

@@ -6,8 +6,9 @@ the whole tensors it holds under their Llama names.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from argonne import kernels
 from argonne.kernels import apply_rope, apply_rope_packed, rms_norm, swiglu
 from argonne.kernels.rotation import rope_frequencies, tables_of
 from argonne.kernels.swiglu import VECTOR
-from argonne.models.cache import LayerCache
+from argonne.models.cache import CachePass, LayerCache, attending
 from argonne.models.config import ArgonneConfig
 from argonne.models.execution import Execution
 from argonne.models.rows import gated, normed, suits_rows, turned, whole_tables
@@ -59,8 +60,16 @@ class AttentionInputs:
     """Of the same documents, where attention can do without a mask."""
     cache: LayerCache | None = None
     """What earlier positions have left in this layer, where text is generated."""
-    turn: tuple[Array, Array] | None = None
-    """The ``rows.whole_tables``, where each row has one position and ``Block`` takes the short way."""
+
+    @cached_property
+    def turn(self) -> tuple[Array, Array]:
+        """The ``rows.whole_tables``, where the positions are one of each row."""
+        return whole_tables(self.cos.numpy(), self.sin.numpy())
+
+
+RowBlock = Callable[[Array, AttentionInputs, CachePass], Array]
+"""The short way of one position of each row ``[rows, hidden]`` through a block, or its attention: prepared for one
+cache, as long as the weights stay where they are."""
 
 
 class RotaryTables(nn.Module):
@@ -70,8 +79,6 @@ class RotaryTables(nn.Module):
         super().__init__()
         groups, precision = execution.groups, execution.precision
         self.context, self.compiled = groups.context, execution.compile
-        fast = groups.device.type == "cpu" and not (groups.sequence_parallel or groups.reproducible)
-        self.is_short = fast and suits_rows(precision)
         self.varies_length = can_vary_length(groups.device, precision.compute, config.head_dim)
         table_dtype = torch.promote_types(precision.compute, torch.float32)
         # A little further than the longest sequence: ids may be padded to share them out (next_token_logits).
@@ -98,8 +105,7 @@ class RotaryTables(nn.Module):
     def inputs_at(self, positions: Tensor) -> AttentionInputs:
         """For one position of each of several sequences, which layers take for neighbours in one: ``[rows]`` places."""
         cos, sin = self.cos[positions], self.sin[positions]
-        turn = whole_tables(cos.numpy(), sin.numpy()) if self.is_short else None
-        return AttentionInputs(cos, sin, Axis("context"), turn=turn)
+        return AttentionInputs(cos, sin, Axis("context"))
 
 
 class RMSNorm(kernels.RMSNorm):
@@ -116,9 +122,9 @@ class RMSNorm(kernels.RMSNorm):
         """One for each token block, in a reproducible run."""
         return (self.weight,) if self._uses is None else self._uses.of(self.weight)
 
-    def of_rows(self, x: Array) -> Array:
+    def of_rows(self) -> Callable[[Array], Array]:
         """``forward`` of ``[rows, hidden]``, the short way."""
-        return normed(x, self.weight.numpy(), self.eps)
+        return partial(normed, weight=self.weight.numpy(), eps=self.eps)
 
     def uses_apart(self) -> dict[str, Uses]:
         return {} if self._uses is None else {"weight": self._uses}
@@ -155,9 +161,9 @@ class HeadNorm(nn.Module):
         normal = rms_norm(heads, weights, self.eps, backend=self.kernels)
         return rearrange(normal, "block token head dim -> token (block head dim)")
 
-    def of_rows(self, x: Array) -> Array:
+    def of_rows(self) -> Callable[[Array], Array]:
         """``forward`` of ``[rows, heads, head_dim]``, the short way."""
-        return normed(x, self.weight.numpy(), self.eps)
+        return partial(normed, weight=self.weight.numpy(), eps=self.eps)
 
     def uses_apart(self) -> dict[str, Uses]:
         return {} if self._uses is None else {"weight": self._uses}
@@ -233,19 +239,27 @@ class Attention(nn.Module):
             )
         return self.o_proj(rearrange(context, "batch head sequence dim -> (batch sequence) (head dim)"))
 
-    def of_rows(self, x: Array, inputs: AttentionInputs) -> Array:
-        """``forward`` of one position of each row ``[rows, hidden]``, the short way."""
-        assert inputs.cache is not None
-        assert inputs.turn is not None
-        heads, others = self.qkv_proj.of_rows(x).reshape(len(x), -1, self.head_dim), self.key_value_heads
-        both, value = heads[:, :-others], heads[:, -others:]
-        if self.q_norm is not None and self.k_norm is not None:
-            parts = self.q_norm.of_rows(both[:, :-others]), self.k_norm.of_rows(both[:, -others:])
-            both = np.concatenate(parts, 1)
-        both = turned(both, *inputs.turn)
-        used = None if self.is_grouped else self.head_of_query
-        context = inputs.cache.attend_arrays(both[:, :-others], both[:, -others:], value, used)
-        return self.o_proj.of_rows(context.reshape(len(x), -1))
+    def of_rows(self, keys: Tensor, values: Tensor) -> RowBlock:
+        """``forward``, the short way, with the keys and the values that a cache has of this layer."""
+        project, leave, width, others = (
+            self.qkv_proj.of_rows(),
+            self.o_proj.of_rows(),
+            self.head_dim,
+            self.key_value_heads,
+        )
+        norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm.of_rows(), self.k_norm.of_rows())
+        attend = attending(keys, values, self.head_of_query, self.is_grouped)
+
+        def of_rows(x: Array, inputs: AttentionInputs, cached: CachePass) -> Array:
+            heads = project(x).reshape(len(x), -1, width)
+            both, value = heads[:, :-others], heads[:, -others:]
+            if norms is not None:
+                both = np.concatenate((norms[0](both[:, :-others]), norms[1](both[:, -others:])), 1)
+            both = turned(both, *inputs.turn)
+            context = attend(cached, both[:, :-others], both[:, -others:], value)
+            return leave(context.reshape(len(x), -1))
+
+        return of_rows
 
     def _asking(self, packed: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values as attention takes them: ``[batch, its heads, positions, head_dim]``."""
@@ -305,9 +319,10 @@ class FeedForward(nn.Module):
         """``[tokens, hidden]``, or this rank's share of the tokens -> the same."""
         return self.down_proj(swiglu(self.gate_up_proj(x), pinned=self.is_pinned, backend=self.kernels))
 
-    def of_rows(self, x: Array) -> Array:
+    def of_rows(self) -> Callable[[Array], Array]:
         """``forward`` of ``[rows, hidden]``, the short way."""
-        return self.down_proj.of_rows(gated(self.gate_up_proj.of_rows(x)))
+        widen, leave = self.gate_up_proj.of_rows(), self.down_proj.of_rows()
+        return lambda x: leave(gated(widen(x)))
 
 
 class Block(nn.Module):
@@ -319,20 +334,28 @@ class Block(nn.Module):
         self.self_attn = Attention(config, execution)
         self.post_attention_layernorm = RMSNorm(config, execution)
         self.mlp = FeedForward(config, execution)
+        groups = execution.groups
+        self.is_short = groups.device.type == "cpu" and not (groups.sequence_parallel or groups.reproducible)
+        self.is_short &= suits_rows(execution.precision)
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        if inputs.turn is not None:
-            return torch.from_numpy(self.of_rows(x.numpy(), inputs))
         attended = self.self_attn(self.input_layernorm(x), inputs)
         normal, x = self.post_attention_layernorm(attended, x)
         return x + self.mlp(normal)
 
-    @np.errstate(all="ignore")  # PyTorch does not speak of what is not finite either
-    def of_rows(self, x: Array, inputs: AttentionInputs) -> Array:
-        """``forward`` of one position of each row ``[rows, hidden]``, the short way."""
-        x = x + self.self_attn.of_rows(self.input_layernorm.of_rows(x), inputs)
-        x += self.mlp.of_rows(self.post_attention_layernorm.of_rows(x))
-        return x
+    def of_rows(self, keys: Tensor, values: Tensor) -> RowBlock | None:
+        """``forward``, the short way, as of ``Attention``; None where there is none, or weights come and go (FSDP)."""
+        if not self.is_short or any(type(parameter.data) is not Tensor for parameter in self.parameters()):
+            return None
+        attention, feed_forward = self.self_attn.of_rows(keys, values), self.mlp.of_rows()
+        before, between = self.input_layernorm.of_rows(), self.post_attention_layernorm.of_rows()
+
+        def of_rows(x: Array, inputs: AttentionInputs, cached: CachePass) -> Array:
+            x = x + attention(before(x), inputs, cached)
+            x += feed_forward(between(x))
+            return x
+
+        return of_rows
 
 
 def initial(config: ArgonneConfig) -> Normal:

@@ -53,8 +53,9 @@ def logits(groups: ProcessGroups, name: str, short: bool) -> Any:
     model.initialise(seed=2)
     for parameter in model.parameters():
         parameter.data.add_(0.1)  # biases begin as zeros, norms as ones
-    assert model.rotary.is_short
-    model.rotary.is_short = short
+    for block in model.blocks:
+        assert block.is_short
+        block.is_short = short
     cache, found = KeyValueCache(model.cache_shape(), 2, 9), []
     for ids in ([[3, 1, 4, 1], [5, 9, 0, 0]], [[2], [3]], [[7], [8]], [[6]]):
         counts = [4, 2] if len(ids[0]) > 1 else [1] * len(ids)
@@ -89,4 +90,4 @@ def test_ranks_that_share_out_rows_and_what_numpy_cannot_compute_take_the_long_w
     layout: Layout, precision: Precision
 ) -> None:
     model = ArgonneModel(CONFIG, Execution(ProcessGroups.of_rank(layout, 0, "cpu"), precision))
-    assert model.rotary.inputs_at(torch.tensor([3])).turn is None
+    assert model.blocks[0].of_rows(*KeyValueCache(model.cache_shape(), 1, 1).layer(0)) is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -25,7 +25,7 @@ from argonne.parallel.sharding.placement import Placement
 from argonne.parallel.sharding.region import Region, ShardSpec
 from argonne.parallel.sharding.uses import Uses
 from argonne.parallel.tensor_parallel.blocks import Cut, cut_parts, heads_of_others
-from argonne.parallel.tensor_parallel.gemm import Array, product_of_arrays
+from argonne.parallel.tensor_parallel.gemm import Array, prepared_for_rows
 from argonne.parallel.tensor_parallel.precision import Precision
 from argonne.parallel.tensor_parallel.products import column_parallel_linear, local_linear
 from argonne.parallel.tensor_parallel.token_blocks import add_bias, uses_by_token_blocks
@@ -103,12 +103,12 @@ class ColumnParallelLinear(nn.Module):
         sizes = None if part.is_even else [part.local_features(rank) for rank in range(self.axis.size)]
         return gather_from_region(y, self.axis, sizes=sizes)
 
-    def of_rows(self, x: Array) -> Array:
+    def of_rows(self) -> Callable[[Array], Array]:
         """``forward`` of a few rows that every rank has, without gradients, in fast mode: no more than the product.
 
-        Here and below, in one dtype.
+        Here and below, in one dtype, and as long as the weight stays where it is.
         """
-        return product_of_arrays(x, self.weight, self.bias)
+        return prepared_for_rows(self.weight, self.bias)
 
     def output_placement(self) -> Placement:
         return Placement() if self.gather_output else Placement(self.parts)
@@ -221,14 +221,20 @@ class RowParallelLinear(nn.Module):
         biases = (self.bias,) if self._uses is None else self._uses.of(self.bias)
         return add_bias(y, [bias.to(self.precision.compute) for bias in biases])
 
-    def of_rows(self, x: Array) -> Array:
+    def of_rows(self) -> Callable[[Array], Array]:
         """``forward`` of a few rows whose sum every rank gets, without gradients, in fast mode: product and sum."""
-        y = product_of_arrays(x, self.weight)
-        if self.axis.group is not None:
-            sum_over(torch.from_numpy(y), self.axis)  # in place
-        if self.bias is not None:
-            y += self.bias.numpy()
-        return y
+        if self.axis.group is None:
+            return prepared_for_rows(self.weight, self.bias)
+        multiply, axis, bias = prepared_for_rows(self.weight), self.axis, self.bias
+
+        def of_rows(x: Array) -> Array:
+            y = multiply(x)
+            sum_over(torch.from_numpy(y), axis)  # in place
+            if bias is not None:
+                y += bias.numpy()
+            return y
+
+        return of_rows
 
     def uses_apart(self) -> dict[str, Uses]:
         return {} if self._uses is None else {"bias": self._uses}
