@@ -23,10 +23,13 @@ def suits_rows(precision: Precision) -> bool:
 
 def normed(x: Array, weight: Array, eps: float) -> Array:
     """``kernels.rms_norm`` of ``[..., features]``."""
-    size: Array = np.add.reduce(x * x, axis=-1, keepdims=True)
-    size *= 1 / x.shape[-1]
-    size += eps
-    y = x / np.sqrt(size, out=size)
+    if len(x) == 1 and x.ndim == 2:  # which is what is computed most
+        y = x * (float(np.dot(x[0], x[0])) / x.shape[1] + eps) ** -0.5
+    else:
+        size: Array = np.add.reduce(x * x, axis=-1, keepdims=True)
+        size *= 1 / x.shape[-1]
+        size += eps
+        y = x / np.sqrt(size, out=size)
     y *= weight
     return y
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -23,12 +24,19 @@ one aligned binary tree over the ranks in their order, the same for every elemen
 class SmallExchanges(Protocol):
     """What exchanges tensors that are small enough, faster than a collective."""
 
+    capacity: int
+    """Bytes of the largest."""
+
     def fits(self, tensor: Tensor) -> bool:
         """Whether it is for this one."""
         ...
 
     def sum(self, tensor: Tensor) -> None:
         """Overwrite ``tensor`` with the sum over the ranks, the same on all of them."""
+        ...
+
+    def sum_array(self, array: NDArray[Any]) -> None:
+        """``sum`` of what is in NumPy."""
         ...
 
     def gather(self, tensor: Tensor, into: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from argonne.parallel.communication.groups import ProcessGroups
 from argonne.parallel.communication.layout import require_divisible
-from argonne.parallel.communication.reduction import sum_over
+from argonne.parallel.communication.reduction import sum_array
 from argonne.parallel.communication.regions import (
     gather_from_region,
     reduce_from_region,
@@ -229,7 +229,7 @@ class RowParallelLinear(nn.Module):
 
         def of_rows(x: Array) -> Array:
             y = multiply(x)
-            sum_over(torch.from_numpy(y), axis)  # in place
+            sum_array(y, axis)
             if bias is not None:
                 y += bias.numpy()
             return y
