@@ -8,8 +8,7 @@ the value of a token overwrite what padding has left there, before anything may 
 from __future__ import annotations
 
 import functools
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any, Protocol, runtime_checkable
@@ -18,11 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from argonne.models.rows import attended
 from argonne.parallel import context_parallel_attention
 from argonne.parallel.communication.groups import Axis
 from argonne.parallel.tensor_parallel.embedding import VocabularyRange
-from argonne.parallel.tensor_parallel.gemm import Array
 
 _ALONE = Axis("context")
 
@@ -164,27 +161,6 @@ class LayerCache:
         grouped = (query if even is None else query.index_select(1, even[0])).unflatten(1, (keys.shape[1], -1))
         context = _one_position_attention(grouped, keys, values, self._pass.mask, pinned).flatten(1, 2)
         return context if even is None else context.index_select(1, even[1])
-
-
-def attending(
-    keys: Tensor, values: Tensor, used: Sequence[int], regular: bool
-) -> Callable[[CachePass, Array, Array, Array], Array]:
-    """``LayerCache.attend_rows`` in NumPy, in pass after pass, of what a cache has of one layer.
-
-    ``used`` is the key-value head of each query head, ``regular`` where it is that of runs of equally many.
-    """
-    own_keys, own_values = keys.numpy()[0], values.numpy()[0]
-    askers = [slice(bisect_left(used, head), bisect_right(used, head)) for head in range(len(own_keys))]
-
-    def attend(cached: CachePass, query: Array, key: Array, value: Array) -> Array:
-        if cached.rows > 1:
-            new = [torch.from_numpy(each) for each in (query, key, value)]
-            return LayerCache(cached, keys, values).attend_rows(*new, None if regular else used).numpy()
-        seen = cached.seen
-        own_keys[:, seen - 1], own_values[:, seen - 1] = key[0], value[0]
-        return attended(query[0], own_keys[:, :seen], own_values[:, :seen], askers)
-
-    return attend
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -19,10 +19,10 @@ from argonne import kernels
 from argonne.kernels import apply_rope, apply_rope_packed, rms_norm, swiglu
 from argonne.kernels.rotation import rope_frequencies, tables_of
 from argonne.kernels.swiglu import VECTOR
-from argonne.models.cache import CachePass, LayerCache, attending
+from argonne.models.cache import CachePass, LayerCache
 from argonne.models.config import ArgonneConfig
 from argonne.models.execution import Execution
-from argonne.models.rows import gated, normed, suits_rows, turned, whole_tables
+from argonne.models.rows import attending, gated, normed, suits_rows, turned, whole_tables
 from argonne.parallel import (
     ColumnParallelLinear,
     Constant,
@@ -65,11 +65,6 @@ class AttentionInputs:
     def turn(self) -> tuple[Array, Array]:
         """The ``rows.whole_tables``, where the positions are one of each row."""
         return whole_tables(self.cos.numpy(), self.sin.numpy())
-
-
-RowBlock = Callable[[Array, AttentionInputs, CachePass], Array]
-"""The short way of one position of each row ``[rows, hidden]`` through a block, or its attention: prepared for one
-cache, as long as the weights stay where they are."""
 
 
 class RotaryTables(nn.Module):
@@ -122,10 +117,6 @@ class RMSNorm(kernels.RMSNorm):
         """One for each token block, in a reproducible run."""
         return (self.weight,) if self._uses is None else self._uses.of(self.weight)
 
-    def of_rows(self) -> Callable[[Array], Array]:
-        """``forward`` of ``[rows, hidden]``, the short way."""
-        return partial(normed, weight=self.weight.numpy(), eps=self.eps)
-
     def uses_apart(self) -> dict[str, Uses]:
         return {} if self._uses is None else {"weight": self._uses}
 
@@ -160,10 +151,6 @@ class HeadNorm(nn.Module):
         heads = rearrange(x, "token (block head dim) -> block token head dim", **blocks)
         normal = rms_norm(heads, weights, self.eps, backend=self.kernels)
         return rearrange(normal, "block token head dim -> token (block head dim)")
-
-    def of_rows(self) -> Callable[[Array], Array]:
-        """``forward`` of ``[rows, heads, head_dim]``, the short way."""
-        return partial(normed, weight=self.weight.numpy(), eps=self.eps)
 
     def uses_apart(self) -> dict[str, Uses]:
         return {} if self._uses is None else {"weight": self._uses}
@@ -239,28 +226,6 @@ class Attention(nn.Module):
             )
         return self.o_proj(rearrange(context, "batch head sequence dim -> (batch sequence) (head dim)"))
 
-    def of_rows(self, keys: Tensor, values: Tensor) -> RowBlock:
-        """``forward``, the short way, with the keys and the values that a cache has of this layer."""
-        project, leave, width, others = (
-            self.qkv_proj.of_rows(),
-            self.o_proj.of_rows(),
-            self.head_dim,
-            self.key_value_heads,
-        )
-        norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm.of_rows(), self.k_norm.of_rows())
-        attend = attending(keys, values, self.head_of_query, self.is_grouped)
-
-        def of_rows(x: Array, inputs: AttentionInputs, cached: CachePass) -> Array:
-            heads = project(x).reshape(len(x), -1, width)
-            both, value = heads[:, :-others], heads[:, -others:]
-            if norms is not None:
-                both = np.concatenate((norms[0](both[:, :-others]), norms[1](both[:, -others:])), 1)
-            both = turned(both, *inputs.turn)
-            context = attend(cached, both[:, :-others], both[:, -others:], value)
-            return leave(context.reshape(len(x), -1))
-
-        return of_rows
-
     def _asking(self, packed: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values as attention takes them: ``[batch, its heads, positions, head_dim]``."""
         query, key, value = self._turned(packed, inputs)
@@ -319,11 +284,6 @@ class FeedForward(nn.Module):
         """``[tokens, hidden]``, or this rank's share of the tokens -> the same."""
         return self.down_proj(swiglu(self.gate_up_proj(x), pinned=self.is_pinned, backend=self.kernels))
 
-    def of_rows(self) -> Callable[[Array], Array]:
-        """``forward`` of ``[rows, hidden]``, the short way."""
-        widen, leave = self.gate_up_proj.of_rows(), self.down_proj.of_rows()
-        return lambda x: leave(gated(widen(x)))
-
 
 class Block(nn.Module):
     """One pre-norm transformer block."""
@@ -334,25 +294,41 @@ class Block(nn.Module):
         self.self_attn = Attention(config, execution)
         self.post_attention_layernorm = RMSNorm(config, execution)
         self.mlp = FeedForward(config, execution)
-        groups = execution.groups
-        self.is_short = groups.device.type == "cpu" and not (groups.sequence_parallel or groups.reproducible)
-        self.is_short &= suits_rows(execution.precision)
+        self.is_short = suits_rows(execution)
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), inputs)
         normal, x = self.post_attention_layernorm(attended, x)
         return x + self.mlp(normal)
 
-    def of_rows(self, keys: Tensor, values: Tensor) -> RowBlock | None:
-        """``forward``, the short way, as of ``Attention``; None where there is none, or weights come and go (FSDP)."""
+    def of_rows(self, keys: Tensor, values: Tensor) -> Callable[[Array, AttentionInputs, CachePass], Array] | None:
+        """``forward`` of one position of each row ``[rows, hidden]``, prepared for many: a short way (``rows.py``).
+
+        ``keys`` and ``values`` are what a cache has of this layer, whose first pass is over. None where there is no
+        such way, or weights come and go (FSDP).
+        """
         if not self.is_short or any(type(parameter.data) is not Tensor for parameter in self.parameters()):
             return None
-        attention, feed_forward = self.self_attn.of_rows(keys, values), self.mlp.of_rows()
-        before, between = self.input_layernorm.of_rows(), self.post_attention_layernorm.of_rows()
+        own, mlp = self.self_attn, self.mlp
+        project, leave = own.qkv_proj.of_rows(), own.o_proj.of_rows()
+        widen, narrow = mlp.gate_up_proj.of_rows(), mlp.down_proj.of_rows()
+        attend = attending(keys, values, own.head_of_query, own.is_grouped)
+        before, between, of_query, of_key = (
+            None if norm is None else (norm.weight.numpy(), norm.eps)
+            for norm in (self.input_layernorm, self.post_attention_layernorm, own.q_norm, own.k_norm)
+        )
+        assert before is not None
+        assert between is not None
 
         def of_rows(x: Array, inputs: AttentionInputs, cached: CachePass) -> Array:
-            x = x + attention(before(x), inputs, cached)
-            x += feed_forward(between(x))
+            heads = project(normed(x, *before)).reshape(len(x), -1, own.head_dim)
+            both, value = heads[:, : -own.key_value_heads], heads[:, -own.key_value_heads :]
+            if of_query is not None and of_key is not None:
+                query, key = both[:, : -own.key_value_heads], both[:, -own.key_value_heads :]
+                both = np.concatenate((normed(query, *of_query), normed(key, *of_key)), 1)
+            context = attend(cached, turned(both, *inputs.turn), value)
+            x = x + leave(context.reshape(len(x), -1))
+            x += narrow(gated(widen(normed(x, *between))))
             return x
 
         return of_rows

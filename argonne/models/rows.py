@@ -7,24 +7,31 @@ sixty of them in a layer would take as long as the products (docs/log.md). The v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from math import sqrt
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from argonne.parallel import Precision
+from argonne.models.cache import CachePass, LayerCache
+from argonne.models.execution import Execution
 from argonne.parallel.tensor_parallel.gemm import Array
 
 
-def suits_rows(precision: Precision) -> bool:
-    """Whether NumPy has these dtypes, and a weight needs no other than its own."""
+def suits_rows(execution: Execution) -> bool:
+    """Whether blocks have this way: in fast mode on a CPU, where NumPy has the dtype, and weights have no other."""
+    groups, precision = execution.groups, execution.precision
+    if groups.device.type != "cpu" or groups.sequence_parallel or groups.reproducible:
+        return False
     return precision.parameters == precision.compute and precision.compute in (torch.float32, torch.float64)
 
 
 def normed(x: Array, weight: Array, eps: float) -> Array:
     """``kernels.rms_norm`` of ``[..., features]``."""
     if len(x) == 1 and x.ndim == 2:  # which is what is computed most
-        y = x * (float(np.dot(x[0], x[0])) / x.shape[1] + eps) ** -0.5
+        y = x / sqrt(np.dot(x[0], x[0]) / x.shape[1] + eps)
     else:
         size: Array = np.add.reduce(x * x, axis=-1, keepdims=True)
         size *= 1 / x.shape[-1]
@@ -74,3 +81,26 @@ def attended(query: Array, keys: Array, values: Array, askers: Sequence[slice]) 
     for own, head in zip(askers, values, strict=True):
         np.dot(scores[own], head, out=context[own])
     return context
+
+
+def attending(
+    keys: Tensor, values: Tensor, used: Sequence[int], regular: bool
+) -> Callable[[CachePass, Array, Array], Array]:
+    """``LayerCache.attend_rows`` in NumPy, of what a cache has of one layer; keys are behind their queries.
+
+    ``used`` is the key-value head of each query head, ``regular`` where it is that of runs of equally many.
+    """
+    own_keys, own_values = keys.numpy()[0], values.numpy()[0]
+    askers = [slice(bisect_left(used, head), bisect_right(used, head)) for head in range(len(own_keys))]
+
+    def attend(cached: CachePass, both: Array, value: Array) -> Array:
+        query, key = both[:, : len(used)], both[:, len(used) :]
+        if cached.rows > 1:
+            asked, *new = (torch.from_numpy(each) for each in (query, key, value))
+            layer = LayerCache(cached, keys, values)
+            return layer.attend_rows(asked, new[0], new[1], None if regular else used).numpy()
+        seen = cached.seen
+        own_keys[:, seen - 1], own_values[:, seen - 1] = key[0], value[0]
+        return attended(query[0], own_keys[:, :seen], own_values[:, :seen], askers)
+
+    return attend

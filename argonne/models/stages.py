@@ -132,6 +132,7 @@ class Stage(nn.Module):
 
 @np.errstate(all="ignore")  # of what is not finite the logits tell
 def _through(rows: Sequence[Callable[..., Array]], x: Tensor, inputs: Any, cached: CachePass) -> Tensor:
+    """One position of each row through all blocks of a stage, ``[rows, hidden]``."""
     y = x.numpy()
     for of_rows in rows:
         y = of_rows(y, inputs, cached)
