@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -117,6 +117,10 @@ class RMSNorm(kernels.RMSNorm):
         """One for each token block, in a reproducible run."""
         return (self.weight,) if self._uses is None else self._uses.of(self.weight)
 
+    def of_rows(self) -> Callable[[Array], Array]:
+        """``forward`` of ``[rows, hidden]``, the short way (``Block.of_rows``)."""
+        return partial(normed, weight=self.weight.numpy(), eps=self.eps)
+
     def uses_apart(self) -> dict[str, Uses]:
         return {} if self._uses is None else {"weight": self._uses}
 
@@ -151,6 +155,10 @@ class HeadNorm(nn.Module):
         heads = rearrange(x, "token (block head dim) -> block token head dim", **blocks)
         normal = rms_norm(heads, weights, self.eps, backend=self.kernels)
         return rearrange(normal, "block token head dim -> token (block head dim)")
+
+    def of_rows(self) -> Callable[[Array], Array]:
+        """``forward`` of ``[rows, heads, head_dim]``, the short way."""
+        return partial(normed, weight=self.weight.numpy(), eps=self.eps)
 
     def uses_apart(self) -> dict[str, Uses]:
         return {} if self._uses is None else {"weight": self._uses}
@@ -313,22 +321,18 @@ class Block(nn.Module):
         project, leave = own.qkv_proj.of_rows(), own.o_proj.of_rows()
         widen, narrow = mlp.gate_up_proj.of_rows(), mlp.down_proj.of_rows()
         attend = attending(keys, values, own.head_of_query, own.is_grouped)
-        before, between, of_query, of_key = (
-            None if norm is None else (norm.weight.numpy(), norm.eps)
-            for norm in (self.input_layernorm, self.post_attention_layernorm, own.q_norm, own.k_norm)
-        )
-        assert before is not None
-        assert between is not None
+        before, between = self.input_layernorm.of_rows(), self.post_attention_layernorm.of_rows()
+        norms = None if own.q_norm is None or own.k_norm is None else (own.q_norm.of_rows(), own.k_norm.of_rows())
 
         def of_rows(x: Array, inputs: AttentionInputs, cached: CachePass) -> Array:
-            heads = project(normed(x, *before)).reshape(len(x), -1, own.head_dim)
+            heads = project(before(x)).reshape(len(x), -1, own.head_dim)
             both, value = heads[:, : -own.key_value_heads], heads[:, -own.key_value_heads :]
-            if of_query is not None and of_key is not None:
+            if norms is not None:
                 query, key = both[:, : -own.key_value_heads], both[:, -own.key_value_heads :]
-                both = np.concatenate((normed(query, *of_query), normed(key, *of_key)), 1)
+                both = np.concatenate((norms[0](query), norms[1](key)), 1)
             context = attend(cached, turned(both, *inputs.turn), value)
             x = x + leave(context.reshape(len(x), -1))
-            x += narrow(gated(widen(normed(x, *between))))
+            x += narrow(gated(widen(between(x))))
             return x
 
         return of_rows

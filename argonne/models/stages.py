@@ -103,19 +103,22 @@ class Stage(nn.Module):
         if self.span.is_first:
             x = self.embed(x, inputs)
         if cached is not None and not cached.is_first and (rows := self._of_rows(cached.cache)):
-            x = _through(rows, x, inputs, cached)
-            return x if self.norm is None else self.norm(x)
+            return _through(rows, x, inputs, cached)
         for number, block in zip(self.span.layers, self.blocks, strict=True):
             own = inputs if cached is None else replace(inputs, cache=cached.layer(number))
             x = self.execution.run(block, x, own, number=number)
         return x if self.norm is None else self.norm(x)
 
     def _of_rows(self, cache: KeyValueCache) -> Sequence[Callable[..., Array]]:
-        """The short way of one position of each row through each block; empty where they have none."""
+        """The short way of one position of each row through each block, and the norm; empty where they have none."""
         first = self.span.layers.start
         if first not in cache.prepared:
             makers = [getattr(block, "of_rows", None) for block in self.blocks]
             ways = [make and make(*cache.layer(number)) for number, make in zip(self.span.layers, makers, strict=True)]
+            last: Any = self.norm
+            if all(ways) and last is not None:
+                norm = last.of_rows()
+                ways.append(lambda x, inputs, cached: norm(x))
             cache.prepared[first] = ways if all(ways) else []
         return cache.prepared[first]
 
@@ -132,7 +135,7 @@ class Stage(nn.Module):
 
 @np.errstate(all="ignore")  # of what is not finite the logits tell
 def _through(rows: Sequence[Callable[..., Array]], x: Tensor, inputs: Any, cached: CachePass) -> Tensor:
-    """One position of each row through all blocks of a stage, ``[rows, hidden]``."""
+    """One position of each row through a stage, ``[rows, hidden]``."""
     y = x.numpy()
     for of_rows in rows:
         y = of_rows(y, inputs, cached)
