@@ -97,8 +97,8 @@ def candidates(scores: Scores, count: int) -> Candidates:
     """The ``count`` most likely tokens of each row, or all of them for 0 (collective over ``scores.axis``)."""
     values, axis = scores.values, scores.axis
     if scores.tokens:
-        ends = torch.stack(torch.aminmax(values[:, : scores.tokens], dim=-1))
-        if not (finite := ends.isfinite().all(0)).all():  # so that it comes first, here and where it is sent
+        total = values[:, : scores.tokens].sum(-1, dtype=torch.promote_types(values.dtype, torch.float32))
+        if not (finite := total.isfinite()).all():  # so that it comes first, here and where it is sent
             values = torch.where(finite[:, None], values, torch.nan)
     found = _most_likely(values, min(count, values.shape[1]) or values.shape[1])
     found = Candidates(found.values.double(), found.ids + scores.first)
