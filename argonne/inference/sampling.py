@@ -96,9 +96,10 @@ def penalised(scores: Scores, penalty: float, seen: Sequence[Sequence[int]]) -> 
 def candidates(scores: Scores, count: int) -> Candidates:
     """The ``count`` most likely tokens of each row, or all of them for 0 (collective over ``scores.axis``)."""
     values, axis = scores.values, scores.axis
-    infinite = ~values[:, : scores.tokens].abs().amax(-1).isfinite() if scores.tokens else None
-    if infinite is not None:  # so that it comes first, here and where it is sent
-        values = torch.where(infinite[:, None], torch.nan, values)
+    if scores.tokens:
+        total = values[:, : scores.tokens].sum(-1, dtype=torch.promote_types(values.dtype, torch.float32))
+        if not (finite := total.isfinite()).all():  # so that it comes first, here and where it is sent
+            values = torch.where(finite[:, None], values, torch.nan)
     found = _most_likely(values, min(count, values.shape[1]) or values.shape[1])
     found = Candidates(found.values.double(), found.ids + scores.first)
     if axis.size > 1:
@@ -112,6 +113,8 @@ def candidates(scores: Scores, count: int) -> Candidates:
 
 def _most_likely(values: Tensor, count: int) -> Candidates:
     """The first ``count`` of each row in descending order; what is equal, by its place."""
+    if count == 1:
+        return Candidates(*values.max(dim=-1, keepdim=True))  # the first of those that are equal
     if count < values.shape[1]:
         best, places = values.topk(count, dim=-1)
         if (values >= best[:, -1:]).sum() == best.numel():  # no others are as likely as the last of them

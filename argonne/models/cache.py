@@ -12,7 +12,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,8 @@ class KeyValueCache:
             number: [torch.zeros(sizes, dtype=shape.dtype, device=shape.device) for _ in range(2)]
             for number in shape.layers
         }
+        self.prepared: dict[int, Any] = {}
+        """What stages have made of their weights and of this cache, by first layer, for all passes but the first."""
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget the rows that are not among these; the others are numbered anew, in this order."""
@@ -65,6 +67,7 @@ class KeyValueCache:
         self.lengths = [self.lengths[row] for row in rows]
         for pair in self._layers.values():
             pair[:] = [kept[chosen] for kept in pair]
+        self.prepared.clear()
 
     def fork(self, rows: Sequence[int], room: int) -> KeyValueCache:
         """Another cache, which begins with these rows, each as often as it is named, and has room for more of each."""
@@ -114,6 +117,11 @@ class CachePass:
     """``[rows, 1, 1, seen]``: what each row has of those, of a later pass; None where each has all."""
     several: Extension | None = None
     """Of a later pass that is not over one position of each row."""
+
+    @property
+    def is_one_each(self) -> bool:
+        """Whether it is over one position of each row, behind what there is of it."""
+        return not self.is_first and self.several is None
 
     def layer(self, number: int) -> LayerCache:
         """What attention of that layer is handed."""
@@ -176,8 +184,8 @@ class LayerCache:
         # The query heads of a group see the same: to the product they are queries of one head.
         even = None if used is None else _in_even_groups(tuple(used), query.device)
         grouped = (query if even is None else query.index_select(1, even[0])).unflatten(1, (keys.shape[1], -1))
-        attended = _one_position_attention(grouped, keys, values, self._pass.mask, pinned).flatten(1, 2)
-        return attended if even is None else attended.index_select(1, even[1])
+        context = _one_position_attention(grouped, keys, values, self._pass.mask, pinned).flatten(1, 2)
+        return context if even is None else context.index_select(1, even[1])
 
 
 @functools.cache
@@ -203,8 +211,8 @@ def _one_position_attention(
         query, keys, values = (F.pad(x, (0, padding)) for x in (query, keys, values))
     if mask is not None:
         mask = mask.expand(-1, -1, query.shape[2], -1)
-    attended = F.scaled_dot_product_attention(query, keys, values, mask, scale=width**-0.5)
-    return attended[..., :width] if padding else attended
+    context = F.scaled_dot_product_attention(query, keys, values, mask, scale=width**-0.5)
+    return context[..., :width] if padding else context
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ the whole tensors it holds under their Llama names.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -17,10 +19,10 @@ from argonne import kernels
 from argonne.kernels import apply_rope, apply_rope_packed, rms_norm, swiglu
 from argonne.kernels.rotation import rope_frequencies, tables_of
 from argonne.kernels.swiglu import VECTOR
-from argonne.models.cache import LayerCache
+from argonne.models.cache import CachePass, LayerCache
 from argonne.models.config import ArgonneConfig
 from argonne.models.execution import Execution
-from argonne.models.rows import gated, normed, turned, whole_tables
+from argonne.models.rows import attending, gated, normed, suits_rows, turned, whole_tables
 from argonne.parallel import (
     ColumnParallelLinear,
     Constant,
@@ -38,6 +40,7 @@ from argonne.parallel.context_parallel.variable_length import DocumentBounds, ca
 from argonne.parallel.recomputed import recomputed
 from argonne.parallel.sharding.placement import Placement
 from argonne.parallel.sharding.uses import Uses
+from argonne.parallel.tensor_parallel.gemm import Array
 from argonne.parallel.tensor_parallel.shared_heads import copy_heads
 from argonne.parallel.tensor_parallel.token_blocks import uses_by_token_blocks
 
@@ -57,8 +60,11 @@ class AttentionInputs:
     """Of the same documents, where attention can do without a mask."""
     cache: LayerCache | None = None
     """What earlier positions have left in this layer, where text is generated."""
-    turn: tuple[Tensor, Tensor] | None = None
-    """The ``rows.whole_tables``, where each row has one position and ``Block`` takes the short way."""
+
+    @cached_property
+    def turn(self) -> tuple[Array, Array]:
+        """The ``rows.whole_tables``, where the positions are one of each row."""
+        return whole_tables(self.cos.numpy(), self.sin.numpy())
 
 
 class RotaryTables(nn.Module):
@@ -68,7 +74,6 @@ class RotaryTables(nn.Module):
         super().__init__()
         groups, precision = execution.groups, execution.precision
         self.context, self.compiled = groups.context, execution.compile
-        self.is_short = groups.device.type == "cpu" and not (groups.sequence_parallel or groups.reproducible)
         self.varies_length = can_vary_length(groups.device, precision.compute, config.head_dim)
         table_dtype = torch.promote_types(precision.compute, torch.float32)
         # A little further than the longest sequence: ids may be padded to share them out (next_token_logits).
@@ -95,7 +100,7 @@ class RotaryTables(nn.Module):
     def inputs_at(self, positions: Tensor) -> AttentionInputs:
         """For one position of each of several sequences, which layers take for neighbours in one: ``[rows]`` places."""
         cos, sin = self.cos[positions], self.sin[positions]
-        return AttentionInputs(cos, sin, Axis("context"), turn=whole_tables(cos, sin) if self.is_short else None)
+        return AttentionInputs(cos, sin, Axis("context"))
 
 
 class RMSNorm(kernels.RMSNorm):
@@ -112,9 +117,9 @@ class RMSNorm(kernels.RMSNorm):
         """One for each token block, in a reproducible run."""
         return (self.weight,) if self._uses is None else self._uses.of(self.weight)
 
-    def of_rows(self, x: Tensor) -> Tensor:
-        """``forward`` of ``[rows, hidden]``, the short way."""
-        return normed(x, self.weight, self.eps)
+    def of_rows(self) -> Callable[[Array], Array]:
+        """``forward`` of ``[rows, hidden]``, the short way (``Block.of_rows``)."""
+        return partial(normed, weight=self.weight.numpy(), eps=self.eps)
 
     def uses_apart(self) -> dict[str, Uses]:
         return {} if self._uses is None else {"weight": self._uses}
@@ -150,6 +155,10 @@ class HeadNorm(nn.Module):
         heads = rearrange(x, "token (block head dim) -> block token head dim", **blocks)
         normal = rms_norm(heads, weights, self.eps, backend=self.kernels)
         return rearrange(normal, "block token head dim -> token (block head dim)")
+
+    def of_rows(self) -> Callable[[Array], Array]:
+        """``forward`` of ``[rows, heads, head_dim]``, the short way."""
+        return partial(normed, weight=self.weight.numpy(), eps=self.eps)
 
     def uses_apart(self) -> dict[str, Uses]:
         return {} if self._uses is None else {"weight": self._uses}
@@ -225,21 +234,6 @@ class Attention(nn.Module):
             )
         return self.o_proj(rearrange(context, "batch head sequence dim -> (batch sequence) (head dim)"))
 
-    def of_rows(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        """``forward`` of one position of each row ``[rows, hidden]``, the short way."""
-        packed = self.qkv_proj.of_rows(x)
-        if self.q_norm is None:
-            assert inputs.turn is not None
-            heads, others = packed.view(len(x), -1, self.head_dim), self.key_value_heads
-            value = heads[:, -others:]
-            both = turned(heads[:, :-others], *inputs.turn)
-            query, key = both[:, :-others], both[:, -others:]
-        else:
-            query, key, value = (part[0] for part in self._turned(packed, inputs))
-        assert inputs.cache is not None
-        used = None if self.is_grouped else self.head_of_query
-        return self.o_proj.of_rows(inputs.cache.attend_rows(query, key, value, used).flatten(1))
-
     def _asking(self, packed: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values as attention takes them: ``[batch, its heads, positions, head_dim]``."""
         query, key, value = self._turned(packed, inputs)
@@ -298,10 +292,6 @@ class FeedForward(nn.Module):
         """``[tokens, hidden]``, or this rank's share of the tokens -> the same."""
         return self.down_proj(swiglu(self.gate_up_proj(x), pinned=self.is_pinned, backend=self.kernels))
 
-    def of_rows(self, x: Tensor) -> Tensor:
-        """``forward`` of ``[rows, hidden]``, the short way."""
-        return self.down_proj.of_rows(gated(self.gate_up_proj.of_rows(x)))
-
 
 class Block(nn.Module):
     """One pre-norm transformer block."""
@@ -312,14 +302,40 @@ class Block(nn.Module):
         self.self_attn = Attention(config, execution)
         self.post_attention_layernorm = RMSNorm(config, execution)
         self.mlp = FeedForward(config, execution)
+        self.is_short = suits_rows(execution)
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        if inputs.turn is not None:
-            x = x + self.self_attn.of_rows(self.input_layernorm.of_rows(x), inputs)
-            return x + self.mlp.of_rows(self.post_attention_layernorm.of_rows(x))
         attended = self.self_attn(self.input_layernorm(x), inputs)
         normal, x = self.post_attention_layernorm(attended, x)
         return x + self.mlp(normal)
+
+    def of_rows(self, keys: Tensor, values: Tensor) -> Callable[[Array, AttentionInputs, CachePass], Array] | None:
+        """``forward`` of one position of each row ``[rows, hidden]``, prepared for many: a short way (``rows.py``).
+
+        ``keys`` and ``values`` are what a cache has of this layer, whose first pass is over. None where there is no
+        such way, or weights come and go (FSDP).
+        """
+        if not self.is_short or any(type(parameter.data) is not Tensor for parameter in self.parameters()):
+            return None
+        own, mlp = self.self_attn, self.mlp
+        project, leave = own.qkv_proj.of_rows(), own.o_proj.of_rows()
+        widen, narrow = mlp.gate_up_proj.of_rows(), mlp.down_proj.of_rows()
+        attend = attending(keys, values, own.head_of_query, own.is_grouped)
+        before, between = self.input_layernorm.of_rows(), self.post_attention_layernorm.of_rows()
+        norms = None if own.q_norm is None or own.k_norm is None else (own.q_norm.of_rows(), own.k_norm.of_rows())
+
+        def of_rows(x: Array, inputs: AttentionInputs, cached: CachePass) -> Array:
+            heads = project(before(x)).reshape(len(x), -1, own.head_dim)
+            both, value = heads[:, : -own.key_value_heads], heads[:, -own.key_value_heads :]
+            if norms is not None:
+                query, key = both[:, : -own.key_value_heads], both[:, -own.key_value_heads :]
+                both = np.concatenate((norms[0](query), norms[1](key)), 1)
+            context = attend(cached, turned(both, *inputs.turn), value)
+            x = x + leave(context.reshape(len(x), -1))
+            x += narrow(gated(widen(between(x))))
+            return x
+
+        return of_rows
 
 
 def initial(config: ArgonneConfig) -> Normal:

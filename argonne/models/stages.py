@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from argonne.models.cache import CachePass
+from argonne.models.cache import CachePass, KeyValueCache
 from argonne.models.compilation import compile_block
 from argonne.models.contract import Head
 from argonne.models.execution import Execution
 from argonne.parallel import Layout, Normal, VocabParallelEmbedding, VocabParallelHead, balance
+from argonne.parallel.tensor_parallel.gemm import Array
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,25 @@ class Stage(nn.Module):
             inputs = self._places[0].inputs_at(F.pad(cached.positions, (0, sequence - len(cached.positions))))
         if self.span.is_first:
             x = self.embed(x, inputs)
+        if cached is not None and cached.is_one_each and (rows := self._of_rows(cached.cache)):
+            return _through(rows, x, inputs, cached)
         for number, block in zip(self.span.layers, self.blocks, strict=True):
             own = inputs if cached is None else replace(inputs, cache=cached.layer(number))
             x = self.execution.run(block, x, own, number=number)
         return x if self.norm is None else self.norm(x)
+
+    def _of_rows(self, cache: KeyValueCache) -> Sequence[Callable[..., Array]]:
+        """The short way of one position of each row through each block, and the norm; empty where they have none."""
+        first = self.span.layers.start
+        if first not in cache.prepared:
+            makers = [getattr(block, "of_rows", None) for block in self.blocks]
+            ways = [make and make(*cache.layer(number)) for number, make in zip(self.span.layers, makers, strict=True)]
+            last: Any = self.norm
+            if all(ways) and last is not None:
+                norm = last.of_rows()
+                ways.append(lambda x, inputs, cached: norm(x))
+            cache.prepared[first] = ways if all(ways) else []
+        return cache.prepared[first]
 
     def block_inputs(self, sequence: int, **given: Any) -> Any:
         """What each block is given besides hidden values, where nothing is cached; as of ``forward``."""
@@ -111,6 +129,15 @@ class Stage(nn.Module):
         assert self.embed_tokens is not None
         vectors: Tensor = self.embed_tokens(ids.flatten())
         return vectors
+
+
+@np.errstate(all="ignore")  # of what is not finite the logits tell
+def _through(rows: Sequence[Callable[..., Array]], x: Tensor, inputs: Any, cached: CachePass) -> Tensor:
+    """One position of each row through a stage, ``[rows, hidden]``."""
+    y = x.numpy()
+    for of_rows in rows:
+        y = of_rows(y, inputs, cached)
+    return torch.from_numpy(y)
 
 
 class Shape(Protocol):

@@ -53,6 +53,8 @@ def test_a_product_of_few_rows_is_exact_whichever_library_computes_it(
         patch.setattr(gemm, "_openblas_is_ready", lambda: ready)
         found = gemm.product_of_rows(a, b, added)
         assert torch.equal(found, torch.nn.functional.linear(a, b, added))
+        if len(leading) == 1:
+            assert torch.equal(torch.from_numpy(gemm.prepared_for_rows(b, added)(a.numpy())), found)
 
 
 def test_a_linear_layer_without_communication_has_the_gradients_of_torch() -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -24,11 +25,18 @@ one aligned binary tree over the ranks in their order, the same for every elemen
 class SmallExchanges(Protocol):
     """What exchanges tensors that are small enough, faster than a collective."""
 
+    capacity: int
+    """Bytes of the largest."""
+
     def fits(self, tensor: Tensor) -> bool:
         """Whether it is for this one."""
 
     def sum(self, tensor: Tensor) -> None:
         """Overwrite ``tensor`` with the sum over the ranks, the same on all of them."""
+
+    def sum_array(self, array: NDArray[Any]) -> None:
+        """``sum`` of what is in NumPy."""
+        ...
 
     def gather(self, tensor: Tensor, into: Tensor) -> None:
         """Fill ``into`` with every rank's ``tensor``, in rank order."""

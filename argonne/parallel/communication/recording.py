@@ -141,6 +141,11 @@ def announce(
     return entry
 
 
+def is_recording() -> bool:
+    """Whether a block of ``record`` is open."""
+    return _recorder is not None
+
+
 def is_checking() -> bool:
     """Whether a block of ``record(check=...)`` is open over several ranks, so that costly checks are welcome."""
     return _recorder is not None and _recorder.agreement is not None

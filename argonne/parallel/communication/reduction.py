@@ -8,12 +8,13 @@ in rank order (``tensor_parallel/cross_entropy.py``). Nobody else adds what come
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from argonne.parallel.communication import collectives, tree
+from argonne.parallel.communication import collectives, recording, tree
 from argonne.parallel.communication.collectives import Pending
 from argonne.parallel.communication.groups import Axis, Summation
 from argonne.parallel.errors import ArgonneError
@@ -25,6 +26,14 @@ def sum_over(tensor: Tensor, axis: Axis, site: str | None = None) -> Tensor:
     ``site``, here and below, is that of the forward when a backward calls (``recording.site``).
     """
     return start_sum(tensor, axis, site, wait=True).wait()
+
+
+def sum_array(array: NDArray[Any], axis: Axis) -> None:
+    """``sum_over`` in place, of what is in NumPy (contiguous): as soon as can be where memory is shared."""
+    if axis.shared is not None and array.nbytes <= axis.shared.capacity and not recording.is_recording():
+        axis.shared.sum_array(array)
+    else:
+        sum_over(torch.from_numpy(array), axis)
 
 
 def start_sum(tensor: Tensor, axis: Axis, site: str | None = None, *, wait: bool = False) -> Pending:

@@ -21,10 +21,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from argonne.parallel.communication.collectives import gather_objects
@@ -47,6 +49,8 @@ class SharedMemory:
     the parts of successive exchanges take turns in two places.
     """
 
+    capacity = CAPACITY
+
     def __init__(self, memory: mmap.mmap, axis: Axis, processes: Sequence[int]) -> None:
         """``processes`` are a descriptor of each rank's (``os.pidfd_open``)."""
         ranks = axis.size
@@ -55,8 +59,8 @@ class SharedMemory:
         self._spins = _SPINS if ranks <= len(os.sched_getaffinity(0)) else 0
         # Of each rank, the number of the last exchange whose part it has written.
         self._written = np.frombuffer(memory, np.int64, ranks * _LINE // 8)[:: _LINE // 8]
-        self._places = torch.frombuffer(memory, dtype=torch.uint8, offset=ranks * _LINE).view(2, ranks, CAPACITY)
-        self._views: dict[tuple[torch.dtype, int, int], list[Tensor]] = {}
+        self._places = np.frombuffer(memory, np.uint8, offset=ranks * _LINE).reshape(2, ranks, CAPACITY)
+        self._views: dict[tuple[np.dtype[Any], int, int], list[NDArray[Any]]] = {}
 
     @staticmethod
     def bytes(ranks: int) -> int:
@@ -68,29 +72,38 @@ class SharedMemory:
 
     def sum(self, tensor: Tensor) -> None:
         """Overwrite ``tensor`` with the sum over the ranks; all of them call this and the others in the same order."""
-        flat = tensor.view(-1)
-        first, second, *others = self._parts(flat)
-        torch.add(first, second, out=flat)
+        if tensor.dtype != torch.bfloat16:
+            return self.sum_array(tensor.numpy())
+        first, *others = (torch.from_numpy(part).view(tensor.dtype) for part in self._parts(_bits(tensor)))
+        flat = tensor.view(-1).copy_(first)
         for part in others:
             flat.add_(part)
 
+    def sum_array(self, array: NDArray[Any]) -> None:
+        """``sum`` of what NumPy has, which computes so little sooner."""
+        flat = array.reshape(-1)
+        first, second, *others = self._parts(flat)
+        np.add(first, second, out=flat)
+        for part in others:
+            np.add(flat, part, out=flat)
+
     def gather(self, tensor: Tensor, into: Tensor) -> None:
         """Fill ``into`` with every rank's ``tensor``, one after the other."""
-        torch.cat(self._parts(tensor.view(-1)), out=into.view(-1))
+        np.concatenate(self._parts(_bits(tensor)), out=_bits(into))
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Overwrite ``tensor`` with that of rank ``source``."""
-        flat = tensor.view(-1)
-        flat.copy_(self._parts(flat)[source])
+        flat = _bits(tensor)
+        flat[:] = self._parts(flat)[source]
 
-    def _parts(self, flat: Tensor) -> list[Tensor]:
+    def _parts(self, flat: NDArray[Any]) -> list[NDArray[Any]]:
         """What every rank has handed in, ``flat`` among them: to be read before the exchange after the next one."""
         self._count = count = self._count + 1
-        key = (flat.dtype, flat.numel(), count % 2)
+        key = (flat.dtype, flat.size, count % 2)
         if (parts := self._views.get(key)) is None:
             parts = [place[: flat.nbytes].view(flat.dtype) for place in self._places[count % 2]]
             self._views[key] = parts
-        parts[self._rank].copy_(flat)
+        parts[self._rank][:] = flat
         self._written[self._rank] = count
         for other in self._others:
             if self._written[other] < count:
@@ -114,6 +127,12 @@ class SharedMemory:
             if (ended or waited > _PATIENCE) and written[other] < count:
                 how = "has ended" if ended else f"has not come within {_PATIENCE:g} s"
                 raise dist.DistError(f"rank {self._names[other]} {how}")
+
+
+def _bits(tensor: Tensor) -> NDArray[Any]:
+    """The elements of a contiguous tensor; of bfloat16, which NumPy does not have, as integers."""
+    flat = tensor.view(-1)
+    return (flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy()
 
 
 def has_ended(process: int) -> bool:

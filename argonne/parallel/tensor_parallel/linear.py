@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from argonne.parallel.communication.groups import ProcessGroups
 from argonne.parallel.communication.layout import require_divisible
-from argonne.parallel.communication.reduction import sum_over
+from argonne.parallel.communication.reduction import sum_array
 from argonne.parallel.communication.regions import (
     gather_from_region,
     reduce_from_region,
@@ -25,8 +25,9 @@ from argonne.parallel.sharding.placement import Placement
 from argonne.parallel.sharding.region import Region, ShardSpec
 from argonne.parallel.sharding.uses import Uses
 from argonne.parallel.tensor_parallel.blocks import Cut, cut_parts, heads_of_others
+from argonne.parallel.tensor_parallel.gemm import Array, prepared_for_rows
 from argonne.parallel.tensor_parallel.precision import Precision
-from argonne.parallel.tensor_parallel.products import column_parallel_linear, local_linear, rows_product
+from argonne.parallel.tensor_parallel.products import column_parallel_linear, local_linear
 from argonne.parallel.tensor_parallel.token_blocks import add_bias, uses_by_token_blocks
 from argonne.parallel.tensor_parallel.working_copy import WorkingCopy
 
@@ -100,9 +101,12 @@ class ColumnParallelLinear(nn.Module):
         sizes = None if part.is_even else [part.local_features(rank) for rank in range(self.axis.size)]
         return gather_from_region(y, self.axis, sizes=sizes)
 
-    def of_rows(self, x: Tensor) -> Tensor:
-        """``forward`` of a few rows that every rank has, without gradients, in fast mode: no more than the product."""
-        return rows_product(x, self.weight, self.bias, self.precision)
+    def of_rows(self) -> Callable[[Array], Array]:
+        """``forward`` of a few rows that every rank has, without gradients, in fast mode: no more than the product.
+
+        Here and below, in one dtype, and as long as the weight stays where it is.
+        """
+        return prepared_for_rows(self.weight, self.bias)
 
     def output_placement(self) -> Placement:
         return Placement() if self.gather_output else Placement(self.parts)
@@ -201,10 +205,20 @@ class RowParallelLinear(nn.Module):
         biases = (self.bias,) if self._uses is None else self._uses.of(self.bias)
         return add_bias(y, [bias.to(self.precision.compute) for bias in biases])
 
-    def of_rows(self, x: Tensor) -> Tensor:
+    def of_rows(self) -> Callable[[Array], Array]:
         """``forward`` of a few rows whose sum every rank gets, without gradients, in fast mode: product and sum."""
-        y = sum_over(rows_product(x, self.weight, None, self.precision), self.axis)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        if self.axis.group is None:
+            return prepared_for_rows(self.weight, self.bias)
+        multiply, axis, bias = prepared_for_rows(self.weight), self.axis, self.bias
+
+        def of_rows(x: Array) -> Array:
+            y = multiply(x)
+            sum_array(y, axis)
+            if bias is not None:
+                y += bias.numpy()
+            return y
+
+        return of_rows
 
     def uses_apart(self) -> dict[str, Uses]:
         return {} if self._uses is None else {"bias": self._uses}

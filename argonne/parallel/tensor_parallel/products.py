@@ -157,13 +157,6 @@ def column_parallel_linear(
     return _Product.apply(x, weight, bias, axis, sequence_parallel, precision, cut, copy)
 
 
-def rows_product(x: Tensor, weight: Tensor, bias: Tensor | None, precision: Precision) -> Tensor:
-    """``local_linear`` of a few rows, without gradients and without a look at the shapes."""
-    compute = precision.compute
-    used = weight if weight.dtype == compute else weight.to(compute)
-    return product_of_rows(x, used, None if bias is None else bias.to(compute))
-
-
 def _require_fit(x: Tensor, weight: Tensor, shares_tokens: bool = False) -> None:
     if x.ndim < 1 + shares_tokens or x.shape[-1] != weight.shape[1]:
         legal = "this rank's share of the tokens and " if shares_tokens else ""
