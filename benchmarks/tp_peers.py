@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -156,6 +157,8 @@ class Turn:
     tokens_per_second: float
     cpu_seconds: float
     """For each step, of all its processes."""
+    peak_bytes: int
+    """That the process with most of it has had resident so far."""
 
 
 class Team:
@@ -189,8 +192,8 @@ class Team:
         for pipe in self.pipes:
             pipe.send((warm_up, timed))
         answers = self._answers()
-        seconds = max(answer[1] for answer in answers)
-        return answers[0][0], Turn(self.tokens * timed / seconds, sum(answer[2] for answer in answers) / timed)
+        losses, seconds, cpu_seconds, peaks = zip(*answers, strict=True)
+        return losses[0], Turn(self.tokens * timed / max(seconds), sum(cpu_seconds) / timed, max(peaks))
 
     def _answers(self) -> list[Any]:
         try:
@@ -228,7 +231,8 @@ def serve(contestant: Contestant, flags: Flags, rank: int, folder: Path, pipe: C
         losses = [step(*batch) for batch in batches[:warm_up]]
         began, began_cpu = time.perf_counter(), time.process_time()
         losses += [step(*batch) for batch in batches[warm_up:]]
-        pipe.send((losses, time.perf_counter() - began, time.process_time() - began_cpu))
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        pipe.send((losses, time.perf_counter() - began, time.process_time() - began_cpu, 1024 * used))
     if ranks > 1:
         dist.destroy_process_group()
 
@@ -274,6 +278,7 @@ def summarise(turns: dict[str, list[Turn]], controls: Mapping[str, str]) -> dict
             **{f"ratio_to_{word}": ratio(own, rates[control]) for word, control in controls.items()},
             "tokens_per_second": {"median": median(own), "best": max(own), "rounds": own},
             "cpu_seconds_per_step": median(turn.cpu_seconds for turn in turns[name]),
+            "peak_bytes": max(turn.peak_bytes for turn in turns[name]),
         }
         for name, own in rates.items()
     }
@@ -289,10 +294,13 @@ def show(found: dict[str, dict[str, Any]], controls: Mapping[str, str], machine:
             f"{own['tokens_per_second']['median']:,.0f}",
             f"{own['tokens_per_second']['best']:,.0f}",
             f"{own['cpu_seconds_per_step']:.2f}",
+            f"{own['peak_bytes'] / 2**30:.2f}",
         )
         for name, own in found.items()
     ]
-    print(table(("", *(f"x {control}" for control in controls.values()), "tokens/s", "best", "CPU s/step"), rows))
+    print(
+        table(("", *(f"x {control}" for control in controls.values()), "tokens/s", "best", "CPU s/step", "GiB"), rows)
+    )
 
 
 def main(flags: Flags) -> None:
