@@ -25,6 +25,7 @@ from argonne.training.config import (
     RunFlags,
     TrainingFlags,
 )
+from argonne.training.distill_config import DistillFlags
 from argonne.training.run import conditions
 from argonne.training.run.compilation import compiles
 from argonne.training.run.conditions import MEANINGS, announced, changed_since
@@ -62,7 +63,7 @@ def names(*kinds: type) -> list[str]:
 
 def test_every_flag_has_a_meaning_and_no_other_name_has_one() -> None:
     tuning = (ChatFlags, TuningFlags, TuningRunFlags)
-    assert sorted(MEANINGS) == sorted({*names(*GROUPS.values(), *tuning, ResumeFlags, ConfigFlags)})
+    assert sorted(MEANINGS) == sorted({*names(*GROUPS.values(), *tuning, ResumeFlags, ConfigFlags, DistillFlags)})
 
 
 @pytest.fixture(scope="module")
