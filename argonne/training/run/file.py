@@ -88,8 +88,8 @@ def write_run(directory: Path, run: Mapping[str, Any]) -> None:
 def stored_run(directory: Path) -> StoredRun:
     """What ``run.json`` says. Raises ``OSError`` or ``ValueError``: why it is not what a run wrote there."""
     run = read_object(directory / RUN)
-    seal = run.pop("sha256", None)  # a run of an earlier version has none
-    if seal is not None and seal != seal(run):
+    said = run.pop("sha256", None)  # a run of an earlier version has none
+    if said is not None and said != seal(run):
         raise ValueError("it has changed since it was written (SHA-256 differs)")
     return StoredRun.from_json(run)
 
