@@ -17,7 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from argonne.models import ArgonneConfig
-from argonne.models.config import PRESETS
+from argonne.models.build import PRESETS
 from argonne.parallel import ArgonneError
 from benchmarks import pretrain_step
 from benchmarks.pretrain_step import Flags, check, figures, run

@@ -17,6 +17,7 @@ from argonne.data import Assignment
 from argonne.parallel import Layout, ProcessGroups
 from argonne.parallel.errors import ArgonneError
 from argonne.training import report, trainer
+from argonne.training.run.loss import cross_entropy
 from argonne.training.schedule import Schedule
 from argonne.training.step import StepResult
 from argonne.training.trainer import Trainer
@@ -134,6 +135,7 @@ def test_the_sample_of_a_save_is_drawn_with_the_seed_of_the_run_and_the_step(
 def told(groups: ProcessGroups, small: SmallRun, directory: Path, training: dict[str, Any]) -> None:
     workload = small.workload if groups.model.rank == 0 else dataclasses.replace(small.workload, tokenizer=None)
     config = small.configured(directory, training, stop_at_step=2)
+    workload = dataclasses.replace(workload, loss=cross_entropy(config, groups))
     dataclasses.replace(small, workload=workload).trainer(config, groups).run()
 
 
