@@ -85,7 +85,7 @@ def test_a_rank_killed_while_the_job_starts_again_costs_another_restart(
     assert history(tmp_path) == history(uninterrupted)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_when_the_restarts_are_used_up_the_job_ends_and_the_same_command_continues_it(
     flags: dict[str, Any], uninterrupted: Path, tmp_path: Path
 ) -> None:

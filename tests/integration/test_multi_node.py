@@ -81,6 +81,7 @@ def dense(flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pa
     return directory
 
 
+@pytest.mark.exhaustive  # a scheduler's script starts two agents too
 def test_two_torchrun_agents_train_stop_and_continue_as_one_process_does(
     flags: dict[str, Any], dense: Path, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""The examples in Python of the README and of docs/kernels.md run as printed, and keep what their comments promise."""
+"""The README's examples in Python run as printed, and keep what their comments promise."""
 
 from __future__ import annotations
 
@@ -9,16 +9,6 @@ from pathlib import Path
 from tests.integration.runs import ROOT, finish, start
 
 README = (ROOT / "README.md").read_text()
-
-
-def test_the_example_of_the_kernels_prints_what_its_comment_says(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(import torch\nfrom argonne\.kernels.*?)```", page, re.S)
-    script = tmp_path / "kernels.py"
-    script.write_text(code)
-    done = finish(start([sys.executable, str(script)]))
-    assert done.status == 0, done.output
-    assert done.output.strip() == code.rpartition("# ")[2].strip()
 
 
 def test_the_example_prints_the_same_norm_at_every_layout(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def shapes(draw: st.DrawFn, ranks: int) -> tuple[ArgonneConfig, Layout, torch.Te
     return config, layout, ids, draw(st.sampled_from(RECOMPUTATIONS)), draw(st.sampled_from(["sum", "none"]))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, pytest.param(8, marks=pytest.mark.exhaustive)])
 def test_logits_loss_and_every_gradient_equal_dense_float64(ranks: RankPool, size: int) -> None:
     @given(shapes(size))
     @settings(max_examples=40)
