@@ -160,6 +160,20 @@ def test_label_smoothing_and_z_loss_are_told_apart_and_add_up_to_the_loss_in_eve
                 assert line[name] == pytest.approx(alone[name], rel=1e-10), f"{name} of {layout}"
 
 
+def fully_sharded(groups: ProcessGroups, small: SmallRun, directory: Path) -> None:
+    workload = small.workload if groups.model.rank == 0 else dataclasses.replace(small.workload, tokenizer=None)
+    config = small.configured(directory, {"precision": "fp32"}, stop_at_step=3)
+    config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, fsdp=True))
+    dataclasses.replace(small, workload=workload).trainer(config, groups).run()
+
+
+def test_fsdp_goes_on_after_the_text_of_a_save(ranks: RankPool, small: SmallRun, tmp_path: Path) -> None:
+    """On some CPUs the products of generation had kept the memory that FSDP gives back."""
+    ranks.run(Layout(data=2), fully_sharded, small, tmp_path)
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3]
+    assert saved(tmp_path) == [2, 3]
+
+
 def spoil(run: Trainer, what: str) -> None:
     """Make the next loss, or only a gradient of the next step, not a number or infinite."""
     last = run.state.parameters[-1].parameter
