@@ -6,13 +6,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from argonne.launch.out_of_memory import complaint
 from argonne.models import Execution, LanguageModel
-from argonne.parallel import ArgonneError
+from argonne.parallel import ArgonneError, ProcessGroups
 from argonne.parallel.errors import OutOfMemory
 from argonne.training import trainer
 from argonne.training.config import ModelFlags, RunConfig
@@ -23,6 +24,7 @@ from argonne.training.run.file import Search, StoredRun
 from argonne.training.run.rehearsal import Rehearsed
 from argonne.training.run.resume import parse_resume, resume
 from argonne.training.run.search import sizes
+from argonne.training.run.setup import prepare
 from argonne.training.run.workflow import pretrain
 from tests.integration.runs import history, weights
 from tests.models.own import Small
@@ -194,6 +196,14 @@ def test_anothers_model_that_cannot_be_counted_starts_as_asked_or_is_refused_a_l
     limited = in_directory(with_training(own, memory_limit=2), tmp_path / "limited")
     with pytest.raises(ArgonneError, match="memory_limit=2 cannot be kept, as the memory of this model's step cannot"):
         pretrain(limited, build)
+
+
+def test_what_another_loss_holds_besides_the_model_is_tried_however_small_the_model(config: RunConfig) -> None:
+    groups, limited = ProcessGroups.single(), with_training(config, memory_limit=4)
+    workload, there = prepare(limited, groups), room.Room(4 * GIB, 0, "--memory-limit")
+    assert room.surely_fits(limited, workload, groups, 2, there)
+    with_teacher = mock.Mock(identity={"teacher": "another model"})
+    assert not room.surely_fits(limited, replace(workload, loss=with_teacher), groups, 2, there)
 
 
 @pytest.mark.parametrize(

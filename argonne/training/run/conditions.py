@@ -62,10 +62,7 @@ MEANINGS: Mapping[str, Meaning] = {
     **_all("free", "tensor_parallel pipeline_parallel context_parallel sequence_parallel uneven_shards nproc"),
     **_all("free", "local_rank pipeline_schedule pipeline_interleave data_parallel fsdp fsdp_shard zero1"),
     # When and where to stop, save and show; how often to start again.
-    **_all(
-        "free",
-        "output_dir save_interval sample_tokens keep_checkpoints log_interval stop_at_step wall_time",
-    ),
+    **_all("free", "output_dir save_interval sample_tokens keep_checkpoints log_interval stop_at_step wall_time"),
     **_all("free", "eval_interval config print_config"),
     **_all("free", "max_restarts checkpoint_path force_from_scratch trace"),
     # The same samples and the same bits, sooner or in less memory; and permissions, whose effects are told.

@@ -171,8 +171,11 @@ def surely_fits(config: RunConfig, workload: Workload, groups: ProcessGroups, si
     """Whether so little is asked for that nothing has to be tried: half of what there is, by a bound far too high.
 
     Of each parameter eight copies, and one more for each gradient that a tree of sums keeps; for each token eight
-    times what all matrices take and give; the scores of all heads.
+    times what all matrices take and give; the scores of all heads. What another loss than pretraining's holds, such as
+    a teacher, is not in it.
     """
+    if workload.loss.identity is not None:
+        return False
     if room is not None:
         free = room.for_tensors
     else:
