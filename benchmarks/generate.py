@@ -5,6 +5,9 @@ the same weights greedily, and must write the same tokens. They take turns, and 
 slow minute of the machine falls on all of them. Processor time stands beside that of the clock: on a machine that does
 other work it says more of one process, and nothing of how long two wait for each other. On a GPU: bfloat16, batches of
 1, 8 and 64.
+
+A token's time on a CPU is mostly that of reading the weights, and two cores of a virtual machine seldom read twice as
+fast as one. So each round also times plain reads of as much, by one rank and by all at once: what memory allows.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a script, in this process and in its ranks
@@ -35,6 +39,8 @@ from benchmarks.report import environment, table, write_json
 
 LEAST = {"transformers / TP 1": 1.2, "TP 1 / TP {ranks}": 1.4, "no cache / cache": 10.0}
 """What each ratio of times is to be."""
+READ_BYTES = 512 << 20
+"""Read in the place of a token: about the weights of SmolLM2-135M."""
 
 
 @dataclass(frozen=True)
@@ -94,14 +100,15 @@ class Contestant:
     """Of this rank's processor, likewise."""
     first: list[float] = field(default_factory=list)
     """Of the clock, until the first token is there."""
-    tokens: list[list[int]] = field(default_factory=list)
+    tokens: list[list[int]] | None = None
+    """What it wrote, of a contestant that writes."""
 
     def measure(self, groups: ProcessGroups, new: int) -> None:
         if not (self.together or groups.is_first):
             barrier(groups.world)
             return
         clock = Clock(groups.device)
-        self.tokens = self.turn(new, clock)
+        self.tokens = self.turn(new, clock) or None
         if groups.is_first:
             (began, _), first, last = clock.marks[0], clock.marks[1], clock.marks[-1]
             assert len(clock.marks) == new + 1
@@ -173,6 +180,20 @@ def theirs(directory: Path, prompts: list[list[int]], precision: Precision, devi
     return turn
 
 
+def reads(groups: ProcessGroups) -> Turn:
+    """Read ``READ_BYTES`` for each token, an equal part on each rank of ``groups``."""
+    part = np.ones(READ_BYTES // 4 // groups.world.size, dtype=np.float32)
+
+    def turn(new: int, clock: Clock) -> list[list[int]]:
+        barrier(groups.world)
+        for _ in range(new + 1):
+            clock.put(None)
+            np.dot(part, part)
+        return []
+
+    return turn
+
+
 def _absent(new: int, clock: Clock) -> list[list[int]]:
     return []
 
@@ -186,7 +207,7 @@ def contest(contestants: list[Contestant], groups: ProcessGroups, flags: Flags, 
                 contestant.seconds, contestant.processor, contestant.first = [], [], []
     if groups.is_first and groups.device.type == "cpu":
         for contestant in contestants[1:]:
-            if contestant.tokens != contestants[0].tokens:
+            if contestant.tokens not in (None, contestants[0].tokens):
                 raise ArgonneError(f"{contestant.name} writes other tokens than {contestants[0].name}")
 
 
@@ -248,12 +269,17 @@ def main(flags: Flags) -> None:
                 found += [Contestant("TP 1", _absent), Contestant("transformers", _absent)]
             if shared is not None:
                 found.append(Contestant(f"TP {ranks}", ours(shared, prompts), together=True))
+                if device.type == "cpu":
+                    found.append(Contestant("reads of one rank", reads(alone)))
+                    found.append(Contestant(f"reads of {ranks} ranks", reads(groups), together=True))
             contest(found, groups, flags, flags.new_tokens)
             if groups.is_first:
                 mark = f", batch {batch}" if batch > 1 else ""
                 ratios[f"transformers / TP 1{mark}"] = ratio(found[1], found[0])
                 if shared is not None:
                     ratios[f"TP 1 / TP {ranks}{mark}"] = ratio(found[0], found[2])
+                if len(found) == 5:
+                    ratios[f"reads of one rank / of {ranks}"] = ratio(found[3], found[4])
                 rows += rows_of(found, batch)
         long = [[(41 * place) % 991 + 10 for place in range(flags.context)]]
         kinds = [Contestant(f"{name} at {flags.context}", _absent) for name in ("cache", "no cache")]
@@ -280,7 +306,9 @@ def _report(
     written = {
         "benchmark": "generate",
         "environment": environment(groups.device) | {"transformers": transformers.__version__},
-        "model": str(flags.checkpoint_path or f"random weights of {flags.preset or 'the preset'}"),
+        "model": flags.checkpoint_path.name
+        if flags.checkpoint_path
+        else f"random weights of {flags.preset or 'the preset'}",
         "load_average": os.getloadavg()[0],
         "dtype": dtype,
         "threads": torch.get_num_threads(),
