@@ -26,7 +26,7 @@ from argonne.launch import LaunchFlags, drive, guarded, parse, world_size
 from argonne.output import show
 from argonne.parallel import LayoutError, choose_device, process_groups
 from argonne.parallel.communication.collectives import collectively
-from argonne.parallel.legal import require_whole
+from argonne.parallel.legal import require_directory, require_whole
 from argonne.parallel.tensor_parallel.precision import check_precision, resolve_precision
 from argonne.training.layout_flags import LayoutFlags
 from argonne.training.run.conflicts import without_effect
@@ -99,6 +99,8 @@ def check(config: EvaluateConfig, processes: int) -> None:
         raise without_effect(flags, "split", "a directory among --data")
     if (size := config.parallel.context_parallel) > 1:
         raise LayoutError(f"context_parallel={size} shares out long sequences, which questions are not; legal: 1")
+    if flags.output_dir is not None:
+        require_directory("output_dir", flags.output_dir)
     model = check_opening(flags.checkpoint_path, config.parallel.layout(processes))
     if flags.window is not None:
         require_whole("window", flags.window, 1, model.max_position_embeddings)

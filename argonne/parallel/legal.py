@@ -1,7 +1,9 @@
-"""What a number from outside may be: its type, its bounds, and that it is finite."""
+"""What a number from outside may be: its type, its bounds, and that it is finite; and where may be written."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from argonne.parallel.errors import ArgonneError
@@ -38,3 +40,14 @@ def require_share(name: str, value: Any) -> None:
     """Raise ``ArgonneError`` unless ``value`` is a number (no ``bool``) from 0 to 1."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:  # nan too
         raise ArgonneError(f"{name}={value!r} is not legal; legal: a number, 0 to 1")
+
+
+def require_directory(name: str, path: Path) -> None:
+    """Raise ``ArgonneError`` unless ``path`` is a directory that this user may write, or can be made as one."""
+    existing = path
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ArgonneError(f"{name}={str(path)!r} cannot be made: {str(existing)!r} is not a directory")
+    if not os.access(existing, os.W_OK):
+        raise ArgonneError(f"{name}={str(path)!r} cannot be written; legal: a directory that this user may write")

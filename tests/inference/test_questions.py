@@ -124,6 +124,10 @@ def test_what_is_not_there_is_named_in_one_line(tmp_path: Path) -> None:
     require_refused(asked(subjects=("law",)), "subjects='law' is not among those of the data; legal: anatomy")
     require_refused(asked(split="val"), "has no files of the split 'val'; legal: one of test")
     require_refused(asked(shots=1), "has no files of the split 'dev'; legal: one of test")
+    (tmp_path / "empty").mkdir()
+    require_refused(
+        asked(tmp_path / "empty"), "'test'; legal: a directory with .csv, .parquet, .jsonl files in or named"
+    )
     write_csv(home / "dev" / "anatomy_dev.csv", ANATOMY[:2])
     require_refused(asked(shots=3), "shots=3 is more than there are to show of anatomy, .*legal: 0 to 2")
     file = home / "test" / "anatomy_test.csv"

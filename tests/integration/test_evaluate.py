@@ -79,6 +79,7 @@ def test_one_that_was_killed_goes_on_to_the_same_answers_and_two_processes_find_
         ({"context_parallel": 2, "tensor_parallel": 1}, "context_parallel=2 shares out long sequences"),
         ({"window": 65}, "window=65 is not legal; legal: 1 to 64"),
         ({"window": 1, "score": "text"}, "tokens; legal: 1, which the model can see at once"),
+        ({"output_dir": "few.jsonl"}, "cannot be made: "),
         ({"output_dir": "other"}, "has answers of another evaluation: score is 'text' there and 'letter' here"),
     ],
     ids=str,

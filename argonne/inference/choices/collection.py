@@ -94,10 +94,9 @@ def _questions(path: Path, split: str, subject: str | None = None) -> list[Quest
     if whole and len(whole) < len(own):  # MMLU's Parquet form has every subject twice: by itself, and in all/
         own = whole
     if not own:
-        there = sorted({found for found in splits.values() if found})
-        raise DataError(
-            f"{str(path)!r} has no files of the split {split!r}; legal: one of {', '.join(there) or 'none that it has'}"
-        )
+        there = ", ".join(sorted({found for found in splits.values() if found}))
+        named = f"one of {there}" if there else f"a directory with {', '.join(READERS)} files in or named by a split"
+        raise DataError(f"{str(path)!r} has no files of the split {split!r}; legal: {named}")
     return [question for file in own for question in read_questions(file, _subject_of(file))]
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import torch
 
 from argonne.checkpoint import is_small, require_intact
@@ -15,6 +12,7 @@ from argonne.parallel import Axis, Layout, choose_device, context_positions
 from argonne.parallel.communication.layout import require_divisible
 from argonne.parallel.data_parallel.kinds import check_shard
 from argonne.parallel.errors import ArgonneError
+from argonne.parallel.legal import require_directory
 from argonne.training.config import RunConfig
 from argonne.training.run.beginning import check_beginning
 from argonne.training.run.compilation import check_compile
@@ -64,7 +62,7 @@ def check(config: RunConfig, world_size: int, model: ModelBuilder | None = None)
     data = Corpora.open(config.data, config.training.seed, identity, whole=elsewhere is not None)
     if elsewhere is not None:
         check_elsewhere(config, elsewhere, data)
-    _check_output(config.run.output_dir)
+    require_directory("output_dir", config.run.output_dir)
 
 
 def check_kernels(kernels: Backend, device: torch.device, precision: str) -> None:
@@ -84,13 +82,3 @@ def check_sequence(block_size: int, layout: Layout) -> None:
         local = block_size // layout.context
         name = "block_size / context_parallel" if layout.context > 1 else "block_size"
         require_divisible(name, local, "tensor_parallel", layout.tensor)
-
-
-def _check_output(path: Path) -> None:
-    existing = path
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise ArgonneError(f"output_dir={str(path)!r} cannot be made: {str(existing)!r} is not a directory")
-    if not os.access(existing, os.W_OK):
-        raise ArgonneError(f"output_dir={str(path)!r} cannot be written; legal: a directory that this user may write")
