@@ -100,6 +100,7 @@ def test_a_killed_distillation_goes_on_to_the_same_bits_and_with_no_other_teache
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "nowhere": ({"--teacher-path": "nowhere"}, "teacher_path='nowhere' does not exist; legal: a Hugging Face"),
+    "no model": ({"--teacher-path": "."}, "' holds no model; legal: a Hugging Face directory"),
     "alpha": ({"--alpha": 1.5}, "alpha=1.5 is not legal; legal: a number, 0 to 1"),
     "temperature": ({"--temperature": 0}, "temperature=0.0 is not legal; legal: more than 0"),
     "auto": ({"--teacher-device-map": "auto"}, "teacher_device_map='auto' is not offered; legal: local, and --teacher"),

@@ -37,13 +37,13 @@ def shape_of(config: RunConfig) -> ModelConfig:
     return shape
 
 
-def origin_path(path: Path) -> Path:
+def origin_path(path: Path, name: str = "init_from") -> Path:
     """``path``, if it is a directory with a model in it. Raises ``ArgonneError`` if it is not."""
     if (path / "config.json").exists() or is_checkpoint(path) or checkpoints(path):
         return path
     what = "holds no model" if path.is_dir() else "is a file" if path.exists() else "does not exist"
     raise ArgonneError(
-        f"init_from={str(path)!r} {what}; legal: a Hugging Face directory, a run's or one of its checkpoints"
+        f"{name}={str(path)!r} {what}; legal: a Hugging Face directory, a run's or one of its checkpoints"
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from argonne.checkpoint import Piece, is_checkpoint, load_pieces, resolve, weight_pieces, weights_fingerprint
+from argonne.checkpoint import Piece, load_pieces, resolve, weight_pieces, weights_fingerprint
 from argonne.data import load_tokenizer
 from argonne.data.tokens.tokenizer import holds_tokenizer
 from argonne.inference.opening import is_plain, locate, some_config
@@ -31,6 +31,7 @@ from argonne.training.config import RunConfig
 from argonne.training.distill_config import DistillConfig
 from argonne.training.run.checks import check
 from argonne.training.run.job import log
+from argonne.training.run.shape import origin_path
 from argonne.training.run.workflow import pretrain
 
 
@@ -46,7 +47,7 @@ def check_distill(config: DistillConfig, world_size: int) -> None:
         ArgonneError: in one line, what is wrong.
     """
     config.check()
-    shape, flags = some_config(_teacher(config)), config.distill
+    shape, flags = some_config(origin_path(config.distill.teacher_path, "teacher_path")), config.distill
     layout = config.parallel.layout(world_size)
     tensor = layout.tensor if flags.teacher_tensor_parallel else 1
     alone = replace(layout, tensor=tensor, pipeline=1, sequence_parallel=False)
@@ -78,7 +79,7 @@ def with_tokens_of_teacher(config: DistillConfig) -> DistillConfig:
     data, model = config.data, config.model
     if data.tokenizer_path is not None or model.init_from is not None:
         return config
-    path = _teacher(config)
+    path = origin_path(config.distill.teacher_path, "teacher_path")
     directory = path if is_plain(path) else resolve(path)[-1]
     if not holds_tokenizer(directory):
         raise ArgonneError(f"teacher_path={str(path)!r} holds no tokenizer; legal: --tokenizer-path too")
@@ -181,16 +182,3 @@ def loss_of_run(config: RunConfig, groups: ProcessGroups) -> DistillationOfRun:
         log(groups, "note: --teacher-tensor-parallel has no effect: the layout has tensor_parallel=1")
     fingerprint = gather_objects(found, groups.world)[0]
     return DistillationOfRun(config.distillation, directory, shape, fingerprint, config)
-
-
-def _teacher(config: DistillConfig) -> Path:
-    """Where the flags say that the teacher is. Raises ``ArgonneError`` if there is no model."""
-    path = config.distill.teacher_path
-    if is_plain(path) or is_checkpoint(path):
-        return path
-    if not path.exists():
-        raise ArgonneError(
-            f"teacher_path={str(path)!r} does not exist; legal: a Hugging Face directory, a run's or one of its "
-            "checkpoints"
-        )
-    return path
