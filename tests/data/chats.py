@@ -59,6 +59,10 @@ ZEPHYR = """{% for m in messages %}
 {{ '<|assistant|>' }}
 {% endif %}
 {% endfor %}"""
+PHI3 = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -99,6 +103,14 @@ def zephyr(turns: Sequence[Turn]) -> list[Piece]:
         said = role == "assistant"
         found += [(f"<|{role}|>", False), ("\n", False), (content, said), ("<|end_of_text|>", said), ("\n", False)]
     return found
+
+
+def phi3(turns: Sequence[Turn]) -> list[Piece]:
+    found: list[Piece] = []
+    for role, content in turns:
+        said = role == "assistant"
+        found += [(f"<|{role}|>", False), ("\n", False), (content, said), ("<|end|>", said), ("\n", False)]
+    return [*found, ("<|end_of_text|>", False)]
 
 
 def mistral(turns: Sequence[Turn]) -> list[Piece]:

@@ -56,6 +56,7 @@ CASES = {
     "llama3": (lambda: byte_level(chats.LLAMA3, *HEADERS), chats.llama3),
     "mistral": (lambda: sentence_piece(chats.MISTRAL), chats.mistral),
     "zephyr": (lambda: byte_level(chats.ZEPHYR, *ROLES), chats.zephyr),
+    "phi3": (lambda: byte_level(chats.PHI3, *ROLES, "<|end|>"), chats.phi3),
     "marked": (lambda: byte_level(chats.MARKED, *CHATML_TOKENS), lambda turns: chats.chatml(turns, None)),
 }
 
@@ -72,9 +73,8 @@ def test_what_is_trained_is_what_the_assistant_says_and_the_marker_behind_it(nam
         return
     assert not isinstance(found, str), found
     assert (found[0].tolist(), found[1].tolist()) == expected(tokenizer, pieces(turns))
-    assert encoder.template.ending == {"llama3": "<|eot_id|>", "mistral": "</s>", "zephyr": "<|end_of_text|>"}.get(
-        name, "<|im_end|>"
-    )
+    others = {"llama3": "<|eot_id|>", "mistral": "</s>", "zephyr": "<|end_of_text|>", "phi3": "<|end|>"}
+    assert encoder.template.ending == others.get(name, "<|im_end|>")
     # A prompt is not trained, whoever speaks in it.
     prompt, completion = messages(*turns[:-1])["messages"], messages(turns[-1])["messages"]
     (last,) = encoder([{"prompt": prompt, "completion": completion}])

@@ -36,8 +36,9 @@ class ChatTemplate:
 
     What is trained is what the template itself marks (``{% generation %}``). Where it marks nothing, that is found by
     writing the conversation up to each turn of the assistant's, without it and with it: the turn is what has been
-    added, from where an answer is asked for up to the marker behind its content. A template whose text of earlier turns
-    depends on later ones cannot be cut so, and the conversation is not used.
+    added, from where an answer is asked for up to the marker behind its content. What is written only where a
+    conversation ends, an EOS say, is left out in that. A template whose text of earlier turns depends on later ones
+    cannot be cut so, and the conversation is not used.
 
     Args:
         tokenizer: of which the template is, and the special tokens that end a turn.
@@ -57,7 +58,7 @@ class ChatTemplate:
         markers = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._markers = re.compile("|".join(map(re.escape, markers))) if markers else None
         try:
-            self._write(_PROBE.messages)
+            self._closing = self._closing_of(self._write(_PROBE.messages))
         except Exception as error:  # templates are programs of others
             raise DataError(f"the chat template cannot be applied: {one_line(error)}") from error
         probed = self.written(_PROBE)
@@ -96,6 +97,9 @@ class ChatTemplate:
         """Where the last of ``messages``, with which ``text`` begins, is to be written; None where that is not so."""
         after = text if whole else self._try(messages)
         before, asked = self._try(messages[:-1]), self._try(messages[:-1], asks=True)
+        if not whole and after is not None:
+            after = after.removesuffix(self._closing)
+        before = before and before.removesuffix(self._closing)
         if after is None or before is None or not (text.startswith(after) and after.startswith(before)):
             return None
         asks = asked is not None and after.startswith(asked)
@@ -111,6 +115,16 @@ class ChatTemplate:
             begin = at
         end = at + len(form)
         return begin, end + len(self._ending(after[end:]))
+
+    def _closing_of(self, probe: str) -> str:
+        """What ``probe`` ends with that is not there where the conversation goes on."""
+        longer = self._try([*_PROBE.messages, *_PROBE.messages]) or ""
+        pairs = enumerate(zip(probe, longer, strict=False))
+        place = next((at for at, (one, other) in pairs if one != other), min(len(probe), len(longer)))
+        for found in self._markers.finditer(probe) if self._markers is not None else ():
+            if found.start() < place < found.end():  # the marker that ends it begins as the next turn's does
+                place = found.start()
+        return probe[place:] if longer.endswith(probe[place:]) else ""
 
     def _ending(self, tail: str) -> str:
         """Of the text behind a turn's content, what ends the turn: up to the first special token, or all text."""
