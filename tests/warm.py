@@ -106,7 +106,8 @@ class Servers:
 
     def start(self, words: list[str], environment: dict[str, str], output: int) -> Forked:
         """Start a script in the repository's root; what it and its ranks print goes to the descriptor ``output``."""
-        home = self._home.name if self._home else self._start_servers(environment)
+        # Without the mark of the first job, or whoever kills all that have it would kill the servers.
+        home = self._home.name if self._home else self._start_servers({**environment, "MARK": ""})
         return Forked(home, words, environment, ROOT, (output, output))
 
     def run(self, words: list[str], environment: dict[str, str], timeout: float) -> tuple[int, str]:

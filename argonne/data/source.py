@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from argonne.data.corpus.formats import TEXT
 from argonne.data.corpus.lines import Column
 from argonne.data.corpus.shards import OnBad, Shard
-from argonne.data.lanes.packing import SequenceStream
+from argonne.data.errors import DataError
+from argonne.data.lanes.packing import Packed, SequenceStream
 from argonne.data.lanes.reader import check_block_size
 from argonne.data.lanes.state import LaneState
 from argonne.data.mixture import LaneStream
@@ -67,6 +68,13 @@ class Source(Protocol):
         """The sequences of the lanes ``served``, from ``states`` (of all lanes) on."""
         ...
 
+    def held_out(self, reading: Reading, limit: int | None) -> list[Packed]:
+        """The first sequences of one pass over the rows, at most ``limit``.
+
+        Raises ``DataError`` where there are none.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Texts:
@@ -114,3 +122,29 @@ class Texts:
             report=reading.report,
             filters=self.filters,
         )
+
+    def held_out(self, reading: Reading, limit: int | None) -> list[Packed]:
+        """Those that are full, no text in them twice."""
+        stream = SequenceStream(
+            reading.shards,
+            reading.tokenizer,
+            reading.block_size,
+            lanes=1,
+            boundary=reading.boundary,
+            served=[0],
+            filters=self.filters,
+        )
+        found: list[Packed] = []
+        while limit is None or len(found) < limit:
+            sequence = stream.next_sequence(0)
+            at = stream.state(0).position
+            # A sequence that runs into the second pass repeats text, unless it ends the first exactly.
+            ends = (at.epoch, at.shard, at.row_group, at.row, at.token) <= (1, 0, 0, 0, 0)
+            if ends:
+                found.append(sequence)
+            if at.epoch > 0:
+                break
+        if not found:
+            size = reading.block_size
+            raise DataError(f"the held-out text has fewer than block_size+1={size + 1} tokens; legal: more text")
+        return found

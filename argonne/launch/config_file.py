@@ -72,6 +72,17 @@ def file_of(config_type: type, arguments: Sequence[str]) -> Path | None:
     return at_home(ConfigFlags(Path(words[0]))).config
 
 
+def said_of(path: Path, name: str) -> Any:
+    """What a file says of the flag ``name``, whatever else it says; None where it says nothing of it.
+
+    Raises:
+        ArgonneError: the file cannot be read.
+    """
+    content = _read(path)
+    tables = [content, *(found for found in content.values() if isinstance(found, dict))]
+    return next((found for table in tables for key, found in table.items() if key.replace("-", "_") == name), None)
+
+
 def with_file(config_type: type[Config], default: Config | None, path: Path) -> tuple[Config, frozenset[str]]:
     """``default``, or what holds without it, with what the file says; and the flags that the file names.
 

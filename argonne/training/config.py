@@ -39,8 +39,8 @@ class DataFlags:
     eval: tuple[HomeText, ...] | None = None
     """Named held-out sets, NAME=GLOB each, of which loss and bits per byte are measured every --eval-interval steps
     [none]."""
-    eval_sequences: int = 64
-    """Sequences of each named held-out set that are used, from its beginning."""
+    eval_sequences: int | None = 64
+    """Sequences of each named held-out set that are used, from its beginning; None: all of them."""
     tokenizer_path: Path | None = None
     """Directory of a Hugging Face tokenizer [a byte-level BPE of 12,000 is trained on the data]."""
     trust_remote_code: bool = False

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from argonne.data import DataError, SequenceStream, Shard, naming
-from argonne.data.tokens.filters import FILTERS, Filters
+from argonne.data import Shard, naming
+from argonne.data.lanes.packing import Packed
+from argonne.data.source import Reading, Source, Texts
 from argonne.inference import Sampling, generate
 from argonne.models import Batch, LanguageModel, LossFunction
-from argonne.parallel import ProcessGroups
+from argonne.parallel import Objective, ProcessGroups
 from argonne.parallel.communication.collectives import all_gather, broadcast, collectively, gather_objects
 from argonne.parallel.communication.reduction import sum_over
 
 PROMPT = "Long long time ago, "
+_TEXTS, _IGNORED = Texts(), Objective().ignore_index
 
 
 def held_out_sequences(
@@ -25,62 +28,55 @@ def held_out_sequences(
     tokenizer: PreTrainedTokenizerFast | None,
     block_size: int,
     boundary: tuple[int, int] | None,
-    limit: int,
+    limit: int | None,
     groups: ProcessGroups,
     globs: Sequence[str] | None = None,
-    filters: Filters = FILTERS,
+    source: Source = _TEXTS,
     flag: str = "validation_glob",
 ) -> Tensor:
-    """The first sequences of the held-out text, ``[2, sequences, block_size + 1]`` on every rank (collective).
+    """The first sequences of held-out rows, ``[2 or 3, sequences, block_size + 1]`` on every rank (collective).
 
-    First their ids, then the numbers of their documents. At most ``limit``, read once on the first rank, none twice.
-    ``globs`` are what ``flag`` said, for messages; ``filters`` say which rows become documents.
+    First their ids, then the numbers of their documents, and of a ``source`` that weighs tokens what each of them
+    counts, 0 or 1. At most ``limit`` (None: all), read once on the first rank, none twice. ``globs`` are what ``flag``
+    said, for messages.
 
     Raises:
-        DataError: the text is shorter than one sequence.
+        DataError: the text is shorter than one sequence, or none of the rows can be used.
     """
 
     def read() -> list[Tensor]:
         if not groups.is_first:
             return []
-        with naming(flag, globs):
-            return read_first()
-
-    def read_first() -> list[Tensor]:
         assert tokenizer is not None
-        stream = SequenceStream(shards, tokenizer, block_size, lanes=1, boundary=boundary, served=[0], filters=filters)
-        found: list[Tensor] = []
-        while len(found) < limit:
-            packed = stream.next_sequence(0)
-            sequence = torch.stack([torch.from_numpy(packed.tokens), torch.from_numpy(packed.documents)])
-            state = stream.state(0).position
-            # A sequence that runs into the second pass repeats text, unless it ends the first exactly.
-            if state.epoch > 0 and (state.epoch, state.shard, state.row_group, state.row, state.token) > (
-                1,
-                0,
-                0,
-                0,
-                0,
-            ):
-                break
-            found.append(sequence)
-            if state.epoch > 0:
-                break
-        if not found:
-            raise DataError(f"the held-out text has fewer than block_size+1={block_size + 1} tokens; legal: more text")
-        return found
+        with naming(flag, globs):
+            reading = Reading(tuple(shards), tokenizer, block_size, boundary)
+            return [_planes(each) for each in source.held_out(reading, limit)]
 
     found = collectively(read, groups.world)
     count = gather_objects(len(found), groups.world)[0]
-    sequences = torch.stack(found, 1) if found else torch.empty(2, count, block_size + 1, dtype=torch.int64)
+    shape = (2 + source.weighs, count, block_size + 1)
+    sequences = torch.stack(found, 1) if found else torch.empty(shape, dtype=torch.int64)
     return broadcast(sequences.to(groups.device), groups.world)
+
+
+def _planes(packed: Packed) -> Tensor:
+    weights = () if packed.weights is None else (packed.weights,)
+    return torch.stack(
+        [torch.from_numpy(plane.astype(np.int64)) for plane in (packed.tokens, packed.documents, *weights)]
+    )
+
+
+def predicted(sequences: Tensor) -> int:
+    """How many tokens of ``held_out_sequences`` the loss is the mean over: targets that count."""
+    targets = sequences[:, :, 1:]
+    return targets[0].numel() if len(targets) == 2 else int(targets[2].sum())
 
 
 @torch.no_grad()
 def held_out_loss(
     model: LanguageModel, sequences: Tensor, micro_batch: int, loss: LossFunction, document_mask: bool = False
 ) -> float:
-    """The mean loss per token over what ``held_out_sequences`` gave, with documents apart if training has them so.
+    """The mean loss per token that counts of ``held_out_sequences``, with documents apart if training has them so.
 
     The data-parallel ranks share the work (collective). A pass through the model is collective too, under ``fsdp``
     for one: all of them make as many as the first, which has the most sequences, and what they make beyond their own
@@ -95,13 +91,15 @@ def held_out_loss(
             own = sequences[:, (number * data.size + data.rank) * micro_batch :][:, :micro_batch]
         else:
             own = sequences[:, data.rank :: data.size][:, number * micro_batch :][:, :micro_batch]
-        ids, documents = own if own.shape[1] else sequences[:, :1]
-        apart = documents[:, :-1] if document_mask else None
-        found = model.evaluate(Batch(ids[:, :-1], ids[:, 1:], apart), loss)
+        ids, documents, *weights = own if own.shape[1] else sequences[:, :1]
+        apart, targets = documents[:, :-1] if document_mask else None, ids[:, 1:]
+        for each in weights:
+            targets = targets.masked_fill(each[:, 1:] == 0, _IGNORED)
+        found = model.evaluate(Batch(ids[:, :-1], targets, apart), loss)
         if own.shape[1]:
             losses[number] = found
     add = _exact_total if reproducible else _fast_total
-    return add(losses, model.groups) / sequences[0, :, 1:].numel()
+    return add(losses, model.groups) / predicted(sequences)
 
 
 def _fast_total(losses: Tensor, groups: ProcessGroups) -> float:

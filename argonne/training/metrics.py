@@ -137,7 +137,9 @@ class Progress:
         if record["validation_loss"] is not None:
             self.held_out = f" (held-out {record['validation_loss']:.4f})"
         if record.get("eval"):
-            each = (f"{name} {of['loss']:.4f}, {of['bits_per_byte']:.4f} b/B" for name, of in record["eval"].items())
+            bits = {name: of["bits_per_byte"] for name, of in record["eval"].items()}
+            shown = {name: "" if each is None else f", {each:.4f} b/B" for name, each in bits.items()}
+            each = (f"{name} {of['loss']:.4f}{shown[name]}" for name, of in record["eval"].items())
             self.named = f" ({'; '.join(each)})"
         # Reading ahead hides the data pipeline; what it does not hide is worth a word.
         share = record["data_wait"] / record["step_time"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -12,17 +13,23 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from argonne.data import Shard
+from argonne.data import Shard, naming
+from argonne.data.chat.source import Conversations
 from argonne.data.corpus.formats import Rows
 from argonne.data.corpus.shards import open_texts
 from argonne.data.lanes.plan import LanePlan
 from argonne.data.lanes.reader import DocumentReader
+from argonne.data.source import Reading, Source, Texts
 from argonne.data.tokens.byte_lengths import ByteLengths
 from argonne.data.tokens.filters import FILTERS, Filters
 from argonne.models import LanguageModel, LossFunction
 from argonne.parallel import ProcessGroups
 from argonne.parallel.communication.collectives import collectively, gather_objects
-from argonne.training.evaluation import held_out_loss, held_out_sequences
+from argonne.training.evaluation import held_out_loss, held_out_sequences, predicted
+
+_TEXTS = Texts()
+Measured = dict[str, dict[str, float | None]]
+"""Of each set by its name ``loss`` and ``bits_per_byte``."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +38,15 @@ class NamedSet:
 
     sequences: Tensor
     """``held_out_sequences``."""
-    bytes: int
-    """Of the text that they predict, UTF-8."""
+    bytes: int | None = None
+    """Of the text that they predict, UTF-8; None of conversations, of which a part is predicted."""
+    rows: str = ""
+    """What the rows of a set of conversations are; on the first rank."""
 
     @property
     def tokens(self) -> int:
-        """That are predicted."""
-        return self.sequences[0, :, 1:].numel()
+        """That are predicted, and count."""
+        return predicted(self.sequences)
 
 
 def read_named(
@@ -46,25 +55,42 @@ def read_named(
     tokenizer: PreTrainedTokenizerFast | None,
     block_size: int,
     boundary: tuple[int, int] | None,
-    limit: int,
+    limit: int | None,
     groups: ProcessGroups,
-    filters: Filters = FILTERS,
+    source: Source = _TEXTS,
 ) -> dict[str, NamedSet]:
     """Every set on every rank, read by the first (collective). Arguments are those of ``held_out_sequences``.
 
     Raises:
-        DataError: the text of a set is shorter than one sequence.
+        DataError: the text of a set is shorter than one sequence, or none of its conversations can be used.
     """
     found = {}
     for name, own in shards.items():
         told = [f"{name}={globs[name]}"]
-        sequences = held_out_sequences(own, tokenizer, block_size, boundary, limit, groups, told, filters, flag="eval")
-
-        def count(own: Sequence[Shard] = own, shape: tuple[int, int] = tuple(sequences.shape[1:])) -> int:  # type: ignore[assignment]
-            return predicted_bytes(own, tokenizer, shape, boundary, filters) if tokenizer is not None else 0
-
-        found[name] = NamedSet(sequences, gather_objects(collectively(count, groups.world), groups.world)[0])
+        sequences = held_out_sequences(own, tokenizer, block_size, boundary, limit, groups, told, source, flag="eval")
+        shape = (sequences.shape[1], sequences.shape[2])
+        count = functools.partial(_counted, tuple(own), told, tokenizer, shape, boundary, source)
+        size, rows = gather_objects(collectively(count, groups.world), groups.world)[0]
+        found[name] = NamedSet(sequences, size, rows)
     return found
+
+
+def _counted(
+    shards: tuple[Shard, ...],
+    told: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast | None,
+    shape: tuple[int, int],
+    boundary: tuple[int, int] | None,
+    source: Source,
+) -> tuple[int | None, str]:
+    """``NamedSet.bytes`` and ``NamedSet.rows``, on the first rank."""
+    if tokenizer is None:
+        return None, ""
+    if isinstance(source, Conversations):
+        with naming("eval", told):
+            return None, str(source.count(Reading(shards, tokenizer, shape[1] - 1), lanes=1))
+    filters = source.filters if isinstance(source, Texts) else FILTERS
+    return predicted_bytes(shards, tokenizer, shape, boundary, filters), ""
 
 
 def predicted_bytes(
@@ -116,13 +142,14 @@ class NamedSets:
 
     def measure(
         self, model: LanguageModel, micro_batch: int, loss: LossFunction, document_mask: bool
-    ) -> tuple[dict[str, dict[str, float]], str]:
+    ) -> tuple[Measured, str]:
         """Loss (nats a token) and bits per byte of each; and at the first time, a line on how long it took."""
-        found, took = {}, {}
+        found: Measured = {}
+        took = {}
         for name, each in self._sets.items():
             began = time.perf_counter()
             nats = held_out_loss(model, each.sequences, micro_batch, loss, document_mask)
-            bits = nats * each.tokens / math.log(2) / max(each.bytes, 1)
+            bits = None if each.bytes is None else nats * each.tokens / math.log(2) / max(each.bytes, 1)
             found[name] = {"loss": nats, "bits_per_byte": bits}
             took[name] = time.perf_counter() - began
         first, total = not self.seconds, sum(took.values())
@@ -133,8 +160,11 @@ class NamedSets:
 
 def announced(sets: Mapping[str, NamedSet], interval: int) -> list[str]:
     """How much text each set is, for the log, before anything is measured."""
-    return [
-        f"eval {name}: {each.sequences.shape[1]:,} sequences, {each.tokens:,} tokens, {each.bytes:,} bytes, "
-        f"after every {interval:,} steps; the first tells how long it takes"
-        for name, each in sets.items()
-    ]
+    lines = []
+    for name, each in sets.items():
+        size = f"{each.tokens:,} tokens that count" if each.bytes is None else f"{each.tokens:,} tokens"
+        size += "" if each.bytes is None else f", {each.bytes:,} bytes"
+        used = f"{each.sequences.shape[1]:,} sequences, {size}, after every {interval:,} steps"
+        lines.append(f"eval {name}: {used}; the first tells how long it takes")
+        lines += [f"eval {name}: {each.rows}"] if each.rows else []
+    return lines

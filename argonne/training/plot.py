@@ -89,12 +89,14 @@ def plot_loss(
 
 
 def _plot_named(axes: Any, named: Mapping[str, tuple[Sequence[Point], Sequence[Point]]]) -> None:
-    beside = axes.twinx()
-    beside.set_ylabel("bits per byte (dashed)")
+    beside = axes.twinx() if any(bits for _, bits in named.values()) else None
+    if beside is not None:
+        beside.set_ylabel("bits per byte (dashed)")
     for number, (name, (loss, bits)) in enumerate(named.items()):
         color = f"C{(number + 2) % 10}"  # the first two are those of training and held-out text
         axes.plot(*_columns(loss), label=name, color=color, marker="o", markersize=3)
-        beside.plot(*_columns(bits), color=color, linestyle="dashed", linewidth=1)
+        if beside is not None:
+            beside.plot(*_columns(bits), color=color, linestyle="dashed", linewidth=1)
 
 
 def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:

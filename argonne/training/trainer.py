@@ -27,7 +27,7 @@ from argonne.training.evaluation import held_out_loss, sample_text
 from argonne.training.feed import BatchFeed, Fed
 from argonne.training.loss_parts import LossParts
 from argonne.training.metrics import Progress, memory_gib, peak_flops
-from argonne.training.named_sets import NamedSets
+from argonne.training.named_sets import Measured, NamedSets
 from argonne.training.report import Reports, data_line
 from argonne.training.run.setup import Workload
 from argonne.training.state import TrainingState
@@ -178,7 +178,7 @@ class Trainer:
         apart = self.config.data.document_mask
         return held_out_loss(self.state.model, sequences, self.shape.micro_batch, loss, apart)
 
-    def _named_sets(self) -> tuple[dict[str, dict[str, float]], str]:
+    def _named_sets(self) -> tuple[Measured, str]:
         """The same of each named held-out set."""
         loss, apart = CrossEntropyLoss(kernels=self.config.training.kernels), self.config.data.document_mask
         return self.named.measure(self.state.model, self.shape.micro_batch, loss, apart)

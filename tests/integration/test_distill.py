@@ -16,6 +16,7 @@ import torch
 from argonne.data import train_tokenizer
 from argonne.launch import parse
 from argonne.parallel import ArgonneError, ProcessGroups
+from argonne.training.config import ResumeConfig
 from argonne.training.distill_config import DistillConfig
 from argonne.training.run.loss import cross_entropy
 from argonne.training.run.rehearsal import rehearse
@@ -66,18 +67,30 @@ def config_of(flags: dict[str, Any]) -> DistillConfig:
     return parse(DistillConfig, [*words_of(flags), "--nproc", "1"])
 
 
+def resumed(home: Path, *words: str) -> ResumeConfig:
+    """What ``resume.py`` makes of these words and of the run that was killed."""
+    config = parse_resume(["--checkpoint-path", str(home / "killed"), "--device", "cpu", *words])
+    check_resume(config, 1)
+    return config
+
+
 def test_a_killed_distillation_goes_on_to_the_same_bits_and_with_no_other_teacher(
     home: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    flags = flags_of(home, "killed")
-    run_until_killed("distill", flags, 3, nproc=1)
+    held_out = {"--eval": f"own={home}/corpus/part-1.parquet", "--eval-interval": 3, "--reproducible": None}
+    flags = flags_of(home, "killed", **held_out)
+    two = {"--gradient-accumulation-steps": 1, "--data-parallel": 2}
+    run_until_killed("distill", {**flags, **two}, 3)
+    assert resume(resumed(home, "--stop-at-step", "4")) == 0
     assert distill(config_of(flags)) == 0
-    assert distill(config_of(flags_of(home, "whole"))) == 0
+    assert distill(config_of(flags_of(home, "whole", **held_out))) == 0
     torch.set_num_threads(threads)
-    assert history(home / "killed") == history(home / "whole")
+    lines = [[{**line, "layout": None} for line in history(home / name)] for name in ("killed", "whole")]
+    assert lines[0] == lines[1]
     assert weights(home / "killed") == weights(home / "whole")
+    assert [line["eval"] and [*line["eval"]["own"]] for line in lines[0]] == [None, None, ["loss", "bits_per_byte"]] * 2
     for line in metrics(home / "killed"):
         found = 0.5 * line["cross_entropy"] + 0.5 * line["kl_divergence"]
         assert line["loss"] == pytest.approx(found, rel=1e-5)
@@ -91,10 +104,10 @@ def test_a_killed_distillation_goes_on_to_the_same_bits_and_with_no_other_teache
             distill(config_of({**flags, name: value}))
     with pytest.raises(ArgonneError, match=r"holds a different run \(loss: .*teacher.* -> null"):
         pretrain(config_of({**flags, "--tokenizer-path": home / "teacher", "--vocab-size": 280}))
-    named = parse_resume(words_of({"--checkpoint-path": home / "killed", "--total-steps": 8, "--device": "cpu"}))
-    check_resume(named, 1)
-    with pytest.raises(ArgonneError, match=r"holds a different run \(loss: .*teacher.* -> null"):
-        resume(named)
+    with pytest.raises(ArgonneError, match=r"holds a different run \(loss\.alpha: 0.5 -> 0.4\); legal: the run's own"):
+        resume(resumed(home, "--total-steps", "8", "--alpha", "0.4"))
+    with pytest.raises(ArgonneError, match=r"alpha=2.0 is not legal"):
+        resumed(home, "--alpha", "2")
     capfd.readouterr()
 
 

@@ -23,7 +23,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def asked(home: Path, directory: str, **others: Any) -> dict[str, Any]:
-    return flags_by_name(home, directory, **{"epochs": 8, "save_interval": 7, "reproducible": True, **others})
+    held_out = {"eval": f"own={home}/chats.parquet", "eval_interval": 5}
+    return flags_by_name(
+        home, directory, **{"epochs": 8, "save_interval": 7, "reproducible": True, **held_out, **others}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +38,14 @@ def whole(home: Path) -> Path:
     return home / "whole"
 
 
-def test_a_run_that_is_killed_twice_and_continued_is_the_undisturbed_one_of_another_layout(
+def test_a_run_that_is_killed_twice_and_resumed_is_the_undisturbed_one_of_other_layouts(
     home: Path, whole: Path
 ) -> None:
     run_until_killed("finetune", asked(home, "killed", **TWO), 3)
     run_until_killed("finetune", asked(home, "killed", **TWO), 9)
-    told = succeed("finetune", asked(home, "killed", **TWO))
+    told = succeed("resume", {"--checkpoint-path": home / "killed", "--tensor-parallel": 2, "--device": "cpu"})
     assert "continuing from" in told
-    assert " conversations of " not in told, "counted once"
+    assert " sequences in steps of " not in told, "counted once"
     assert weights(home / "killed") == weights(whole)
     layouts = [{name: value for name, value in line.items() if name != "layout"} for line in history(home / "killed")]
     assert layouts == [{name: value for name, value in line.items() if name != "layout"} for line in history(whole)]

@@ -31,6 +31,8 @@ DRIVERS = {
     "argonne.training.config": "RunConfig",
     "argonne.training.distill_config": "DistillConfig",
     "argonne.training.config resume": "ResumeConfig",
+    "argonne.training.run.resume_config distill": "ResumeDistillConfig",
+    "argonne.training.run.resume_config tune": "ResumeTuneConfig",
     "argonne.training.tuning.config": "TuneConfig",
     "benchmarks.data_corpus": "Flags",
     "benchmarks.data_pipeline": "Flags",

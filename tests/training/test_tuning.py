@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from argonne.launch import parse
 from argonne.parallel import ArgonneError
 from argonne.training.run.checks import check
-from argonne.training.run.resume import parse_resume
+from argonne.training.run.resume import check_resume, parse_resume, resume
 from argonne.training.run.workflow import pretrain
 from argonne.training.tuning.config import TuneConfig
 from tests.data import chats
@@ -132,9 +132,64 @@ def test_the_checkpoint_has_the_template_and_what_ends_a_turn(tuned: Path, home:
     assert LlamaForCausalLM.from_pretrained(newest).config.hidden_size == 24
 
 
-def test_what_a_tuned_run_is_no_other_driver_takes_for_its_own(tuned: Path) -> None:
-    with pytest.raises(ArgonneError, match=r"is a run of finetune.py; legal: its own command"):
-        parse_resume(["--checkpoint-path", str(tuned)])
+def test_a_resume_of_a_tuned_run_is_told_what_tuning_is(tuned: Path, home: Path) -> None:
+    path = ["--checkpoint-path", str(tuned)]
+    (home / "resume.json").write_text(json.dumps({"checkpoint-path": str(tuned), "learning_rate": 5e-4}))
+    for words in (path, [f"--checkpoint_path={tuned}"], ["--config", str(home / "resume.json")]):
+        config = parse_resume([*words, "--total-steps", "50", "--eval", f"own={home}/chats.parquet"])
+        check_resume(config, 1)
+        assert isinstance(config, TuneConfig)
+        assert (config.data.block_size, config.training.total_steps) == (48, 50)
+        assert config.data.chat_template == home / "chatml.jinja"
+        assert config.run.output_dir == tuned
+    assert config.training.learning_rate == 5e-4
+    (home / "chatml.jinja").rename(home / "away.jinja")
+    gone = parse_resume(path)
+    (home / "away.jinja").rename(home / "chatml.jinja")
+    assert gone.data.chat_template == sorted(tuned.glob("step_????????"))[-1] / "chat_template.jinja"
+    for words, line in (
+        (["--epochs", "3"], "epochs=3 is not for a run that has its steps; legal: --total-steps, or leave it out"),
+        (["--text-column", "body"], "--text-column"),
+        (["--alpha", "0.5"], "--alpha"),
+        (["--block-size", "32", "--too-long", "split"], "--too-long"),
+    ):
+        with pytest.raises(ArgonneError) as refused:
+            check_resume(parse_resume([*path, *words]), 1)
+        assert line in str(refused.value)
+        assert "\n" not in str(refused.value)
+    with pytest.raises(ArgonneError, match=r"holds a different run .*data.too_long: drop -> truncate"):
+        resume(parse_resume([*path, "--total-steps", "50", "--too-long", "truncate"]))
+
+
+def test_the_loss_on_held_out_conversations_is_that_of_each_of_them_alone(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [(f"Who is {name}?", "Nobody. " * number) for number, name in enumerate(("Ba", "Do", "Mi"), start=1)]
+    held = write_chats(home / "held.parquet", [{"prompt": one, "completion": other} for one, other in rows])
+    several = {"total_steps": 5, "eval_interval": 2, "eval": [f"held={held}", f"own={home}/chats.parquet"]}
+    stopped = {**several, "eval": f"held={held}", "stop_at_step": 3}
+    for asked in (stopped, several):
+        assert pretrain(parse(TuneConfig, flags(home, "measured", **asked))) == 0
+    told = capsys.readouterr().out
+    assert "eval held: 3 conversations of 3 rows (dropped: none)" in told
+    assert "changed from here on: eval.own: null -> " in told
+    assert "note: eval own has text that is trained on: chats.parquet" in told
+    lines = metrics(home / "measured")
+    assert [sorted(line["eval"] or ()) for line in lines] == [[], ["held"], [], ["held", "own"], ["held", "own"]]
+    loss = lines[-1]["eval"]["held"]["loss"]
+    assert f" (held {loss:.4f}; own " in told
+
+    model = LlamaForCausalLM.from_pretrained(home / "measured" / "step_00000005")
+    tokenizer = AutoTokenizer.from_pretrained(home / "measured" / "step_00000005")
+    total, count = 0.0, 0
+    for prompt, completion in rows:
+        asked = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+        before, said = (tokenizer.encode(text) for text in (asked, f"{completion}<|im_end|>"))
+        with torch.no_grad():
+            scores = model(torch.tensor([[*before, *said]])).logits[0].double().log_softmax(-1)
+        total -= sum(scores[len(before) - 1 + place, token].item() for place, token in enumerate(said))
+        count += len(said)
+    assert lines[-1]["eval"]["held"] == {"loss": pytest.approx(total / count, rel=1e-5), "bits_per_byte": None}
 
 
 REFUSED = {
@@ -145,6 +200,9 @@ REFUSED = {
     "epochs": ({"epochs": 0}, "epochs=0 is not legal; legal: 1 or more"),
     "both": ({"epochs": 2, "total_steps": 5}, "epochs=2 conflicts with total_steps=5; legal: one of them"),
     "too long": ({"too_long": "split"}, "--too-long"),
+    "eval": ({"eval": "held"}, "eval='held' is not legal; legal: NAME=GLOB"),
+    "eval glob": ({"eval": "held=nowhere/*"}, "eval='held=nowhere/*': no data shards match nowhere"),
+    "eval alone": ({"eval_interval": 3}, "eval_interval=3 has no effect without --eval; legal: --eval too"),
     "texts": ({"text_column": "body"}, "--text-column"),
     "window": ({"block_size": 65}, "block_size=65 is more than the model of init_from="),
     "weights": ({"data_glob": ["a:0.5", "b:0.5"]}, "has weights, with which no number of passes"),

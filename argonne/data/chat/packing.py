@@ -198,6 +198,38 @@ class Pass:
         )
 
 
+def groups_of_pass(reader: ConversationReader, lane: int, size: int, dropped: Counter[str]) -> Iterator[list[Trained]]:
+    """The groups of a lane's first pass over the data, whose other rows are counted in ``dropped``, by reason."""
+    group: list[Trained] = []
+    held = 0
+    for outcome in reader.one_pass(lane):
+        if isinstance(outcome, str):
+            dropped[outcome] += 1
+            continue
+        group.append(outcome)
+        held += outcome.shape[1]
+        if held >= GROUP * size:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
+
+
+def sequences_of_pass(reader: ConversationReader, size: int, padding: int) -> Iterator[Packed]:
+    """The sequences of ``size`` tokens of one pass over a corpus, which has a single lane.
+
+    Raises:
+        DataError: there are none, or a row group cannot be read.
+    """
+    dropped: Counter[str] = Counter()
+    group: list[Trained] = []
+    for group in groups_of_pass(reader, 0, size, dropped):
+        for each in first_fit([conversation.shape[1] for conversation in group], size):
+            yield packed([group[number] for number in each], size, padding)
+    if not group:
+        raise _unusable(dropped)
+
+
 def count_pass(reader: ConversationReader, size: int) -> Pass:
     """Go through a corpus once, lane by lane, and count the sequences of ``size`` tokens that all lanes have in a pass.
 
@@ -207,22 +239,17 @@ def count_pass(reader: ConversationReader, size: int) -> Pass:
         DataError: there are none, or a row group cannot be read.
     """
     dropped: Counter[str] = Counter()
-    rows = tokens = trained = sequences = 0
+    used = tokens = trained = sequences = 0
     for lane in range(reader.plan.lanes):
-        group: list[int] = []
-        held = 0
-        for outcome in reader.one_pass(lane):
-            rows += 1
-            if isinstance(outcome, str):
-                dropped[outcome] += 1
-                continue
-            length = outcome.shape[1]
-            group.append(length)
-            held, tokens, trained = held + length, tokens + length, trained + int(outcome[1].sum())
-            if held >= GROUP * size:
-                sequences += len(first_fit(group, size))
-                group, held = [], 0
-        sequences += len(first_fit(group, size))
+        for group in groups_of_pass(reader, lane, size, dropped):
+            sizes = [each.shape[1] for each in group]
+            used, tokens = used + len(group), tokens + sum(sizes)
+            trained += sum(int(each[1].sum()) for each in group)
+            sequences += len(first_fit(sizes, size))
     if not sequences:
-        raise DataError(f"no usable conversations in the data; rows dropped: {dropped_summary(dropped)}")
-    return Pass(rows, dict(dropped), tokens, trained, sequences)
+        raise _unusable(dropped)
+    return Pass(used + sum(dropped.values()), dict(dropped), tokens, trained, sequences)
+
+
+def _unusable(dropped: Counter[str]) -> DataError:
+    return DataError(f"no usable conversations in the data; rows dropped: {dropped_summary(dropped)}")

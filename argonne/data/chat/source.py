@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from argonne.data.chat.packing import ConversationReader, ConversationStream, Pass, count_pass
+from argonne.data.chat.packing import ConversationReader, ConversationStream, Pass, count_pass, sequences_of_pass
 from argonne.data.chat.rows import CONVERSATION
 from argonne.data.chat.template import ChatTemplate
 from argonne.data.chat.tokens import ChatEncoder, TooLong
 from argonne.data.corpus.lines import Column
+from argonne.data.lanes.packing import Packed
 from argonne.data.lanes.plan import LanePlan
 from argonne.data.lanes.state import LaneState
 from argonne.data.mixture import LaneStream
@@ -64,10 +66,13 @@ class Conversations:
         self, reading: Reading, lanes: int, served: Sequence[int], states: Sequence[LaneState] | None
     ) -> LaneStream:
         """Several conversations in each."""
-        tokenizer = reading.tokenizer
-        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        padding = next(each for each in ids if each is not None)
+        padding = _padding(reading.tokenizer)
         return ConversationStream(self._reader(reading, lanes), reading.block_size, served, padding, states)
+
+    def held_out(self, reading: Reading, limit: int | None) -> list[Packed]:
+        """Several conversations in each, and each in one."""
+        reader, size = self._reader(reading, lanes=1), reading.block_size + 1
+        return list(itertools.islice(sequences_of_pass(reader, size, _padding(reading.tokenizer)), limit))
 
     def count(self, reading: Reading, lanes: int) -> Pass:
         """What one pass over the shards has."""
@@ -77,3 +82,8 @@ class Conversations:
         encoder = ChatEncoder(reading.tokenizer, reading.block_size + 1, self.too_long)
         plan = LanePlan(reading.shards, lanes)
         return ConversationReader(reading.shards, plan, encoder, reading.on_bad, reading.report)
+
+
+def _padding(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The id of what fills a sequence up."""
+    return next(each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if each is not None)

@@ -109,7 +109,7 @@ class Corpora:
         named = {}
         for name, glob in flags.named_globs.items():
             with naming("eval", [f"{name}={glob}"]):
-                named[name] = open_shards(find_shards([glob]), "raise", flags.text_column, whole)
+                named[name] = open_shards(find_shards([glob]), "raise", flags.source.column, whole)
         return cls(tuple(parts), validation, named, flags, seed, saved.lanes, restored, saved.sequences)
 
     @property

@@ -13,7 +13,9 @@ from argonne.data import is_url, matching_default
 from argonne.launch.values import as_now, typed
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import RunConfig
+from argonne.training.distill_config import DistillConfig
 from argonne.training.eval_globs import absolute
+from argonne.training.tuning.config import TuneConfig
 
 Flags = TypeVar("Flags")
 
@@ -39,28 +41,30 @@ def flags_to_json(config: RunConfig) -> dict[str, Any]:
     return flags
 
 
+def kind_of(saved: Mapping[str, Any]) -> type[RunConfig]:
+    """The configuration that ``flags_to_json`` made this of: a run's, that of a tuning or that of a distillation."""
+    if "too_long" in saved.get("data", {}):
+        return TuneConfig
+    return DistillConfig if "distill" in saved else RunConfig
+
+
 def flags_from_json(saved: Mapping[str, Any]) -> RunConfig:
     """The inverse of ``flags_to_json``; flags that this version does not have are left out.
 
     Raises:
         ArgonneError: a value is of another type than its flag.
     """
-    kinds = get_type_hints(RunConfig)
+    kind = kind_of(saved)
+    groups = get_type_hints(kind)
     # Earlier versions kept the flags of launching with those of the layout.
     saved = {"launch": saved.get("parallel", {}), **saved}
-    return RunConfig(**{name: _group(kinds[name], saved.get(name, {})) for name in GROUPS})
+    return kind(**{name: _group(groups[name], saved.get(name, {})) for name in (*GROUPS, *kind.own_groups)})
 
 
 def saved_flags(checkpoint: Path) -> RunConfig:
     """The flags of the run that wrote ``checkpoint``. Raises ``CheckpointError`` where it does not say them."""
     try:
-        flags = load_trainer(checkpoint)["flags"]
-        if "too_long" in flags["data"]:
-            raise CheckpointError(
-                f"{str(checkpoint)!r} is a run of finetune.py; legal: its own command, which continues it, or "
-                "pretrain.py --init-from"
-            )
-        return flags_from_json(flags)
+        return flags_from_json(load_trainer(checkpoint)["flags"])
     except (ArgonneError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{str(checkpoint / 'trainer.json')!r} does not tell the run's flags: {error}") from error
 

@@ -34,12 +34,11 @@ def share_counts(flags: DataFlags, groups: ProcessGroups) -> None:
 
 def _local_lines(flags: DataFlags) -> list[tuple[Location, Column]]:
     """The shards that may be JSON lines, and what their rows are."""
-    globs = {glob: flags.source.column for each in parse_globs(flags.data_glob or ()) for glob in each.globs}
-    held_out = (*(flags.validation_glob or ()), *flags.named_globs.values())
+    globs = [glob for each in parse_globs(flags.data_glob or ()) for glob in each.globs]
     found: dict[Location, Column] = {}
-    for glob, column in (dict.fromkeys(held_out, flags.text_column) | globs).items():
+    for glob in (*(flags.validation_glob or ()), *flags.named_globs.values(), *globs):
         try:
-            found |= dict.fromkeys(find_shards([glob]), column)
+            found |= dict.fromkeys(find_shards([glob]), flags.source.column)
         except DataError:
             continue
     names = (".parquet", ".arrow")

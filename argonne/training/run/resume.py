@@ -14,6 +14,7 @@ from argonne.parallel.communication.collectives import collectively
 from argonne.parallel.communication.environment import restarts_left
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import ResumeConfig, RunConfig
+from argonne.training.distill_config import DistillConfig
 from argonne.training.run.batch import batch_of, batch_of_resume, names_micro_batch, with_micro_batch
 from argonne.training.run.checks import check
 from argonne.training.run.compilation import latest_of_two
@@ -23,14 +24,19 @@ from argonne.training.run.file import Search
 from argonne.training.run.flags_json import saved_flags
 from argonne.training.run.identity import RunIdentity, differences
 from argonne.training.run.job import joined, log
+from argonne.training.run.kept_files import TEMPLATE
+from argonne.training.run.loss import cross_entropy
 from argonne.training.run.memory import memory_told
 from argonne.training.run.model import ModelBuilder
 from argonne.training.run.refit import refit
+from argonne.training.run.resume_config import newest_flags, resumed
 from argonne.training.run.search import search
 from argonne.training.run.setup import prepare, with_tokens
+from argonne.training.run.teacher import check_distill, loss_of_run
 from argonne.training.run.workflow import begin, is_done, restore, train
 from argonne.training.schedule import Schedule
 from argonne.training.state import TrainingState
+from argonne.training.tuning.config import ChatFlags
 
 # Changing these changes what the weights or the lanes mean; resume.py refuses it. The rest it announces.
 _FIXED = ("model", "data", "tokenizer", "init_from", "resume_state", "reproducible", "loss")
@@ -38,7 +44,7 @@ _FIXED = ("model", "data", "tokenizer", "init_from", "resume_state", "reproducib
 
 def parse_resume(arguments: Sequence[str]) -> ResumeConfig:
     """The flags of ``resume.py``: those left out are as the checkpoint's run had them."""
-    named = parse(ResumeConfig, arguments)
+    named = parse(resumed(arguments), arguments)
     batch = named.resume.batch_size
     if batch is not None and "initial_batch_size" in named.given and batch != named.training.initial_batch_size:
         raise ArgonneError(
@@ -46,7 +52,7 @@ def parse_resume(arguments: Sequence[str]) -> ResumeConfig:
             "micro-batch; legal: one of them"
         )
     named = replace(named, arguments=tuple(arguments))
-    return _as_saved(named, *_newest_flags(named.resume.checkpoint_path))
+    return _as_saved(named, *newest_flags(named.resume.checkpoint_path))
 
 
 def _as_saved(named: ResumeConfig, checkpoint: Path, saved: RunConfig) -> ResumeConfig:
@@ -54,14 +60,17 @@ def _as_saved(named: ResumeConfig, checkpoint: Path, saved: RunConfig) -> Resume
     data, training = saved.data, saved.training
     if data.tokenizer_path is not None and not data.tokenizer_path.is_dir():
         data = replace(data, tokenizer_path=checkpoint)  # the original is gone; every checkpoint has a copy
+    if isinstance(data, ChatFlags) and data.chat_template is not None and not data.chat_template.is_file():
+        data = replace(data, chat_template=checkpoint / TEMPLATE)
     if named.resume.batch_size is not None:
         training = replace(training, initial_batch_size=named.resume.batch_size)
     # The layout is that of the processes this command is given; whether it may show in the bits is the run's.
     bits = {name: getattr(saved.parallel, name) for name in ("reproducible", "reproducible_blocks")}
     run = replace(saved.run, output_dir=checkpoint.resolve().parent, stop_at_step=None, wall_time=None)
     parallel = replace(named.parallel, **bits)
-    default = replace(named, model=saved.model, data=data, training=training, parallel=parallel, run=run)
-    found = parse(ResumeConfig, named.arguments, default)
+    own = {group: replace(getattr(named, group), **vars(getattr(saved, group))) for group in saved.own_groups}
+    default = replace(named, model=saved.model, data=data, training=training, parallel=parallel, run=run, **own)
+    found = parse(type(named), named.arguments, default)
     return replace(found, training=latest_of_two(found.training, found.given))
 
 
@@ -76,7 +85,14 @@ def check_resume(config: ResumeConfig, world_size: int, model: ModelBuilder | No
         )
     if restarts_left() or config.launch.max_restarts:
         _check_repeatable(config, elsewhere)
-    check(config, world_size, model)
+    _check(config, world_size, model)
+
+
+def _check(config: ResumeConfig, world_size: int, model: ModelBuilder | None) -> None:
+    if isinstance(config, DistillConfig):
+        check_distill(config, world_size)
+    else:
+        check(config, world_size, model)
 
 
 def resume(config: ResumeConfig, model: ModelBuilder | None = None) -> int:
@@ -87,7 +103,7 @@ def resume(config: ResumeConfig, model: ModelBuilder | None = None) -> int:
         log(groups, *reports)
         if reports:  # the flags so far may be of a checkpoint that was skipped
             config = collectively(lambda: _as_saved(config, checkpoint, saved_flags(checkpoint)), groups.world)
-            collectively(lambda: check(config, groups.world.size, model), groups.world)
+            collectively(lambda: _check(config, groups.world.size, model), groups.world)
         saved, identity, global_batch = collectively(lambda: _saved_run(checkpoint), groups.world)
         _check_optimizer(config, identity)
         found = Search.from_json(saved.get("search"))
@@ -108,7 +124,8 @@ def resume(config: ResumeConfig, model: ModelBuilder | None = None) -> int:
                 f"initial_loss_scale={config.training.initial_loss_scale} has no effect: the checkpoint has the scale "
                 "that it goes on with; legal: leave it out"
             )
-        workload = prepare(config, groups, identity, _FIXED, lambda: checkpoint, model)
+        loss = loss_of_run if isinstance(config, DistillConfig) else cross_entropy
+        workload = prepare(config, groups, identity, _FIXED, lambda: checkpoint, model, loss)
         became = changed_since(saved, workload.identity, workload.conditions, config)
         if flags.reset_optimizer:
             became.append(f"optimizer: reset, with {flags.rewarmup_steps} steps of warm-up")
@@ -172,18 +189,6 @@ def _check_repeatable(config: ResumeConfig, elsewhere: bool) -> None:
                 f"{what} cannot go with restarts, which would begin there again; legal: do it without restarts up to "
                 "a first save (--stop-at-step), then resume the run's directory with them"
             )
-
-
-def _newest_flags(path: Path) -> tuple[Path, RunConfig]:
-    """The newest checkpoint at ``path`` that tells its run's flags, and those."""
-    problem: CheckpointError | None = None
-    for directory in reversed(resolve(path)):
-        try:
-            return directory, saved_flags(directory)
-        except CheckpointError as error:
-            problem = problem or error
-    assert problem is not None
-    raise problem
 
 
 def _saved_run(checkpoint: Path) -> tuple[dict[str, Any], RunIdentity, int]:

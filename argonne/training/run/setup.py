@@ -228,8 +228,7 @@ def _held_out(
         return None
     flags, own = config.data, tokenizer if groups.is_first else None
     limit, globs = flags.validation_sequences, flags.validation_glob
-    filters = flags.document_filters
-    return held_out_sequences(data.validation, own, flags.block_size, boundary, limit, groups, globs, filters)
+    return held_out_sequences(data.validation, own, flags.block_size, boundary, limit, groups, globs, flags.source)
 
 
 def _named(
@@ -241,5 +240,5 @@ def _named(
 ) -> dict[str, NamedSet]:
     """The named held-out sets on every rank (collective)."""
     flags, own = config.data, tokenizer if groups.is_first else None
-    size, limit, filters = flags.block_size, flags.eval_sequences, flags.document_filters
-    return read_named(data.named, flags.named_globs, own, size, boundary, limit, groups, filters)
+    size, limit, source = flags.block_size, flags.eval_sequences, flags.source
+    return read_named(data.named, flags.named_globs, own, size, boundary, limit, groups, source)

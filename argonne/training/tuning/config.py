@@ -36,6 +36,11 @@ class ChatFlags(DataFlags):
     """What becomes of conversations of more than block size + 1 tokens: drop, or truncate (cut off their ends)."""
     block_size: int = 512
     """Tokens of a training sequence, which has as many whole conversations as it has room for."""
+    eval: tuple[HomeText, ...] | None = None
+    """Named held-out sets of conversations, NAME=GLOB each, of which the loss of what the assistant says is measured
+    every --eval-interval steps [none]."""
+    eval_sequences: int | None = None
+    """Sequences of each named held-out set that are used, from its beginning [all of them]."""
 
     # Of texts alone. Conversations are always kept apart.
     document_mask: Annotated[bool, Suppress] = True
@@ -48,8 +53,6 @@ class ChatFlags(DataFlags):
     filter_max_digits: Annotated[float, Suppress] = DataFlags.filter_max_digits
     filter_min_readable: Annotated[float, Suppress] = DataFlags.filter_min_readable
     filter_min_tokens: Annotated[int, Suppress] = DataFlags.filter_min_tokens
-    eval: Annotated[tuple[HomeText, ...] | None, Suppress] = None
-    eval_sequences: Annotated[int, Suppress] = DataFlags.eval_sequences
     streaming: Annotated[bool, Suppress] = True
     num_proc: Annotated[int, Suppress] = DataFlags.num_proc
     cache_dir: Annotated[Path | None, Suppress] = None
@@ -57,7 +60,7 @@ class ChatFlags(DataFlags):
     of_texts: ClassVar[tuple[str, ...]] = (
         *("document_mask", "validation_glob", "validation_sequences", "add_document_boundary_tokens", "text_column"),
         *("filters", "filter_long_characters", "filter_max_digits", "filter_min_readable", "filter_min_tokens"),
-        *("eval", "eval_sequences", "streaming", "num_proc", "cache_dir"),
+        *("streaming", "num_proc", "cache_dir"),
     )
     """What a configuration file may name, and must not."""
 
@@ -133,7 +136,6 @@ class TuningRunFlags(RunFlags):
     """Directory of the run. Starting again there continues it from its newest valid checkpoint."""
     save_interval: int = 100
     """Steps between checkpoints; each also generates text."""
-    eval_interval: Annotated[int | None, Suppress] = None
     sample_tokens: int = 20
     """Tokens of the text that is generated at each checkpoint."""
 
