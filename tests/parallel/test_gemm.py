@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -42,6 +42,7 @@ def test_a_product_of_integers_is_exact_for_any_shape_and_stride(
 
 @pytest.mark.parametrize("ready", [False, True])
 @given(st.lists(st.integers(0, 2), max_size=3), st.integers(0, 9), st.integers(0, 9), st.booleans(), st.booleans())
+@example([0], 0, 2, False, False)
 def test_a_product_of_few_rows_is_exact_whichever_library_computes_it(
     ready: bool, leading: list[int], inner: int, outer: int, laid_out: bool, bias: bool
 ) -> None:

@@ -74,7 +74,7 @@ def prepared_for_rows(b: Tensor, bias: Tensor | None = None) -> Callable[[Array]
     is_narrow = lies_for_rows(b) and len(b) <= _NARROW
 
     def multiply(a: Array) -> Array:
-        if not is_ready or len(a) > 1:
+        if not is_ready or len(a) != 1:
             return product_of_rows(torch.from_numpy(a), b, bias).numpy()
         y: Array = np.einsum("k,kn->n", a[0], table)[None] if is_narrow else np.dot(a, table)
         if added is not None:
