@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,8 @@ from tests.pool import RankPool
 from tests.smollm2 import smollm2 as smollm2
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts it so in the background, and all that it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile(
     "argonne", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=20, print_blob=True
 )
