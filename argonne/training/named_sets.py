@@ -21,7 +21,7 @@ from argonne.data.lanes.plan import LanePlan
 from argonne.data.lanes.reader import DocumentReader
 from argonne.data.source import Reading, Source, Texts
 from argonne.data.tokens.byte_lengths import ByteLengths
-from argonne.data.tokens.filters import FILTERS, Filters
+from argonne.data.tokens.filters import Filters
 from argonne.models import LanguageModel, LossFunction
 from argonne.parallel import ProcessGroups
 from argonne.parallel.communication.collectives import collectively, gather_objects
@@ -89,8 +89,8 @@ def _counted(
     if isinstance(source, Conversations):
         with naming("eval", told):
             return None, str(source.count(Reading(shards, tokenizer, shape[1] - 1), lanes=1))
-    filters = source.filters if isinstance(source, Texts) else FILTERS
-    return predicted_bytes(shards, tokenizer, shape, boundary, filters), ""
+    assert isinstance(source, Texts)
+    return predicted_bytes(shards, tokenizer, shape, boundary, source.filters), ""
 
 
 def predicted_bytes(

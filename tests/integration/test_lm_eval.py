@@ -48,14 +48,16 @@ TEMPLATES: dict[str, dict[str, Any]] = {
     },
 }
 """What its tasks of MMLU say, and those of MMLU's continuations."""
+PRECISIONS = {"letter": ("fp32", "float32"), "text": ("fp64", "float64")}
+"""Of each score, here and there. A text's is the sum of several tokens', of which float32 leaves 1e-4 and no more."""
 HARNESS = """
 import json, sys
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
-folder, model, names, shots, longest, out = sys.argv[1:]
+folder, model, dtype, names, shots, longest, out = sys.argv[1:]
 found = simple_evaluate(
     model="hf",
-    model_args={"pretrained": model, "dtype": "float32", "max_length": int(longest)},
+    model_args={"pretrained": model, "dtype": dtype, "max_length": int(longest)},
     tasks=names.split(","),
     num_fewshot=int(shots),
     batch_size=8,
@@ -140,7 +142,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def harness(home: Path, model: Path, score: str, shots: int, window: int) -> dict[str, Any]:
     names = [f"{subject}_{score}" for subject in SUBJECTS]
-    words = [str(home / "tasks"), str(model), ",".join(names), str(shots), str(window), str(home / "found.json")]
+    words = [str(home / "tasks"), str(model), PRECISIONS[score][1], ",".join(names), str(shots), str(window)]
+    words.append(str(home / "found.json"))
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(home / "cache")}
     done = subprocess.run(
         [sys.executable, "-c", HARNESS, *words], env=environment(**offline), capture_output=True, text=True, check=False
@@ -172,7 +175,7 @@ def ours(home: Path, model: Path, score: str, shots: int, window: int, nproc: in
         "--score": score,
         "--shots": shots,
         "--window": window,
-        "--precision": "fp32",
+        "--precision": PRECISIONS[score][0],
         "--device": "cpu",
         "--output-dir": out,
         "--uneven-shards": None,
@@ -196,9 +199,8 @@ def require_same(home: Path, model: Path, score: Score, shots: int, window: int,
             own = sorted((row for row in rows if row["subject"] == subject.name), key=lambda row: row["number"])
             worst = 0.0
             for row, one in zip(own, samples, strict=True):
-                for mine, its in zip(row["log_likelihoods"], one["log_likelihoods"], strict=True):
-                    # A text's is a sum of those of its tokens, in float32: of one of -23 the last bits are 1e-5 of it.
-                    worst = max(worst, abs(mine - its) - (1e-5 * abs(its) if score == "text" else 0.0))
+                pairs = zip(row["log_likelihoods"], one["log_likelihoods"], strict=True)
+                worst = max(worst, *(abs(mine - its) for mine, its in pairs))
             print(f"{model.name} {score} {shots}-shot {subject.name} at {nproc}: {worst:.2e} apart")
             assert worst < 1e-4
             for kind, its in (("accuracy", "acc"), ("accuracy_normalised", "acc_norm")):

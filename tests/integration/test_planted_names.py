@@ -24,13 +24,14 @@ TOWNS = ("Bergen", "Cork", "Davos", "Genoa", "Kyoto", "Lima", "Oslo", "Quito", "
 SCHEDULE = {
     "--block-size": 192,
     "--initial-batch-size": 2,
-    "--epochs": 14,
+    "--epochs": 9,
     "--data-lanes": 1,
     "--learning-rate": 4e-4,
     "--warmup-steps": 4,
     "--save-interval": 1000,
     "--sample-tokens": 0,
     "--recompute": "none",
+    "--precision": "fp64",  # in float32, losses that fall a thousandfold show what rounding has made of the weights
 }
 
 
@@ -64,8 +65,7 @@ def test_the_names_are_learnt_at_one_process_and_at_three(tmp_path: Path, smollm
         answers[size] = [line.strip() for line in lines if " is a " in line]
     for one, three in zip(metrics(tmp_path / "tp1"), metrics(tmp_path / "tp3"), strict=True):
         assert three["trained_tokens"] == one["trained_tokens"]
-        # It begins at 3.2 and falls a thousandfold: what rounding has made of the weights is seen in small ones.
-        assert three["loss"] == pytest.approx(one["loss"], rel=1e-3, abs=1e-3), f"step {one['step']}"
+        assert three["loss"] == pytest.approx(one["loss"], rel=1e-6, abs=1e-9), f"step {one['step']}"
     known = {size: sum(a == b for a, b in zip(found, told.values(), strict=True)) for size, found in answers.items()}
     print(f"of {len(told)} names known at TP 1 and TP 3: {known}")
     assert min(known.values()) >= 48

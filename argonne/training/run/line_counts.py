@@ -5,7 +5,6 @@ from __future__ import annotations
 from argonne.data import DataError, Location, find_shards, open_shard, parse_globs
 from argonne.data.corpus.formats import COMPRESSIONS
 from argonne.data.corpus.line_files import remember
-from argonne.data.corpus.lines import Column
 from argonne.data.corpus.location import Url
 from argonne.parallel import ProcessGroups
 from argonne.parallel.communication.collectives import gather_objects
@@ -20,9 +19,9 @@ def share_counts(flags: DataFlags, groups: ProcessGroups) -> None:
     if groups.world.size == 1:
         return
     found = {}
-    for path, column in _local_lines(flags)[groups.world.rank :: groups.world.size]:
+    for path in _local_lines(flags)[groups.world.rank :: groups.world.size]:
         try:
-            shard = open_shard(path, column)
+            shard = open_shard(path, flags.source.column)
         except DataError:
             continue
         if shard.format in COMPRESSIONS:
@@ -32,15 +31,14 @@ def share_counts(flags: DataFlags, groups: ProcessGroups) -> None:
             remember(path, size, rows)
 
 
-def _local_lines(flags: DataFlags) -> list[tuple[Location, Column]]:
-    """The shards that may be JSON lines, and what their rows are."""
+def _local_lines(flags: DataFlags) -> list[Location]:
+    """The shards that may be JSON lines."""
     globs = [glob for each in parse_globs(flags.data_glob or ()) for glob in each.globs]
-    found: dict[Location, Column] = {}
+    found: set[Location] = set()
     for glob in (*(flags.validation_glob or ()), *flags.named_globs.values(), *globs):
         try:
-            found |= dict.fromkeys(find_shards([glob]), flags.source.column)
+            found |= set(find_shards([glob]))
         except DataError:
             continue
     names = (".parquet", ".arrow")
-    lines = [path for path in found if not isinstance(path, Url) and not path.name.endswith(names)]
-    return [(path, found[path]) for path in sorted(lines, key=str)]
+    return sorted((path for path in found if not isinstance(path, Url) and not path.name.endswith(names)), key=str)
