@@ -84,6 +84,21 @@ def test_what_is_trained_is_what_the_assistant_says_and_the_marker_behind_it(nam
     assert (last[0].tolist(), last[1].tolist()) == expected(tokenizer, wanted), "only the completion is trained"
 
 
+def test_a_marker_that_only_ends_a_conversation_is_left_out_whole() -> None:
+    """It begins as the next question does, and not as the answer to it."""
+    closed = (
+        "{% for m in messages %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' else "
+        "' ' + m['content'] }}{% endfor %}{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    )
+    tokenizer = sentence_piece(closed)
+    (found,) = ChatEncoder(tokenizer, 1000)([messages(*TURNS)])
+    assert not isinstance(found, str), found
+    (_, one), (_, two), (_, three), (_, four) = TURNS
+    pieces = [("<s>", False), (f"[INST] {one} [/INST]", False), (f" {two}", True), ("<s>", False)]
+    pieces += [(f"[INST] {three} [/INST]", False), (f" {four}", True), ("</s>", True)]
+    assert (found[0].tolist(), found[1].tolist()) == expected(tokenizer, pieces)
+
+
 def test_rows_that_cannot_be_used_are_dropped_for_a_reason() -> None:
     encoder = ChatEncoder(byte_level(chats.ZEPHYR, *ROLES), 40)
     rows: dict[str, list[Any]] = {
