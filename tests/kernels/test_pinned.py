@@ -41,6 +41,17 @@ def test_pinned_swiglu_is_as_exact_as_the_other(rows: int, columns: int, seed: i
             assert ((found - whole).abs() <= 3e-6 * whole.abs() + 1e-6).all()
 
 
+@given(st.integers(0, 9), st.integers(1, 3), SEEDS)
+def test_swiglu_of_one_tensor_has_the_bits_of_two(rows: int, vectors: int, seed: int) -> None:
+    packed, gradient = drawn(rows, 2 * vectors * VECTOR, seed=seed), drawn(rows, vectors * VECTOR, seed=seed + 1)
+    expected = traced(*(half.contiguous() for half in packed.chunk(2, -1)), gradient, pinned=False)
+    leaf = packed.clone().requires_grad_()
+    y = swiglu(leaf)
+    (found,) = torch.autograd.grad(y, leaf, gradient)
+    assert torch.equal(y, expected[0])
+    assert torch.equal(found, torch.cat(expected[1:], -1))
+
+
 @given(st.integers(1, 6), st.lists(st.integers(1, 70), min_size=1, max_size=5), SEEDS)
 @example(3, [1, 5, 64, 7], 1)
 def test_an_element_of_pinned_swiglu_has_the_same_bits_wherever_it_lies(rows: int, cuts: list[int], seed: int) -> None:

@@ -163,6 +163,7 @@ def test_gradients_equal_finite_differences() -> None:
     targets, objective = torch.tensor([4, -100, 0]), Objective(0.1, 0.01)
     assert torch.autograd.gradcheck(lambda z: cross_entropy(z, targets, objective), (x,))
     assert torch.autograd.gradcheck(swiglu, (x, normal(3, 6, seed=3).requires_grad_()))
+    assert torch.autograd.gradcheck(swiglu, (x,))
 
 
 def test_modules_compute_what_their_functions_do() -> None:

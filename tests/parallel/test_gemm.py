@@ -58,6 +58,19 @@ def test_a_product_of_few_rows_is_exact_whichever_library_computes_it(
             assert torch.equal(torch.from_numpy(gemm.prepared_for_rows(b, added)(a.numpy())), found)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(st.integers(0, 40), st.integers(0, 12), st.integers(0, 12), st.booleans())
+@example(40, 12, 1, False)
+@example(40, 1, 12, False)
+def test_a_transposed_product_is_exact_and_contiguous_whichever_factor_comes_first(
+    dtype: torch.dtype, rows: int, m: int, n: int, spread: bool
+) -> None:
+    a, b = (integers(rows, 2 * width, seed=width).to(dtype)[:, : width if spread else None] for width in (m, n))
+    found = gemm.transposed_product(a, b)
+    assert found.is_contiguous()
+    assert torch.equal(found, (a.double().t() @ b.double()).to(dtype))
+
+
 def test_a_linear_layer_without_communication_has_the_gradients_of_torch() -> None:
     leaves = [integers(4, 7, seed=1), integers(5, 7, seed=2), integers(5, seed=3)]
     found = [leaf.clone().requires_grad_() for leaf in leaves]

@@ -21,7 +21,7 @@ from argonne.parallel.communication.isolation import is_isolated
 from argonne.parallel.communication.tree import tree_sum
 from argonne.parallel.errors import LayoutError
 from argonne.parallel.sharding.partition import Partition
-from argonne.parallel.tensor_parallel.gemm import product, suits_onednn
+from argonne.parallel.tensor_parallel.gemm import product, suits_onednn, transposed_product
 
 Block = tuple[range, ...]
 """The local features of one canonical block: a run of each tensor that is fused."""
@@ -114,8 +114,7 @@ class Cut:
         """``gradient^T @ x`` of matrices."""
         if self.outputs:
             return _rows(gradient, x, self._all_outputs)
-        a, b = gradient.t(), x.t()
-        return _columns(a, b, self.inputs) if self.inputs else product(a, b)
+        return _columns(gradient.t(), x.t(), self.inputs) if self.inputs else transposed_product(gradient, x)
 
     def bias_gradient(self, gradient: Tensor) -> Tensor:
         """The sum of the rows of a matrix."""

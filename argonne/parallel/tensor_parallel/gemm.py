@@ -54,6 +54,18 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(a, b, bias)
 
 
+def transposed_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a^T @ b`` of ``[k, m]`` and ``[k, n]``, without autograd; contiguous.
+
+    oneDNN copies the first factor of a product, so that the smaller one is first here where that saves more than the
+    result, which then has to be turned.
+    """
+    (k, m), n = a.shape, b.shape[1]
+    if suits_onednn(a) and k * (m - n) > m * n:
+        return product(b.t(), a.t()).t().contiguous()
+    return product(a.t(), b.t())
+
+
 def product_of_rows(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """``product`` on a CPU without gradients, and of a single row as ``lay_out_for_rows`` has prepared it.
 

@@ -168,9 +168,7 @@ def _require_fit(x: Tensor, weight: Tensor, shares_tokens: bool = False) -> None
 
 def add_product(total: Tensor, rows: Tensor, columns: Tensor) -> None:
     """Add ``rows^T @ columns`` to ``total``, without rounding the product to the dtype of its factors."""
-    if suits_onednn(rows) and total.dtype == torch.float32:
-        total.add_(product(rows.t(), columns.t()))
-    elif rows.dtype == total.dtype:
+    if rows.dtype == total.dtype:
         total.addmm_(rows.t(), columns)
     elif rows.is_cuda:
         torch.addmm(total, rows.t(), columns, out_dtype=total.dtype, out=total)
