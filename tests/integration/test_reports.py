@@ -16,7 +16,11 @@ from tests.warm import ROOT, environment
 
 pytestmark = pytest.mark.slow
 
-UNHEARD = ("| head -2", "> /dev/full", ">&- 2>&-", "> /dev/full 2> /dev/full")
+UNHEARD = (
+    "| head -2",
+    "> /dev/full 2> /dev/full",
+    *(pytest.param(where, marks=pytest.mark.exhaustive) for where in ("> /dev/full", ">&- 2>&-")),
+)
 
 
 @pytest.mark.parametrize("where", UNHEARD)

@@ -54,9 +54,9 @@ def step_of_the_only_checkpoint(directory: Path) -> int:
     [
         (1, False, to_launcher, signal.SIGINT, 130),
         (2, False, to_launcher, signal.SIGTERM, 143),
-        (2, False, to_one_rank, signal.SIGTERM, 143),
-        (2, False, to_all, signal.SIGINT, 130),
-        (2, True, to_launcher, signal.SIGTERM, 1),  # torchrun's own
+        pytest.param(2, False, to_one_rank, signal.SIGTERM, 143, marks=pytest.mark.exhaustive),
+        pytest.param(2, False, to_all, signal.SIGINT, 130, marks=pytest.mark.exhaustive),
+        pytest.param(2, True, to_launcher, signal.SIGTERM, 1, marks=pytest.mark.exhaustive),  # torchrun's own
         (2, True, to_one_rank, signal.SIGTERM, 0),
         (2, True, to_all, signal.SIGINT, 1),
     ],
@@ -119,7 +119,7 @@ def test_wall_time_saves_and_leaves_cleanly(flags: dict[str, Any], tmp_path: Pat
     assert f"stopped at step {step:,}, saved: --wall-time is near. The same command continues the run." in output
 
 
-@pytest.mark.parametrize("own", [{}, {"--max-restarts": 3}, None])
+@pytest.mark.parametrize("own", [{}, pytest.param({"--max-restarts": 3}, marks=pytest.mark.exhaustive), None])
 def test_a_wall_time_too_short_for_one_step_has_a_status_of_its_own_and_is_not_tried_again(
     flags: dict[str, Any], tmp_path: Path, own: dict[str, Any] | None
 ) -> None:

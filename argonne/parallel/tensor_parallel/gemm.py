@@ -60,6 +60,9 @@ def transposed_product(a: Tensor, b: Tensor) -> Tensor:
     oneDNN copies the first factor of a product, so that the smaller one is first here where that saves more than the
     result, which then has to be turned.
     """
+    if stays_ours(a):
+        found: Tensor = torch.ops.argonne.transposed_product(a, b)
+        return found
     (k, m), n = a.shape, b.shape[1]
     if suits_onednn(a) and k * (m - n) > m * n:
         return product(b.t(), a.t()).t().contiguous()
@@ -141,8 +144,15 @@ def _mkl_is_slow_here() -> bool:
 _LIBRARY = torch.library.Library("argonne", "FRAGMENT")
 _LIBRARY.define("product(Tensor a, Tensor b, Tensor? bias) -> Tensor")
 _LIBRARY.impl("product", product, "CPU")
+_LIBRARY.define("transposed_product(Tensor a, Tensor b) -> Tensor")
+_LIBRARY.impl("transposed_product", transposed_product, "CPU")
 
 
 @torch.library.register_fake("argonne::product", lib=_LIBRARY)
 def _product_shape(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return a.new_empty(*a.shape[:-1], b.shape[0])
+
+
+@torch.library.register_fake("argonne::transposed_product", lib=_LIBRARY)
+def _transposed_product_shape(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[1], b.shape[1])
