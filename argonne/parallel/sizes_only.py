@@ -22,6 +22,11 @@ def sizes_only() -> Iterator[None]:
         _depth -= 1
 
 
+def only_sizes() -> bool:
+    """Whether tensors have no numbers, and lie nowhere."""
+    return _depth > 0
+
+
 def turns(pieces: Iterable[T]) -> Iterator[T]:
     """What a loop goes over whose turns keep nothing, and but for the last take the same memory: all ``pieces``.
 

@@ -1,15 +1,16 @@
-"""The memory that a computation needs, counted without using any: tensors that have a size and no numbers.
+"""The memory that a computation needs, counted operator by operator, where need be without using any.
 
-A CPU's memory cannot be tried out: Linux gives what it does not have, and ends a process that then uses it. So every
-operator runs on PyTorch's fake tensors, which follow shapes and dtypes only, and what it makes is added up from then on
-until it is freed. The count is the same on any machine; what an operator needs within itself is not in it.
+A CPU's memory cannot be tried out: Linux gives what it does not have, and ends a process that then uses it. So what
+every operator makes is added up until it is freed. Operators may run on PyTorch's fake tensors, which follow shapes and
+dtypes only and take no memory. The count is the same on any machine, with numbers and without; what an operator needs
+within itself is not in it.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class Count(TorchDispatchMode):
         if func is torch.ops.aten.equal.default:
             return False
         result = func(*args, **(kwargs or {}))
-        for made in tree_leaves(result):
+        for made in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(made, Tensor):
                 self.see(made.untyped_storage())
         if self.live > self.limit:
@@ -46,11 +47,10 @@ class Count(TorchDispatchMode):
     def see(self, storage: torch.UntypedStorage) -> None:
         """Count what a tensor lies in, at the size that it has now."""
         key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            reference, before = self._known[key]
-        else:
-            reference, before = weakref.ref(storage, lambda _: self._forget(key)), 0
-        self._known[key] = reference, size
+        reference, before = self._known.get(key, (None, 0))
+        if reference is not None and size == before:
+            return
+        self._known[key] = reference or weakref.ref(storage, lambda _: self._forget(key)), size
         self.live += size - before
         self.peak = max(self.peak, self.live)
 
@@ -59,16 +59,17 @@ class Count(TorchDispatchMode):
 
 
 @contextmanager
-def counted(limit: float = float("inf")) -> Iterator[Count]:
-    """Within, tensors take no memory, and are counted up to ``limit`` bytes.
+def counted(limit: float = float("inf"), computes: bool = False) -> Iterator[Count]:
+    """Within, tensors are counted up to ``limit`` bytes.
 
-    A number that is asked of one is made up.
+    Args:
+        limit: bytes.
+        computes: they have numbers, and take the memory that is counted. A number that is asked of one is made up in
+            either case.
 
     Raises:
         torch.OutOfMemoryError: they would be more.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # its first use takes a second
-
     count = Count(limit)
     resize = torch.UntypedStorage.resize_
 
@@ -81,10 +82,18 @@ def counted(limit: float = float("inf")) -> Iterator[Count]:
     # FSDP2 gives back what it has gathered so, past all operators.
     torch.UntypedStorage.resize_ = resize_and_see  # type: ignore[assignment, method-assign]
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), sizes_only(), count:
+        with nullcontext() if computes else _without_numbers(), count:
             yield count
     finally:
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
+
+@contextmanager
+def _without_numbers() -> Iterator[None]:
+    from torch._subclasses.fake_tensor import FakeTensorMode  # its first use takes seconds
+
+    with FakeTensorMode(allow_non_fake_inputs=True), sizes_only():
+        yield
 
 
 def _number(dtype: torch.dtype) -> bool | float | int:

@@ -44,8 +44,9 @@ def searched(groups: ProcessGroups, config: RunConfig, failure: Failure) -> tupl
     """The micro-batch that is found, the losses that follow, and whether the random streams are as they were."""
     workload = prepare(config, groups)
     if failure.where == "limit":  # half-way between what is needed here and for twice as many sequences
-        needs = [rehearse(config, workload, groups, size, math.inf).needs for size in (LARGEST, 2 * LARGEST)]
-        limit = sum(needs) / 2 / USABLE / GIB
+        rehearsed = [rehearse(config, workload, groups, size, math.inf) for size in (LARGEST, 2 * LARGEST)]
+        assert rehearse(config, workload, groups, LARGEST, math.inf, computes=True) == rehearsed[0]
+        limit = sum(each.needs for each in rehearsed) / 2 / USABLE / GIB
         config = replace(config, training=replace(config.training, memory_limit=limit))
     failing = injected(failure, groups.world.rank, config.data.block_size)
     before = random_state()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,15 @@ from argonne.parallel.errors import OutOfMemory
 from argonne.training import trainer
 from argonne.training.config import ModelFlags, RunConfig
 from argonne.training.machine import GIB
+from argonne.training.run import rough
 from argonne.training.run import search as room
+from argonne.training.run.batch import with_micro_batch
 from argonne.training.run.directory import read_run
 from argonne.training.run.file import Search, StoredRun
-from argonne.training.run.rehearsal import Rehearsed
+from argonne.training.run.memory import USABLE
+from argonne.training.run.rehearsal import Rehearsed, rehearse
 from argonne.training.run.resume import parse_resume, resume
+from argonne.training.run.rough import Rough
 from argonne.training.run.search import sizes
 from argonne.training.run.setup import prepare
 from argonne.training.run.workflow import pretrain
@@ -44,7 +49,9 @@ def rehearsed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes that are tried, of which the largest that fits is ``FITS``."""
     tried: list[int] = []
 
-    def rehearse(config: RunConfig, workload: Any, groups: Any, size: int, limit: float) -> Rehearsed:
+    def rehearse(
+        config: RunConfig, workload: Any, groups: Any, size: int, limit: float, computes: bool = False
+    ) -> Rehearsed:
         tried.append(size)
         return Rehearsed(size <= FITS, 2 * GIB, GIB)
 
@@ -186,10 +193,27 @@ def build(execution: Execution, vocabulary: int) -> LanguageModel:
     return Uncountable(execution, vocabulary)
 
 
+def test_anothers_model_that_needs_its_numbers_is_counted_with_them_where_it_is_small(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of what a micro-batch of 12 needs is too little."""
+    monkeypatch.setattr(room, "surely_fits", lambda *_: False)
+    groups, own = ProcessGroups.single(), replace(config, model=ModelFlags())
+    workload = prepare(own, groups, model=build)
+    needs = rehearse(own, workload, groups, INITIAL, math.inf, computes=True).needs
+    limited = with_training(own, memory_limit=needs / 2 / USABLE / GIB)
+    monkeypatch.setattr(room, "resident_bytes", lambda: 0)
+    found = room.largest([with_micro_batch(limited, size) for size in sizes(limited)], workload, groups)
+    assert found is not None
+    assert found.config.training.initial_batch_size == 3
+
+
 def test_anothers_model_that_cannot_be_counted_starts_as_asked_or_is_refused_a_limit(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(room, "surely_fits", lambda *_: False)
+    monkeypatch.setattr(rough, "WITHOUT_NUMBERS", 0)
+    monkeypatch.setattr(rough, "EACH_WITHOUT_NUMBERS", 0)
     own = in_directory(replace(config, model=ModelFlags()), tmp_path / "run", stop=1)
     assert pretrain(own, build) == 0
     assert "note: whether micro-batch 12 fits into memory could not be found out (" in capsys.readouterr().out
@@ -201,9 +225,13 @@ def test_anothers_model_that_cannot_be_counted_starts_as_asked_or_is_refused_a_l
 def test_what_another_loss_holds_besides_the_model_is_tried_however_small_the_model(config: RunConfig) -> None:
     groups, limited = ProcessGroups.single(), with_training(config, memory_limit=4)
     workload, there = prepare(limited, groups), room.Room(4 * GIB, 0, "--memory-limit")
-    assert room.surely_fits(limited, workload, groups, 2, there)
-    with_teacher = mock.Mock(identity={"teacher": "another model"})
-    assert not room.surely_fits(limited, replace(workload, loss=with_teacher), groups, 2, there)
+    alone = Rough.of(limited, workload, groups, 2)
+    assert room.surely_fits(alone, limited, groups, there)
+    assert alone.is_quick
+    with_teacher = replace(workload, loss=mock.Mock(identity={"teacher": "another model"}))
+    unknown = Rough.of(limited, with_teacher, groups, 2)
+    assert not room.surely_fits(unknown, limited, groups, there)
+    assert not unknown.is_quick
 
 
 @pytest.mark.parametrize(

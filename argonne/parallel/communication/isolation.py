@@ -37,7 +37,7 @@ def isolated() -> Iterator[None]:
     dist.batch_isend_irecv = _one_by_one  # NCCL counts the messages of a batch
     _depth += 1
     try:
-        with _Isolated():
+        with _Isolated() if dist.is_initialized() else nullcontext():
             yield
     finally:
         _depth -= 1

@@ -1,7 +1,8 @@
 """One step of a run, taken by a rank alone with a model of its own, to see whether there is memory for it.
 
 It is the whole step: every micro-batch, the sums over other ranks in equal memory, the update. On a GPU it is computed;
-on a CPU its tensors are counted (``counting``). Nothing of the run exists yet that it could change.
+on a CPU its tensors are counted (``counting``), without numbers where these would take longer. Nothing of the run
+exists yet that it could change.
 """
 
 from __future__ import annotations
@@ -55,7 +56,12 @@ def random_streams_kept(device: torch.device) -> Iterator[None]:
 
 
 def rehearse(
-    config: RunConfig, workload: Workload, groups: ProcessGroups, size: int, limit: float | None = None
+    config: RunConfig,
+    workload: Workload,
+    groups: ProcessGroups,
+    size: int,
+    limit: float | None = None,
+    computes: bool = False,
 ) -> Rehearsed:
     """Try a step of micro-batches of ``size`` sequences, and free all that it took.
 
@@ -64,12 +70,13 @@ def rehearse(
         workload: what is trained.
         groups: the processes, of which none but this one takes part.
         size: sequences of a micro-batch.
-        limit: count the bytes of tensors up to this one; None: compute.
+        limit: count the bytes of tensors up to this one; None: find out whether there is memory for them.
+        computes: the tensors that are counted have numbers; those that are not have them anyway.
     """
-    on_gpu = groups.device.type == "cuda"
-    counting: AbstractContextManager[Count | None] = nullcontext() if limit is None else counted(limit)
+    on_gpu, computes = groups.device.type == "cuda", computes or limit is None
+    counting: AbstractContextManager[Count | None] = nullcontext() if limit is None else counted(limit, computes)
     fits, state = True, 0
-    with counting as count, isolated():
+    with counting as count, _garbage_collected(), isolated():
         try:
             learner = TrainingState.build(config, workload, groups)
             learner.loss_scale = LossScale()  # an overflow would end the step before its update
@@ -77,6 +84,9 @@ def rehearse(
             if count is None:
                 learner.initialise(config.training.seed)  # numbers that stay finite
             else:
+                with torch.no_grad():  # such numbers too, sooner
+                    for own in learner.parameters:
+                        own.parameter.zero_()
                 learner.replicas.publish()
             parts = LossParts(workload.loss.objective, groups, torch.float32).found
             loss = workload.loss.build(learner.model, workload.precision, parts, rehearsed=True)
@@ -87,13 +97,24 @@ def rehearse(
             if complaint(error) is None:
                 raise
             fits = False
-    learner = loss = None  # type: ignore[assignment]
-    if count is None:  # what was counted has no memory
-        gc.collect()  # a model and its hooks are in cycles of references
+        finally:
+            learner = loss = None  # type: ignore[assignment]
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(groups.device)
     return Rehearsed(fits, 0 if count is None else count.peak, state)
+
+
+@contextmanager
+def _garbage_collected() -> Iterator[None]:
+    """What is made within, such as a model and its hooks in cycles of references, is freed; older objects are not
+    looked at, which would take longer than a small step."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.collect()
+        gc.unfreeze()
 
 
 def _step(learner: TrainingState, config: RunConfig, groups: ProcessGroups, size: int, loss: LossFunction) -> None:

@@ -12,9 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic
 
-import torch
-
-from argonne.models import Execution
 from argonne.parallel import ProcessGroups
 from argonne.parallel.communication.collectives import gather_objects
 from argonne.parallel.communication.environment import this_process
@@ -25,12 +22,10 @@ from argonne.training.run.batch import Flags, with_micro_batch
 from argonne.training.run.file import Search
 from argonne.training.run.job import log
 from argonne.training.run.memory import Room, nothing_fits
-from argonne.training.run.rehearsal import Rehearsed, micro_batches, random_streams_kept, rehearse
+from argonne.training.run.rehearsal import Rehearsed, random_streams_kept, rehearse
 from argonne.training.run.reproducible import blocks_of, reproducible_identity
+from argonne.training.run.rough import Rough
 from argonne.training.run.setup import Workload
-
-HEADS = 64
-"""Of attention, at the most: of a model that does not say."""
 
 
 def room_of(config: RunConfig, groups: ProcessGroups) -> Room | None:
@@ -155,44 +150,27 @@ def _try(config: RunConfig, workload: Workload, groups: ProcessGroups, room: Roo
     """Try a size on this rank, and count it where there is a ``room``; whatever becomes of it, the rank returns."""
     size = config.training.initial_batch_size
     try:
-        if surely_fits(config, workload, groups, size, room):
+        rough = Rough.of(config, workload, groups, size)
+        if surely_fits(rough, config, groups, room):
             return _Told(Rehearsed(True))
         if room is None:
             return _Told(rehearse(config, workload, groups, size))
-        # Of the last all is counted, to say what would be needed.
-        found = rehearse(config, workload, groups, size, math.inf if is_last else room.for_tensors)
+        found = rehearse(config, workload, groups, size, room.for_tensors, computes=rough.is_quick)
+        if is_last and not found.fits:  # to say what would be needed
+            found = rehearse(config, workload, groups, size, math.inf)
         alone = (not found.fits and not found.state) or found.state > room.for_tensors
         return _Told(replace(found, fits=found.fits and found.needs <= room.for_tensors, state_alone=alone))
     except Exception as error:  # the others wait
         return _Told(problem=f"{type(error).__name__}: {error}".splitlines()[0][:200])
 
 
-def surely_fits(config: RunConfig, workload: Workload, groups: ProcessGroups, size: int, room: Room | None) -> bool:
-    """Whether so little is asked for that nothing has to be tried: half of what there is, by a bound far too high.
-
-    Of each parameter eight copies, and one more for each gradient that a tree of sums keeps; for each token eight
-    times what all matrices take and give; the scores of all heads. What another loss than pretraining's holds, such as
-    a teacher, is not in it.
-    """
-    if workload.loss.identity is not None:
-        return False
+def surely_fits(rough: Rough, config: RunConfig, groups: ProcessGroups, room: Room | None) -> bool:
+    """Whether so little is asked for that nothing has to be tried: half of what there is, by a bound far too high."""
     if room is not None:
         free = room.for_tensors
     else:
         free = min(free_bytes(groups.device) or 0, (config.training.memory_limit or math.inf) * GIB)
-    precision, plan = workload.precision, config.parallel.plan(groups.layout)
-    with torch.device("meta"):
-        model = workload.model.build(Execution(groups, precision, config.training.kernels, plan))
-    parameters = [sharded.parameter for sharded in model.sharded_parameters()]
-    accumulation = config.training.gradient_accumulation_steps
-    copies = 8 + accumulation.bit_length()
-    state = copies * precision.parameters.itemsize * sum(parameter.numel() for parameter in parameters)
-    widths = sum(sum(parameter.shape) for parameter in parameters if parameter.ndim > 1)
-    at_once = micro_batches(config, groups, accumulation) if plan.ranks > 1 else 1
-    tokens = at_once * size * config.data.block_size
-    heads = workload.model.shape.get("num_attention_heads", HEADS)
-    each = 8 * widths + 4 * heads * config.data.block_size
-    return state + tokens * each * precision.parameters.itemsize <= free / 2
+    return rough.most <= free / 2
 
 
 def _without(config: RunConfig, groups: ProcessGroups, problem: str) -> None:

@@ -1,0 +1,115 @@
+"""A rehearsal that is computed counts what one without numbers does, of every option; and a bound is more than both."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from argonne.parallel import ProcessGroups
+from argonne.training.config import RunConfig
+from argonne.training.run import rehearsal, rough
+from argonne.training.run.rehearsal import rehearse
+from argonne.training.run.rough import Rough
+from argonne.training.run.setup import prepare
+from argonne.training.state import TrainingState
+from tests.training.small_run import small_run
+
+SIZE = 4
+MODELS: dict[str, dict[str, Any]] = {
+    "demo": {},
+    "qwen2": {"family": "qwen2", "tie_word_embeddings": False},
+    "qwen3": {"family": "qwen3", "head_dim": 6},
+    "mistral": {"family": "mistral", "num_hidden_layers": 2},
+    "biases": {"family": "llama", "attention_bias": True},
+    "argonne-1.0": {"preset": "argonne-1.0", "num_hidden_layers": 3, "dropout": 0.1, "num_key_value_heads": None},
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "nothing recomputed": {"recompute": "none"},
+    "selective": {"recompute": "selective", "precision": "bf16"},
+    "every second": {"recompute": "2", "gradient_accumulation_steps": 1},
+    "muon": {"optimizer": "muon", "precision": "bf16"},
+    "losses": {"z_loss": 0.1, "label_smoothing": 0.1, "precision": "fp64"},
+    "documents": {"document_mask": True, "block_size": 40},
+    "same bits": {"reproducible": True, "gradient_accumulation_steps": 4},
+}
+PAIRS = [
+    (model, options) for model in MODELS for options in OPTIONS if (model, options) != ("argonne-1.0", "same bits")
+]
+CASES = [
+    pytest.param(*pair, marks=() if number % 3 == 1 else pytest.mark.exhaustive) for number, pair in enumerate(PAIRS)
+]
+"""Of these every third always: each model and each option at least once."""
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    return small_run(tmp_path_factory.mktemp("rehearsal"))
+
+
+def with_flags(config: RunConfig, **flags: Any) -> RunConfig:
+    """The flags with others, each in the group that has it."""
+    for group in ("model", "data", "training", "parallel"):
+        of_group = getattr(config, group)
+        changed = {name: value for name, value in flags.items() if hasattr(of_group, name)}
+        config = replace(config, **{group: replace(of_group, **changed)})
+    return config
+
+
+@pytest.mark.parametrize(("model", "options"), CASES)
+@pytest.mark.filterwarnings("error")
+def test_what_is_counted_does_not_depend_on_numbers(small: RunConfig, model: str, options: str) -> None:
+    config, groups = with_flags(small, **MODELS[model], **OPTIONS[options]), ProcessGroups.single()
+    if config.parallel.reproducible:
+        groups = groups.in_blocks(1)
+    workload = prepare(config, groups)
+    computed = rehearse(config, workload, groups, SIZE, math.inf, computes=True)
+    assert computed == rehearse(config, workload, groups, SIZE, math.inf)
+    assert 0 < computed.state < computed.needs < Rough.of(config, workload, groups, SIZE).most
+    for computes in (True, False):
+        assert not rehearse(config, workload, groups, SIZE, computed.needs - 1, computes).fits
+        assert rehearse(config, workload, groups, SIZE, computed.needs, computes).fits
+
+
+def test_what_was_rehearsed_is_freed(small: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what is in cycles of references; what was there before is collected as ever."""
+    made: list[weakref.ref[Any]] = []
+
+    class Remembered(TrainingState):
+        @classmethod
+        def build(cls, *arguments: Any) -> Any:
+            state = TrainingState.build(*arguments)
+            made.append(weakref.ref(state.model))
+            return state
+
+    monkeypatch.setattr(rehearsal, "TrainingState", Remembered)
+    groups = ProcessGroups.single()
+    workload = prepare(small, groups)
+    for limit, computes in ((None, True), (math.inf, True), (math.inf, False), (3e5, True)):
+        rehearse(small, workload, groups, SIZE, limit, computes)
+        assert made.pop()() is None
+    assert gc.get_freeze_count() == 0
+
+
+def test_a_step_of_few_operations_is_computed(small: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as this process computes while others would be followed without numbers."""
+    groups, config = ProcessGroups.single(), with_flags(small, num_hidden_layers=3)
+    workload = prepare(config, groups)
+
+    def is_quick(size: int) -> bool:
+        return Rough.of(config, workload, groups, size).is_quick
+
+    with torch.device("meta"):
+        model = workload.model.build(rough.Execution(groups, workload.precision))
+    of_sequence = model.flops_per_token(16) * 16 * 2  # micro-batches
+    tensors = len(model.sharded_parameters())
+    allowed = torch.get_num_threads() * (rough.WITHOUT_NUMBERS + rough.EACH_WITHOUT_NUMBERS * tensors)
+    most = int(allowed // of_sequence)
+    assert is_quick(most)
+    assert not is_quick(most + 1)
