@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.runs import history, metrics, succeed, weights, words_of
+from tests.integration.runs import command, finish, history, metrics, start, succeed, weights, words_of
 from tests.warm import SERVERS, environment
 
 FAILING = """
@@ -50,6 +50,25 @@ def test_memory_that_runs_out_is_one_line_from_one_rank(flags: dict[str, Any], t
     assert " after step 2, with micro-batch 2 x block_size=32 at data=2; legal: --initial-batch-size 1 " in told[0]
     assert "Traceback" not in output
     assert len(metrics(tmp_path / "run")) == 2
+
+
+def begun_anew(driver: str, flags: dict[str, Any]) -> str:
+    """What a driver prints that runs in a process of its own, which has imported nothing."""
+    done = finish(start(command(driver, flags, nproc=1)))
+    assert done.status == 0, done.output
+    return done.output
+
+
+def test_a_limit_of_little_more_than_the_interpreter_is_kept_to(flags: dict[str, Any], tmp_path: Path) -> None:
+    """What PyTorch imports for a first step is the interpreter's, and what a rehearsal computes with goes back."""
+    least = {**flags, "--total-steps": 1, "--save-interval": 1, "--gradient-accumulation-steps": 1}
+    begun_anew("pretrain", {**least, "--initial-batch-size": 1, "--output-dir": tmp_path / "least"})
+    limit = 1.2 * metrics(tmp_path / "least")[-1]["memory_gib"]
+    asked = {"--initial-batch-size": 1024, "--min-batch-size": 1, "--memory-limit": limit}
+    output = begun_anew("pretrain", {**least, **asked, "--output-dir": tmp_path / "found"})
+    size = json.loads((tmp_path / "found" / "run.json").read_text())["search"]["micro_batch"]
+    assert 1 < size < 1024, output
+    assert metrics(tmp_path / "found")[-1]["memory_gib"] < limit
 
 
 @pytest.mark.exhaustive

@@ -24,6 +24,9 @@ def alone(groups: ProcessGroups) -> dict[str, Any]:
             found["gathered into"] = collectives.start_all_gather(own, axis, into=into).wait()
             found["scattered"] = collectives.reduce_scatter(own, axis)
             found["all to all"] = collectives.start_all_to_all(own.view(2, 2), axis).wait()
+            for receives in ((3, 2), (0, 3)):  # more than is sent, and less
+                pending = collectives.start_uneven_all_to_all(own, (1, 3), receives, axis)
+                found[f"of unequal parts {receives}"] = pending.wait()
             found["broadcast"] = collectives.broadcast(own.clone(), axis, source=1)
             found["exchanged"] = collectives.exchange(own, axis, 0, 1)
             found["received"] = collectives.transfer(own.clone(), axis, 1, 0)
@@ -44,6 +47,8 @@ def test_a_rank_finds_its_own_in_place_of_what_others_would_send(ranks: RankPool
         "gathered into": [*ones, *ones],
         "scattered": own[:2],
         "all to all": [own[:2], own[2:]],
+        "of unequal parts (3, 2)": [*own, 1.0],
+        "of unequal parts (0, 3)": own[:3],
         "broadcast": own,
         "exchanged": ones,
         "received": ones,

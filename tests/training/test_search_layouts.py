@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 
@@ -24,6 +25,8 @@ LAYOUTS = {
     "zero1": ParallelFlags(data_parallel=2, zero1=True),
     "reproducible": ParallelFlags(tensor_parallel=2, reproducible=True, reproducible_blocks=2),
 }
+MUON = " by muon"
+LAYOUTS |= {name + MUON: flags for name, flags in LAYOUTS.items()}
 FIRST, SECOND, ALL = (0,), (1,), (0, 1)
 CASES = [
     (name, Failure(where, on)) for name in LAYOUTS for where in ("forward", "backward", "update") for on in (FIRST, ALL)
@@ -36,6 +39,7 @@ QUICK = [
     ("fsdp", Failure("backward", SECOND)),
     ("hybrid", Failure("backward", (2,))),
     ("tensor", Failure("limit")),
+    ("fsdp" + MUON, Failure("limit")),
 ]
 
 
@@ -48,8 +52,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 def check(ranks: RankPool, config: RunConfig, name: str, failure: Failure) -> None:
-    config = replace(config, parallel=LAYOUTS[name])
-    layout = config.parallel.layout(4 if name == "hybrid" else 2)
+    optimizer: Literal["muon", "adamw"] = "muon" if name.endswith(MUON) else "adamw"
+    config = replace(config, parallel=LAYOUTS[name], training=replace(config.training, optimizer=optimizer))
+    layout = config.parallel.layout(4 if name.startswith("hybrid") else 2)
     found = ranks.run(layout, searched, config, failure)
     started_so = replace(config, training=replace(config.training, initial_batch_size=LARGEST))
     expected = ranks.run(layout, undisturbed, started_so)

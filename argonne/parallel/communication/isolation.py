@@ -83,7 +83,9 @@ def _repeat(output: torch.Tensor, own: torch.Tensor) -> None:
 
 @torch.no_grad()
 def _keep_first(output: torch.Tensor, own: torch.Tensor) -> None:
-    output.view(-1).copy_(own.reshape(-1)[: output.numel()])
+    kept = min(output.numel(), own.numel())
+    output.view(-1)[:kept].copy_(own.reshape(-1)[:kept])
+    output.view(-1)[kept:].fill_(1)  # of unequal parts, more is received than is sent
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Generic
 
 from argonne.parallel import ProcessGroups
@@ -17,7 +18,7 @@ from argonne.parallel.communication.collectives import gather_objects
 from argonne.parallel.communication.environment import this_process
 from argonne.parallel.errors import ArgonneError
 from argonne.training.config import RunConfig
-from argonne.training.machine import GIB, free_bytes, resident_bytes
+from argonne.training.machine import GIB, free_bytes, resident_bytes, return_large_blocks
 from argonne.training.run.batch import Flags, with_micro_batch
 from argonne.training.run.file import Search
 from argonne.training.run.job import log
@@ -30,6 +31,7 @@ from argonne.training.run.setup import Workload
 
 def room_of(config: RunConfig, groups: ProcessGroups) -> Room | None:
     """On a CPU what ``--memory-limit`` says, or this rank's share of what is free; None where neither is known."""
+    import_module("torch._dynamo")  # as the first step does: it takes a seventh of a GiB
     own, asked = resident_bytes(), config.training.memory_limit
     if asked is not None:
         return Room(int(asked * GIB), own, "--memory-limit")
@@ -155,6 +157,7 @@ def _try(config: RunConfig, workload: Workload, groups: ProcessGroups, room: Roo
             return _Told(Rehearsed(True))
         if room is None:
             return _Told(rehearse(config, workload, groups, size))
+        return_large_blocks()
         found = rehearse(config, workload, groups, size, room.for_tensors, computes=rough.is_quick)
         if is_last and not found.fits:  # to say what would be needed
             found = rehearse(config, workload, groups, size, math.inf)
