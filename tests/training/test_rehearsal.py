@@ -14,10 +14,12 @@ import torch
 from argonne.parallel import ProcessGroups
 from argonne.training.config import RunConfig
 from argonne.training.run import rehearsal, rough
-from argonne.training.run.rehearsal import rehearse
+from argonne.training.run.rehearsal import Rehearsed, rehearse
+from argonne.training.run.reproducible import blocks_of
 from argonne.training.run.rough import Rough
 from argonne.training.run.setup import prepare
 from argonne.training.state import TrainingState
+from tests.pool import RankPool
 from tests.training.small_run import small_run
 
 SIZE = 4
@@ -113,3 +115,56 @@ def test_a_step_of_few_operations_is_computed(small: RunConfig, monkeypatch: pyt
     most = int(allowed // of_sequence)
     assert is_quick(most)
     assert not is_quick(most + 1)
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tensor": {"tensor_parallel": 2},
+    "sequence": {"tensor_parallel": 2, "sequence_parallel": True},
+    "gpipe": {"pipeline_parallel": 2, "pipeline_schedule": "gpipe"},
+    "1f1b": {"pipeline_parallel": 2},
+    "interleaved": {"pipeline_parallel": 2, "pipeline_schedule": "interleaved"},
+    "zero bubble": {"pipeline_parallel": 2, "pipeline_schedule": "zb"},
+    "context": {"context_parallel": 2},
+    "fsdp": {"data_parallel": 2, "fsdp": True},
+    "zero1": {"data_parallel": 2, "zero1": True},
+    "hybrid": {"data_parallel": 4, "fsdp": True, "fsdp_shard": 2},
+    "tensor, pipeline": {"tensor_parallel": 2, "pipeline_parallel": 2, "sequence_parallel": True},
+    "tensor, fsdp": {"tensor_parallel": 2, "data_parallel": 2, "fsdp": True},
+    "context, fsdp": {"context_parallel": 2, "data_parallel": 2, "fsdp": True},
+    "pipeline, zero1": {"pipeline_parallel": 2, "data_parallel": 2, "zero1": True},
+}
+IN_LAYOUTS: dict[str, dict[str, Any]] = {
+    "plain": {"family": "qwen3", "head_dim": 6},
+    "muon": {"optimizer": "muon", "recompute": "selective"},
+    "documents": {"document_mask": True, "precision": "bf16", "z_loss": 0.1},
+    "same bits": {"reproducible": True, "reproducible_blocks": 2, "family": "qwen2"},
+}
+SCALARS = 64  # bytes of numbers that live longer in one of the two
+REFUSED = {("context", "same bits"), ("context, fsdp", "same bits"), ("hybrid", "same bits")}
+
+
+def both_ways(groups: ProcessGroups, config: RunConfig) -> tuple[Rehearsed, Rehearsed]:
+    """What a rank counts with numbers and without."""
+    blocks = blocks_of(config)
+    groups = groups if blocks is None else groups.in_blocks(blocks)
+    workload = prepare(config, groups)
+    computed, followed = (rehearse(config, workload, groups, SIZE, math.inf, computes) for computes in (True, False))
+    assert computed.needs < Rough.of(config, workload, groups, SIZE).most
+    return computed, followed
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("options", IN_LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nor_does_it_in_any_layout(ranks: RankPool, small: RunConfig, layout: str, options: str) -> None:
+    if (layout, options) in REFUSED:
+        return
+    flags = {"num_hidden_layers": 4, "num_key_value_heads": 2, "gradient_accumulation_steps": 4}
+    config = with_flags(small, **flags, **IN_LAYOUTS[options], **LAYOUTS[layout])
+    size = math.prod(
+        value for name, value in LAYOUTS[layout].items() if name.endswith("_parallel") and value is not True
+    )
+    for computed, followed in ranks.run(config.parallel.layout(size), both_ways, config):
+        assert computed.fits
+        assert abs(computed.needs - followed.needs) <= SCALARS
+        assert computed.state == followed.state
