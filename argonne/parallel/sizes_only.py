@@ -22,7 +22,7 @@ def sizes_only() -> Iterator[None]:
         _depth -= 1
 
 
-def only_sizes() -> bool:
+def is_sizes_only() -> bool:
     """Whether tensors have no numbers, and lie nowhere."""
     return _depth > 0
 

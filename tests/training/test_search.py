@@ -194,9 +194,9 @@ def build(execution: Execution, vocabulary: int) -> LanguageModel:
 
 
 def test_anothers_model_that_needs_its_numbers_is_counted_with_them_where_it_is_small(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of what a micro-batch of 12 needs is too little."""
+    """In half of what a micro-batch of 12 needs there is no room for one of 6, as the weights do not get fewer."""
     monkeypatch.setattr(room, "surely_fits", lambda *_: False)
     groups, own = ProcessGroups.single(), replace(config, model=ModelFlags())
     workload = prepare(own, groups, model=build)
@@ -232,6 +232,20 @@ def test_what_another_loss_holds_besides_the_model_is_tried_however_small_the_mo
     unknown = Rough.of(limited, with_teacher, groups, 2)
     assert not room.surely_fits(unknown, limited, groups, there)
     assert not unknown.is_quick
+
+
+def test_where_there_is_little_room_what_a_rehearsal_frees_goes_back_to_the_system(
+    config: RunConfig, rehearsed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From before the first size is tried; not where nothing has to be, as it takes time in every step."""
+    groups, limited = ProcessGroups.single(), with_training(config, memory_limit=4)
+    workload, tried_before = prepare(limited, groups), []
+    monkeypatch.setattr(room, "return_large_blocks", lambda: tried_before.append(len(rehearsed)))
+    room.largest([with_micro_batch(limited, FITS)], workload, groups)
+    assert (tried_before, rehearsed) == ([0], [FITS])
+    monkeypatch.setattr(room, "surely_fits", lambda *_: True)
+    room.largest([with_micro_batch(limited, FITS)], workload, groups)
+    assert (tried_before, rehearsed) == ([0], [FITS])
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def isolated() -> Iterator[None]:
     several_at_once = dist.batch_isend_irecv
     dist.batch_isend_irecv = _one_by_one  # NCCL counts the messages of a batch
     _depth += 1
-    try:
+    try:  # a lone process has no collectives, and looking for them costs as much as a small operator
         with _Isolated() if dist.is_initialized() else nullcontext():
             yield
     finally:

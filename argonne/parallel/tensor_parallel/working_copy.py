@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from argonne.parallel.sizes_only import only_sizes
+from argonne.parallel.sizes_only import is_sizes_only
 from argonne.parallel.tensor_parallel.precision import Precision
 
 
@@ -90,4 +90,4 @@ def in_dtype(weight: Tensor, dtype: torch.dtype, copy: Tensor | None) -> Tensor:
 
 def _state(weight: Tensor) -> tuple[int, int]:
     """What is another where a weight was written to, or has other memory."""
-    return int(weight._version), 0 if only_sizes() else weight.data_ptr()
+    return int(weight._version), 0 if is_sizes_only() else weight.data_ptr()

@@ -1,4 +1,4 @@
-"""What a step takes at the most, told from the shapes of the model's parameters alone, within milliseconds."""
+"""How much a step takes, told within milliseconds from the shapes of the model's parameters alone."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ of two micro-batches that come of one parameter (``docs/log.md``)."""
 
 @dataclass(frozen=True)
 class Rough:
-    """Far too much, but for a model of which nothing is known."""
+    """What can be said of a step without taking it."""
 
     most: float
-    """Bytes."""
+    """A bound of its bytes, far too high; infinitely many where nothing is known."""
     is_quick: bool
-    """A step is sooner computed on a CPU than followed without numbers."""
+    """It is sooner computed on a CPU than followed without numbers."""
 
     @classmethod
     def of(cls, config: RunConfig, workload: Workload, groups: ProcessGroups, size: int) -> Rough:
