@@ -91,6 +91,7 @@ def test_what_was_rehearsed_is_freed(small: RunConfig, monkeypatch: pytest.Monke
         def build(cls, *arguments: Any) -> Any:
             state = TrainingState.build(*arguments)
             made.append(weakref.ref(state.model))
+            vars(state.model)["cycle"] = state.model
             return state
 
     monkeypatch.setattr(rehearsal, "TrainingState", Remembered)
@@ -100,6 +101,20 @@ def test_what_was_rehearsed_is_freed(small: RunConfig, monkeypatch: pytest.Monke
         rehearse(small, workload, groups, SIZE, limit, computes)
         assert made.pop()() is None
     assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.parametrize("size", [1, 512], ids=["weights", "tokens"])
+@pytest.mark.parametrize("options", ["nothing recomputed", "same bits"])
+def test_a_bound_is_one_where_nearly_all_is_of_weights_and_where_it_is_of_tokens(
+    small: RunConfig, options: str, size: int
+) -> None:
+    vocabulary = 20_000 if size == 1 else 400
+    flags = {"vocab_size": vocabulary, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
+    config, groups = with_flags(small, **flags, **OPTIONS[options]), ProcessGroups.single()
+    groups = groups.in_blocks(1) if config.parallel.reproducible else groups
+    workload = prepare(config, groups)
+    needs = rehearse(config, workload, groups, size, math.inf, computes=True).needs
+    assert needs < Rough.of(config, workload, groups, size).most / 1.5
 
 
 def test_a_step_of_few_operations_is_computed(small: RunConfig) -> None:

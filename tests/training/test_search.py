@@ -169,7 +169,10 @@ def test_what_nothing_fits_into_is_refused_with_the_sizes_and_what_helps(
     asked = with_training(config, memory_limit=0.0002, disable_gradient_checkpointing=True)
     with pytest.raises(ArgonneError) as refusal:
         pretrain(in_directory(asked, tmp_path / "run"))
-    text = str(refusal.value)
+    text, groups = str(refusal.value), ProcessGroups.single()
+    assert room.Rough.of(asked, prepare(asked, groups), groups, 2).is_quick
+    least = rehearse(asked, prepare(asked, groups), groups, 2, math.inf)
+    assert f" tensors need {least.needs / GIB:.3g}, weights and moments {least.state / GIB:.3g} of them; " in text
     assert text.startswith(
         "no micro-batch from 12 down to 2 of block_size=16 fits into the memory of rank 0: of 0.0002 GiB "
         "(--memory-limit) 10% are left for what is not counted, the process has 0 itself, and tensors need "
